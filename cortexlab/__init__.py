@@ -7,17 +7,16 @@ Importing the package loads no MLX: names that need it are resolved on first use
 from importlib import import_module
 
 from . import blas
+from ._version import __version__
 from .allocators import Allocator, Extent, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, NotContiguous
 from .request import Request, RequestState, TokenEvent
-
-__version__ = "0.1.0"
 
 _NEED_MLX = {"Engine": ".engine", "KVCache": ".kv_cache", "load_model": ".model"}
 
 __all__ = [
     "Allocator", "BadInput", "CortexLabError", "Engine", "Extent", "KVCache", "ModelError", "NotContiguous", "Request",
-    "RequestState", "TokenEvent", "blas", "load_model", "make_allocator",
+    "RequestState", "TokenEvent", "__version__", "blas", "load_model", "make_allocator",
 ]  # fmt: skip
 
 

@@ -159,8 +159,8 @@ def _tail(runs: list[tuple[int, int]], num_slots: int) -> list[tuple[int, int]]:
 class Windows:
     """The (row, window) pairs of a step's decode rows, and attention over them in two `mx.gather_mm` calls a layer.
 
-        extent            |-------- 300 slots --------|
-        windows of 128    [---------][---------][---------]     the last one reaches past the extent: a bias of -inf masks it
+    extent            |-------- 300 slots --------|
+    windows of 128    [---------][---------][---------]     the last one reaches past the extent: a bias of -inf masks it
     """
 
     def __init__(self, rows: Sequence[RowRun], arena: Arena):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from .allocators import Extent, Strategy, make_allocator, merged
 from .errors import BadInput, at_least
@@ -116,7 +117,7 @@ class BlockManager:
     def check(self) -> None:
         self.allocator.check()
         held = sorted(extent for table in self.tables.values() for extent in table.extents)
-        assert all(a.end <= b.start for a, b in zip(held, held[1:], strict=False)), "two sequences hold the same block"
+        assert all(a.end <= b.start for a, b in pairwise(held)), "two sequences hold the same block"
         assert sum(extent.num_blocks for extent in held) == self.allocator.stats().used_blocks, "a block is lost"
 
     def _relocate(self, table: BlockTable, missing: int) -> tuple[Extent, ...] | None:

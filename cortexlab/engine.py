@@ -170,8 +170,8 @@ class Engine:
         for chunk in chunks:
             chunk.request.num_computed = chunk.stop
         sampling = [chunk.request for chunk in chunks if chunk.samples]
-        num_prefill = sum(chunk.stop - chunk.start for chunk in chunks if not chunk.request.output_tokens)
-        num_decode = sum(chunk.stop - chunk.start for chunk in chunks) - num_prefill
+        num_decode = sum(chunk.stop - chunk.start == 1 and bool(chunk.request.output_tokens) for chunk in chunks)
+        num_prefill = sum(chunk.stop - chunk.start for chunk in chunks) - num_decode
         for request, token in zip(sampling, tokens, strict=True):
             events.append(self._deliver(request, token, now))
         self._num_steps += 1
@@ -248,9 +248,7 @@ class Engine:
 
     def _held(self) -> tuple[Held, ...]:
         tables = self.cache.blocks.tables
-        return tuple(
-            Held(r.id, table := tables[r.id], table.extents, table.capacity, table.num_tokens) for r in self.scheduler.running
-        )
+        return tuple(Held(r.id, table := tables[r.id], table.extents, table.capacity, table.num_tokens) for r in self.scheduler.running)
 
     def _check(self, request: Request) -> None:
         if not request.prompt:

@@ -40,8 +40,9 @@ class Schedule:
 class Scheduler:
     """First come, first served, up to ``max_batch_size`` running requests and ``max_step_tokens`` tokens a step.
 
-    When memory is out, ``oom_policy`` decides: ``wait``: the request that wants it goes (back) to the queue; ``fail``: it fails at
-    once; ``preempt``: the youngest running request gives way (it is recomputed later). All three yield the same tokens.
+    When memory is out, ``oom_policy`` decides. ``wait``: the request that wants it waits, in the queue, or when it is running
+    already with what it holds; only when all that run wait for each other does the youngest go back to the queue. ``fail``: it
+    fails at once. ``preempt``: the youngest running request gives way. Who lost its blocks computes its tokens again later.
     """
 
     def __init__(self, blocks: BlockManager, *, max_batch_size: int, max_step_tokens: int, oom_policy: str = "wait"):
@@ -69,7 +70,7 @@ class Scheduler:
         """Plan the next step: running requests first, then as many of the queue as the batch, the budget and the pool admit."""
         step = Schedule()
         budget = self.max_step_tokens
-        preempted_before = self.num_preemptions
+        short = False  # somebody wanted memory in vain: nobody is let in
         for request in list(self.running):
             if budget == 0:
                 break
@@ -79,7 +80,11 @@ class Scheduler:
             if self._make_room(request, stop, step):
                 step.chunks.append(Chunk(request, request.num_computed, stop))
                 budget -= stop - request.num_computed
-        short = self.num_preemptions > preempted_before  # who just gave way would be the first to be let in again
+            else:
+                short = True
+        if self.running and not step.chunks and self.oom_policy != "fail":  # all wait for each other
+            self._preempt(self.running[-1])
+            return self.schedule(now) if self.running else step
         while self.waiting and budget and not short and len(self.running) < self.max_batch_size:
             request = self.waiting[0]
             if not self.blocks.allocate(request.id, request.num_tokens, request.max_slots):
@@ -102,14 +107,16 @@ class Scheduler:
         return step
 
     def _make_room(self, request: Request, num_tokens: int, step: Schedule) -> bool:
-        """Grow the request's table, or do what ``oom_policy`` says; False when it does not run in this step."""
+        """Grow the request's table, or do what ``oom_policy`` says; False when the request does not run in this step."""
         while not self.blocks.grow(request.id, num_tokens):
+            if self.oom_policy == "wait":
+                return False
             if self.oom_policy == "fail":
                 self.running.remove(request)
                 self.blocks.free(request.id)
                 self._fail(request, step)
                 return False
-            victim = self.running[-1] if self.oom_policy == "preempt" else request
+            victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return False

@@ -1,7 +1,7 @@
 """Extents, and what every block allocator promises. Integers only: nothing here knows of tensors.
 
-    blocks   0 1 2 3 4 5 6 7 8 9
-             a a a . b b . . a .      a holds Extent(0, 3), Extent(8, 1); b holds Extent(4, 2); three holes, the largest of 2
+blocks   0 1 2 3 4 5 6 7 8 9
+         a a a . b b . . a .      a holds Extent(0, 3), Extent(8, 1); b holds Extent(4, 2); three holes, the largest of 2
 """
 
 from collections.abc import Iterable

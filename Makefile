@@ -1,0 +1,32 @@
+# `make` sets up and runs the main job; every target skips what is already done and works without a network afterwards.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: all bench test lab sweep lint clean
+all: bench
+
+$(READY): pyproject.toml
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/cortexlab fetch-model
+	@touch $@
+
+bench: $(READY)
+	$(BIN)/cortexlab bench --workload lognormal --requests 12 --batch-size 6 --num-blocks 60% --seed 1 --repeats 3
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/cortexlab lab
+
+sweep: $(READY)
+	$(BIN)/cortexlab sweep experiments/quickstart.yaml
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,206 @@
+"""Figures: functions from a data frame to Axes. They never measure; one colour a strategy, mlx-lm grey, units on every axis."""
+
+import json
+from collections.abc import Sequence
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .metrics import SHARES
+
+COLORS = {
+    "static": "#c44e52", "cortexstream": "#dd8452", "best_fit": "#937860", "segregated": "#8c8c00", "buddy": "#8172b3",
+    "paged": "#4c72b0", "runs": "#2a8c5a", "mlx-lm": "#8a8a8a",
+}  # fmt: skip
+SPARE_COLORS = ("#da8bc3", "#64b5cd", "#ccb974", "#2f4b7c", "#7a5195")  # for strategies of one's own, in order of name
+SHARE_COLORS = {"token": "#2a6f97", "reserved": "#a9d6e5", "internal": "#f4a261", "external": "#d1495b"}
+SHARE_WORDS = {
+    "token": "token: holds a token",
+    "reserved": "reserved: filled later",
+    "internal": "internal: never filled",
+    "external": "external: free, not usable",
+}
+STYLE = {
+    "figure.dpi": 100, "savefig.dpi": 150, "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True, "legend.frameon": False,
+    "svg.hashsalt": "cortexlab",
+}  # fmt: skip
+WIDTH = 10.0  # inches
+
+
+def use_style() -> None:
+    """The one style of every figure."""
+    matplotlib.rcParams.update(STYLE)
+
+
+def color(strategy: str) -> str:
+    """The strategy's colour, the same everywhere."""
+    return COLORS.get(strategy) or SPARE_COLORS[sum(map(ord, strategy)) % len(SPARE_COLORS)]
+
+
+def memory_over_time(steps: pd.DataFrame) -> list[Axes]:
+    """KV memory by share over time, one panel a strategy, the same scales in all (first repeat)."""
+    steps = steps[steps["repeat"] == 0]
+    strategies = list(dict.fromkeys(steps["strategy"]))
+    rows = -(-len(strategies) // 2)
+    figure, axes = plt.subplots(
+        rows, min(2, len(strategies)), figsize=(WIDTH, 0.9 + 2.3 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    flat = list(axes.flat)
+    for panel, strategy in zip(flat, strategies, strict=False):
+        part = steps[steps["strategy"] == strategy]
+        edges = np.append(part["started_at"].to_numpy(), part["ended_at"].iloc[-1])
+        layers = [part[f"{share}_slots"].to_numpy(dtype=float) for share in SHARES]
+        layers = [np.append(layer, layer[-1]) for layer in layers]
+        panel.stackplot(edges, layers, colors=[SHARE_COLORS[s] for s in SHARES], step="post", linewidth=0)
+        used = sum(layers[1:], layers[0])
+        share = np.average(layers[0][:-1] / np.maximum(used[:-1], 1), weights=np.maximum(np.diff(edges), 1e-9))
+        panel.set_title(f"{strategy}: {share:.0%} of held KV memory is tokens", color=color(strategy), loc="left")
+        pool = part["used_blocks"].add(part["free_blocks"]).max() if "used_blocks" in part else np.nan
+        if pd.notna(pool):
+            held = part[[f"{s}_slots" for s in SHARES[:3]]].sum(axis=1)
+            block_size = (held / part["used_blocks"].replace(0, np.nan)).median()
+            panel.axhline(pool * block_size, color="#555555", linestyle="--", linewidth=1)
+    for panel in flat[len(strategies) :]:
+        panel.remove()
+    for panel in axes[-1]:
+        panel.set_xlabel("time (s)")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("KV slots (tokens)")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=SHARE_COLORS[s]) for s in SHARES]
+    labels = [SHARE_WORDS[s] for s in SHARES]
+    handles.append(plt.Line2D([], [], color="#555555", linestyle="--", linewidth=1))
+    figure.legend(handles, [*labels, "the pool"], loc="outside upper center", ncols=5, fontsize=9)
+    return flat[: len(strategies)]
+
+
+def throughput_against_ttft(rows: pd.DataFrame) -> Axes:
+    """Output throughput against median TTFT, a point a row with its 95 % intervals; up and to the left is better."""
+    _, axes = plt.subplots(figsize=(WIDTH * 0.62, 4.2), layout="constrained")
+    for row in rows.to_dict("records"):
+        x, y = row["median_ttft_ms"] / 1000, row["output_throughput"]
+        spread = {}
+        if pd.notna(row["output_throughput_low"]):
+            spread["yerr"] = [[max(0.0, y - row["output_throughput_low"])], [max(0.0, row["output_throughput_high"] - y)]]
+            spread["xerr"] = [[max(0.0, x - row["median_ttft_ms_low"] / 1000)], [max(0.0, row["median_ttft_ms_high"] / 1000 - x)]]
+        axes.errorbar(x, y, fmt="o", markersize=8, color=color(row["strategy"]), capsize=3, label=row["strategy"], **spread)
+    axes.set_xlabel("median time to first token, queueing included (s)")
+    axes.set_ylabel("output tokens per second")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower left")
+    best = rows.loc[rows["output_throughput"].idxmax()]
+    axes.set_title(f"{best['strategy']} is fastest: {best['output_throughput']:.0f} tokens/s (bars: 95 % interval)", loc="left")
+    return axes
+
+
+def latency_distribution(requests: pd.DataFrame) -> list[Axes]:
+    """Cumulative distributions of TTFT and of the gaps between tokens, all repeats pooled, one line a strategy."""
+    _, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True, layout="constrained")
+    for strategy in dict.fromkeys(requests["strategy"]):
+        part = requests[requests["strategy"] == strategy]
+        ttft = part["ttft_ms"].dropna().to_numpy() / 1000
+        gaps = np.concatenate([np.asarray(gaps, dtype=float) for gaps in part["itl_ms"].dropna()] or [np.zeros(0)])
+        for panel, values in zip(axes, (ttft, gaps), strict=True):
+            if len(values):
+                panel.ecdf(values, color=color(strategy), label=strategy, linewidth=1.8)
+    axes[0].set(xlabel="time to first token (s)", ylabel="share of requests / of gaps", xlim=(0, None))
+    axes[0].set_title("When the first token comes", loc="left")
+    axes[1].set(xlabel="gap between two tokens (ms, logarithmic)", xscale="log")
+    axes[1].set_title("How evenly the others follow", loc="left")
+    axes[1].legend(loc="lower right")
+    return list(axes)
+
+
+def block_map(steps: pd.DataFrame, at: float | None = None) -> list[Axes]:
+    """Which sequence holds which block: at each strategy's fullest moment, or ``at`` seconds (first repeat)."""
+    steps = steps[(steps["repeat"] == 0) & steps["extents"].notna()] if "extents" in steps else steps.iloc[:0]
+    strategies = list(dict.fromkeys(steps["strategy"]))
+    figure, axes = plt.subplots(
+        max(1, len(strategies)), 1, figsize=(WIDTH, 0.5 + 1.75 * max(1, len(strategies))), squeeze=False, layout="constrained"
+    )
+    for panel, strategy in zip(axes[:, 0], strategies, strict=False):
+        part = steps[steps["strategy"] == strategy]
+        step = part.loc[part["used_blocks"].idxmax()] if at is None else step_at(part, at)
+        draw_map(panel, step, strategy)
+    figure.get_layout_engine().set(h_pad=0.08)
+    return list(axes[:, 0])
+
+
+def draw_map(axes: Axes, step: pd.Series, strategy: str) -> None:
+    """One block map: a cell a block in reading order, a colour a sequence, white where free."""
+    axes.clear()
+    owners = block_owners(step)
+    axes.imshow(map_image(owners), aspect="auto", interpolation="nearest")
+    used, sequences = int((owners >= 0).sum()), len(set(owners[owners >= 0].tolist()))
+    holes = int(step["num_holes"])
+    axes.set_title(
+        f"{strategy} at {step['ended_at']:.1f} s: {sequences} sequences on {used} of {len(owners)} blocks, "
+        f"{holes} hole{'s' * (holes != 1)}, external fragmentation {step['external_fragmentation']:.2f}",
+        loc="left", color=color(strategy),
+    )  # fmt: skip
+    per_row = map_image(owners).shape[1]
+    axes.set(xlabel="block in its row", ylabel="row")
+    axes.set_yticks(range(-(-len(owners) // per_row)), [f"{row * per_row}" for row in range(-(-len(owners) // per_row))])
+    axes.set_ylabel("first block")
+    axes.grid(False)
+    axes.tick_params(length=0, labelsize=8)
+
+
+def block_owners(step: pd.Series) -> np.ndarray:
+    """For every block the number of the request that holds it (its place in order of submission), -1 where free."""
+    owners = np.full(int(step["used_blocks"] + step["free_blocks"]), -1)
+    for request, extents in json.loads(step["extents"]):
+        for start, num_blocks in extents:
+            owners[start : start + num_blocks] = int("".join(filter(str.isdigit, request)) or 0)
+    return owners
+
+
+def map_image(owners: np.ndarray, rows: int = 4) -> np.ndarray:
+    """``[rows, columns, 3]`` colours: neighbours in time get unlike hues; light grey where free, white behind the last block."""
+    columns = -(-len(owners) // rows)
+    palette = plt.get_cmap("tab20")(np.arange(20) * 7 % 20)[:, :3]
+    image = np.ones((rows * columns, 3))
+    image[: len(owners)] = np.where((owners >= 0)[:, None], palette[np.maximum(owners, 0) % 20], 0.93)
+    return image.reshape(rows, columns, 3)
+
+
+def step_at(steps: pd.DataFrame, at: float) -> pd.Series:
+    """The last step that had begun ``at`` seconds, or the first."""
+    begun = steps[steps["started_at"] <= at]
+    return begun.iloc[-1] if len(begun) else steps.iloc[0]
+
+
+def bench_figures(rows: pd.DataFrame, requests: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Figure]:
+    """The four figures of a bench run by file name."""
+    figures = {
+        "memory": memory_over_time(steps)[0].figure,
+        "throughput": throughput_against_ttft(rows).figure,
+        "latency": latency_distribution(requests)[0].figure,
+    }
+    if "extents" in steps:
+        figures["block_map"] = block_map(steps)[0].figure
+    return figures
+
+
+def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("output_throughput", "token_share")) -> list[Axes]:
+    """Collected rows of a sweep: one panel a measure over the swept parameter ``x``, one line a value of ``lines``."""
+    words = {
+        "output_throughput": "output tokens per second", "token_share": "share of held KV memory that is tokens",
+        "block_size": "block size (slots)",
+    }  # fmt: skip
+    _, axes = plt.subplots(1, len(y), figsize=(WIDTH, 3.8), squeeze=False, layout="constrained")
+    for panel, measure in zip(axes[0], y, strict=True):
+        for name, part in rows.groupby(lines, sort=False):
+            part = part.sort_values(x)
+            panel.plot(part[x], part[measure], "o-", color=color(str(name)), label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted(rows[x].unique()), [str(value) for value in sorted(rows[x].unique())])
+        panel.minorticks_off()
+        panel.set(xlabel=words.get(x, x), ylabel=words.get(measure, measure), ylim=(0, None))
+    axes[0][0].legend()
+    return list(axes[0])

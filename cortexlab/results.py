@@ -1,0 +1,78 @@
+"""Results on disk: ``results/<name>/`` with tables as Parquet, ``run.json`` and figures. Written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+
+from .errors import BadInput
+
+TABLES = ("rows", "requests", "steps")
+
+
+def default_name(command: str) -> str:
+    """``<command>-<UTC time>``."""
+    return f"{command}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+
+def check_target(out: Path, name: str, overwrite: bool = False) -> Path:
+    """The folder ``out/name``, or `BadInput` before any work is done: a bad name, one in use, a place that cannot be written."""
+    if not name or name in (".", "..") or "/" in name or os.sep in name:
+        raise BadInput(f"name must be a plain folder name, not {name!r}")
+    target = Path(out) / name
+    if target.exists() and not overwrite:
+        raise BadInput(f"results {target} exist already: choose another --name, or add --overwrite")
+    parent = Path(out)
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BadInput(f"results folder {out} cannot be written: choose another --out")
+    return target
+
+
+@contextmanager
+def written_atomically(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its place when the block ends well, and is removed when it does not.
+
+    A killed run leaves at most a folder named ``.<name>-…``, never a half-written result.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise BadInput(f"results folder {target.parent} cannot be written: {error.strerror}") from error
+    try:
+        folder.chmod(0o755)
+        yield folder
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            os.replace(target, old)
+            os.replace(folder, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(folder, target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_tables(folder: Path, run: dict, **tables: pd.DataFrame) -> None:
+    """``<name>.parquet`` for each table and ``run.json``."""
+    for name, table in tables.items():
+        table.to_parquet(folder / f"{name}.parquet", index=False)
+    (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path | str) -> dict:
+    """A written result: its tables as data frames under ``rows, requests, steps``, and ``run``."""
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        raise BadInput(f"{folder} is no result of cortexlab: it has no run.json")
+    found = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES if (folder / f"{name}.parquet").exists()}
+    return found | {"run": json.loads((folder / "run.json").read_text(encoding="utf-8"))}
