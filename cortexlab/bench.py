@@ -423,24 +423,27 @@ def recommendation(bench: Bench) -> str:
     by_speed = sorted(ours, key=lambda row: row["output_throughput"], reverse=True)
     fastest = by_speed[0]["strategy"]
     tied = [row for row in by_speed if not _ahead(throughput[fastest], throughput[row["strategy"]])]
-    best = min(tied, key=lambda row: row["peak_kv_bytes"])
+    best = max(tied, key=lambda row: row["token_share"])
     name = best["strategy"]
-    text = f"Use {name}: {best['output_throughput']:.1f} output tokens/s, at most {best['peak_kv_bytes'] / 2**20:.0f} MiB of KV memory"
-    others = [row for row in by_speed if row["strategy"] != name]
-    if others:
-        second = others[0]["strategy"]
-        ratio = metrics.ratio_summary(throughput[name], throughput[second])
-        span = f"{ratio['min'] - 1:+.0%} to {ratio['max'] - 1:+.0%} in {ratio['n']} repeat{'s' * (ratio['n'] > 1)}"
-        if others[0] in tied:
-            text += f"; no difference in speed beyond noise to {second} ({span}), decided by peak memory"
-        else:
-            text += f"; {ratio['median'] - 1:+.0%} against {second}, the next ({span})"
+    text = f"Use {name}: {best['output_throughput']:.1f} output tokens/s, {best['token_share']:.0%} of the KV memory it holds is tokens"
+    if rivals := [row for row in tied if row is not best]:
+        noise = "one repeat cannot tell speed from noise" if len(throughput[name]) == 1 else "no difference in speed beyond noise"
+        text += f"; {noise}: " + ", ".join(f"{_lead(throughput[name], throughput[row['strategy']])} {row['strategy']}" for row in rivals)
+        text += ", so memory decides: " + ", ".join(f"{row['strategy']} has {row['token_share']:.0%}" for row in rivals)
+    if slower := [row for row in by_speed if row not in tied]:
+        text += f"; {_lead(throughput[name], throughput[slower[0]['strategy']])} {slower[0]['strategy']}, the next"
     if MLX_LM in throughput:
-        ratio = metrics.ratio_summary(throughput[name], throughput[MLX_LM])
-        ahead = _ahead(throughput[name], throughput[MLX_LM]) or _ahead(throughput[MLX_LM], throughput[name])
-        noise = "" if ahead else ", no difference beyond noise"
-        text += f"; {ratio['median']:.2f} times mlx-lm's BatchGenerator ({ratio['min']:.2f} to {ratio['max']:.2f}{noise})"
+        ours, theirs = throughput[name], throughput[MLX_LM]
+        noise = ", within noise" if len(ours) > 1 and not (_ahead(ours, theirs) or _ahead(theirs, ours)) else ""
+        text += f"; {_lead(ours, theirs)} mlx-lm's own batching{noise}"
     return text + "."
+
+
+def _lead(ours: list[float], theirs: list[float]) -> str:
+    """How much faster, in words, with its spread over the repeats."""
+    ratio = metrics.ratio_summary(ours, theirs)
+    spread = f" ({ratio['min'] - 1:+.0%} to {ratio['max'] - 1:+.0%} in {ratio['n']} repeats)" if ratio["n"] > 1 else ""
+    return f"{ratio['median'] - 1:+.0%}{spread} against"
 
 
 def _ahead(ours: list[float], theirs: list[float]) -> bool:

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .errors import BadInput
 from .metrics import SHARES
 
 COLORS = {
@@ -30,6 +31,8 @@ STYLE = {
     "svg.hashsalt": "cortexlab",
 }  # fmt: skip
 WIDTH = 10.0  # inches
+# Eighteen hues in an order that sets neighbours apart; tab20's two greys are left out, since grey means free.
+SEQUENCE_COLORS = np.array([c for i, c in enumerate(matplotlib.colormaps["tab20"].colors) if i not in (14, 15)])[np.arange(18) * 5 % 18]
 
 
 def use_style() -> None:
@@ -90,11 +93,11 @@ def throughput_against_ttft(rows: pd.DataFrame) -> Axes:
         axes.errorbar(x, y, fmt="o", markersize=8, color=color(row["strategy"]), capsize=3, label=row["strategy"], **spread)
     axes.set_xlabel("median time to first token, queueing included (s)")
     axes.set_ylabel("output tokens per second")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="lower left")
-    best = rows.loc[rows["output_throughput"].idxmax()]
-    axes.set_title(f"{best['strategy']} is fastest: {best['output_throughput']:.0f} tokens/s (bars: 95 % interval)", loc="left")
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
+    points = [container[0] for container in axes.containers]  # without error bars: they only clutter a legend
+    axes.legend(points, list(rows["strategy"]), loc="lower left")
+    axes.set_title("Up and to the left is better" + (" (bars: 95 % interval)" if rows["repeats"].max() > 1 else ""), loc="left")
     return axes
 
 
@@ -111,6 +114,10 @@ def latency_distribution(requests: pd.DataFrame) -> list[Axes]:
     axes[0].set(xlabel="time to first token (s)", ylabel="share of requests / of gaps", xlim=(0, None))
     axes[0].set_title("When the first token comes", loc="left")
     axes[1].set(xlabel="gap between two tokens (ms, logarithmic)", xscale="log")
+    low, high = axes[1].get_xlim()
+    ticks = [tick for decade in (0.1, 1, 10, 100, 1000, 10000) for tick in (decade, 2 * decade, 5 * decade) if low <= tick <= high]
+    axes[1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[1].minorticks_off()
     axes[1].set_title("How evenly the others follow", loc="left")
     axes[1].legend(loc="lower right")
     return list(axes)
@@ -120,14 +127,14 @@ def block_map(steps: pd.DataFrame, at: float | None = None) -> list[Axes]:
     """Which sequence holds which block: at each strategy's fullest moment, or ``at`` seconds (first repeat)."""
     steps = steps[(steps["repeat"] == 0) & steps["extents"].notna()] if "extents" in steps else steps.iloc[:0]
     strategies = list(dict.fromkeys(steps["strategy"]))
-    figure, axes = plt.subplots(
-        max(1, len(strategies)), 1, figsize=(WIDTH, 0.5 + 1.75 * max(1, len(strategies))), squeeze=False, layout="constrained"
-    )
-    for panel, strategy in zip(axes[:, 0], strategies, strict=False):
+    if not strategies:
+        raise BadInput("no step has a block map: only the package's own strategies have one")
+    _, axes = plt.subplots(len(strategies), 1, figsize=(WIDTH, 0.5 + 1.5 * len(strategies)), squeeze=False, layout="constrained")
+    for panel, strategy in zip(axes[:, 0], strategies, strict=True):
         part = steps[steps["strategy"] == strategy]
         step = part.loc[part["used_blocks"].idxmax()] if at is None else step_at(part, at)
         draw_map(panel, step, strategy)
-    figure.get_layout_engine().set(h_pad=0.08)
+    axes[-1, 0].set_xlabel("block, counted from the first of its row (light grey: free)")
     return list(axes[:, 0])
 
 
@@ -135,7 +142,8 @@ def draw_map(axes: Axes, step: pd.Series, strategy: str) -> None:
     """One block map: a cell a block in reading order, a colour a sequence, white where free."""
     axes.clear()
     owners = block_owners(step)
-    axes.imshow(map_image(owners), aspect="auto", interpolation="nearest")
+    image = map_image(owners)
+    axes.imshow(image, aspect="auto", interpolation="nearest")
     used, sequences = int((owners >= 0).sum()), len(set(owners[owners >= 0].tolist()))
     holes = int(step["num_holes"])
     axes.set_title(
@@ -143,9 +151,8 @@ def draw_map(axes: Axes, step: pd.Series, strategy: str) -> None:
         f"{holes} hole{'s' * (holes != 1)}, external fragmentation {step['external_fragmentation']:.2f}",
         loc="left", color=color(strategy),
     )  # fmt: skip
-    per_row = map_image(owners).shape[1]
-    axes.set(xlabel="block in its row", ylabel="row")
-    axes.set_yticks(range(-(-len(owners) // per_row)), [f"{row * per_row}" for row in range(-(-len(owners) // per_row))])
+    rows, columns = image.shape[:2]
+    axes.set_yticks(range(rows), [str(row * columns) for row in range(rows)])
     axes.set_ylabel("first block")
     axes.grid(False)
     axes.tick_params(length=0, labelsize=8)
@@ -160,12 +167,12 @@ def block_owners(step: pd.Series) -> np.ndarray:
     return owners
 
 
-def map_image(owners: np.ndarray, rows: int = 4) -> np.ndarray:
-    """``[rows, columns, 3]`` colours: neighbours in time get unlike hues; light grey where free, white behind the last block."""
-    columns = -(-len(owners) // rows)
-    palette = plt.get_cmap("tab20")(np.arange(20) * 7 % 20)[:, :3]
-    image = np.ones((rows * columns, 3))
-    image[: len(owners)] = np.where((owners >= 0)[:, None], palette[np.maximum(owners, 0) % 20], 0.93)
+def map_image(owners: np.ndarray) -> np.ndarray:
+    """``[rows, columns, 3]`` colours of at most eight rows: neighbours in time get unlike hues, free blocks light grey."""
+    columns = max(-(-len(owners) // 8), min(len(owners), 64))
+    rows = -(-len(owners) // columns)
+    image = np.ones((rows * columns, 3))  # white behind the last block
+    image[: len(owners)] = np.where((owners >= 0)[:, None], SEQUENCE_COLORS[np.maximum(owners, 0) % len(SEQUENCE_COLORS)], 0.93)
     return image.reshape(rows, columns, 3)
 
 

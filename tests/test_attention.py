@@ -1,0 +1,78 @@
+"""Attention over extents equals attention over one piece, in every form, to float32 rounding."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cortexlab.arena import Arena
+from cortexlab.attention import METHODS, WINDOW, Plan, RowRun
+
+KV_HEADS, GROUP, DIM, SLOTS = 2, 3, 8, 600
+TOLERANCE = 2e-6
+
+
+@st.composite
+def sequences(draw):
+    """Sequences scattered over the arena in extents of any length; each with some rows at its end."""
+    cuts = sorted(draw(st.sets(st.integers(1, SLOTS - 1), min_size=1, max_size=14)))
+    extents = [(a, b) for a, b in zip([0, *cuts], [*cuts, SLOTS], strict=True)]
+    order = draw(st.permutations(extents))
+    found, start = [], 0
+    for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=5)):
+        runs = order[start : start + size]
+        start += size
+        if runs:
+            length = sum(b - a for a, b in runs)
+            found.append((runs, draw(st.one_of(st.just(1), st.integers(1, length)))))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(sequences(), st.sampled_from(METHODS))
+def test_every_method_reads_what_one_piece_would_give(found, method):
+    rng = np.random.default_rng(0)
+    arena = Arena(1, KV_HEADS, DIM, SLOTS)
+    arena.keys[0], arena.values[0] = (mx.array(rng.normal(size=(KV_HEADS, SLOTS, DIM)).astype(np.float32)) for _ in range(2))
+    rows = [RowRun(sum(b - a for a, b in runs) - n, n, runs) for runs, n in found]
+    rows.sort(key=lambda row: row.num_rows > 1)
+    queries = mx.array(rng.normal(size=(sum(row.num_rows for row in rows), KV_HEADS * GROUP, DIM)).astype(np.float32))
+    got = np.array(Plan(rows, arena, method).attend(queries, 0, DIM**-0.5))
+    np.testing.assert_allclose(got, by_hand(rows, arena, np.array(queries)), atol=TOLERANCE, rtol=1e-5)
+
+
+def by_hand(rows, arena, queries):
+    """The definition: softmax(q K^T / sqrt(d)) V over the tokens up to the row's own, in float64."""
+    keys, values = (np.array(array[0]).astype(np.float64) for array in (arena.keys, arena.values))
+    outputs, first = [], 0
+    for row in rows:
+        slots = np.concatenate([np.arange(a, b) for a, b in row.runs])
+        for i in range(row.num_rows):
+            seen = slots[: row.start + i + 1]
+            for head in range(KV_HEADS * GROUP):
+                scores = keys[head // GROUP][seen] @ queries[first + i, head] * DIM**-0.5
+                weights = np.exp(scores - scores.max())
+                outputs.append(weights @ values[head // GROUP][seen] / weights.sum())
+        first += row.num_rows
+    return np.array(outputs).reshape(queries.shape)
+
+
+def test_windows_need_an_arena_as_long_as_one():
+    arena = Arena(1, KV_HEADS, DIM, WINDOW - 1)
+    assert Plan([RowRun(0, 1, [(0, 1)])] * 9, arena, "windows").windows is None
+
+
+def test_views_and_windows_copy_nothing_and_gather_counts_its_bytes():
+    arena = Arena(1, KV_HEADS, DIM, SLOTS)
+    queries = mx.zeros((2, KV_HEADS * GROUP, DIM))
+    rows = [RowRun(99, 1, [(0, 100)]), RowRun(49, 1, [(200, 230), (300, 320)])]
+    for method in METHODS:
+        arena.copied_bytes = 0
+        mx.eval(Plan(rows, arena, method).attend(queries, 0, 1.0))
+        assert arena.copied_bytes == (150 * 2 * KV_HEADS * DIM * 4 if method == "gather" else 0)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="'magic'"):
+        Plan([RowRun(0, 1, [(0, 1)])], Arena(1, 1, 8, 16), "magic")

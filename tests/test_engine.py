@@ -1,0 +1,205 @@
+"""The engine against the ground truth: whatever the strategy, the tokens are those of mlx-lm, one sequence at a time."""
+
+import mlx.core as mx
+import pytest
+from conftest import prompts_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlx_lm.models import llama
+
+import cortexlab as cl
+from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit
+from cortexlab.attention import METHODS
+from cortexlab.hook import ATTENTION
+from cortexlab.request import RequestState
+from cortexlab.scheduler import OOM_POLICIES
+
+LENGTHS = (1, 600, 2, 100, 16, 17, 257, 33, 5, 48, 15, 64, 128, 3, 200, 31)  # 1 to 600 tokens, block edges among them
+
+
+def serve(model, prompts, max_tokens=8, **options):
+    engine = cl.Engine(model, **options)
+    requests = [engine.submit(prompt, max_tokens) for prompt in prompts]
+    events = list(engine.run())
+    engine.cache.blocks.check()
+    assert engine.stats().used_blocks == 0
+    for request in requests:
+        assert [event.token for event in events if event.request_id == request.id] == request.output_tokens
+    return engine, requests
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
+def test_default_model_yields_the_reference_tokens(smollm2, smollm2_reference, strategy, batch_size):
+    prompts = prompts_of(LENGTHS, 49152)
+    _, requests = serve(smollm2[0], prompts, num_blocks=320, strategy=strategy, max_batch_size=batch_size, max_seq_len=640)
+    assert sum(smollm2_reference.check(request) for request in requests) >= len(requests) - 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
+@pytest.mark.parametrize("attention", METHODS)
+def test_tiny_model_yields_the_reference_tokens(tiny, tiny_reference, strategy, batch_size, attention):
+    prompts = prompts_of(LENGTHS, 256)
+    engine, requests = serve(
+        tiny, prompts, 24, num_blocks=320, strategy=strategy, max_batch_size=batch_size, max_seq_len=640, attention=attention
+    )  # fmt: skip
+    assert all(tiny_reference.check(request) for request in requests)
+    assert (engine.stats().copied_bytes > 0) == (attention == "gather"), "only gather copies"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    strategy=st.sampled_from([*STRATEGIES, FirstFit]),
+    growth=st.sampled_from([None, *GROWTHS]),
+    oom_policy=st.sampled_from([policy for policy in OOM_POLICIES if policy != "fail"]),
+    attention=st.sampled_from(METHODS),
+    block_size=st.sampled_from([1, 3, 16, 64]),
+    batch_size=st.integers(1, 9),
+    step_tokens=st.integers(1, 200),
+    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=8),
+)
+def test_any_setting_yields_the_reference_tokens(
+    tiny, tiny_reference, strategy, growth, oom_policy, attention, block_size, batch_size, step_tokens, lengths
+):
+    _, requests = serve(
+        tiny, prompts_of(lengths, 256), 12, num_blocks=-(-300 // block_size), block_size=block_size, strategy=strategy, growth=growth,
+        oom_policy=oom_policy, attention=attention, max_batch_size=batch_size, max_step_tokens=step_tokens, max_seq_len=140,
+    )  # fmt: skip
+    for request in requests:
+        tiny_reference.check(request)
+
+
+def test_out_of_memory_under_fail_ends_one_request_and_no_other(tiny, tiny_reference):
+    engine = cl.Engine(tiny, num_blocks=8, strategy="cortexstream", oom_policy="fail", max_batch_size=4)
+    first, second = (engine.submit(prompt, 8) for prompt in prompts_of([60, 90], 256))
+    events = list(engine.run())
+    assert (second.state, second.finish_reason) == (RequestState.FAILED, "error") and "out of KV memory" in second.error
+    assert cl.TokenEvent(second.id, None, "error") in events
+    assert first.state is RequestState.FINISHED and tiny_reference.check(first)
+
+
+def test_a_pool_that_is_too_small_for_all_preempts_and_still_yields_the_same_tokens(tiny, tiny_reference):
+    prompts = prompts_of([30] * 6, 256)
+    for policy in ("wait", "preempt"):
+        engine, requests = serve(tiny, prompts, 40, num_blocks=9, strategy="paged", oom_policy=policy, max_batch_size=6)
+        assert engine.stats().num_preemptions == sum(request.num_preemptions for request in requests) > 0
+        assert all(tiny_reference.check(request) for request in requests)
+
+
+def test_cancel_frees_at_once_and_the_others_go_on(tiny, tiny_reference):
+    engine = cl.Engine(tiny, num_blocks=64)
+    running, kept = (engine.submit(prompt, 20) for prompt in prompts_of([40, 50], 256))
+    engine.step()
+    waiting = engine.submit(prompts_of([10], 256)[0], 4)
+    assert engine.cancel(running.id) and engine.cancel(waiting.id) and not engine.cancel("nobody")
+    assert [event.finish_reason for event in engine.step()][:2] == ["cancelled", "cancelled"]
+    list(engine.run())
+    assert running.state is waiting.state is RequestState.CANCELLED
+    assert tiny_reference.check(kept) and engine.stats().used_blocks == 0
+
+
+def test_stop_tokens_end_a_request(tiny, tiny_reference):
+    prompt = prompts_of([20], 256)[0]
+    tokens = [token for token, _ in tiny_reference.steps(prompt, 10)]
+    stop = tokens[4]
+    engine = cl.Engine(tiny, num_blocks=8)
+    request = engine.submit(prompt, 10, stop_token_ids=[stop])
+    list(engine.run())
+    assert request.finish_reason == "stop" and request.output_tokens == tokens[: tokens.index(stop) + 1]
+
+
+def test_time_stamps_are_in_order(tiny):
+    engine = cl.Engine(tiny, num_blocks=64)
+    request = engine.submit([1, 2, 3], 5)
+    list(engine.run())
+    stamps = [request.arrived_at, request.scheduled_at, request.first_token_at, *request.token_times, request.finished_at]
+    assert stamps == sorted(stamps) and len(request.token_times) == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "names"),
+    [
+        ([], {}, "empty"),
+        ([1, 256], {}, "256"),
+        ([1, -1], {}, "-1"),
+        ([1, 2.5], {}, "2.5"),
+        ([1], {"max_tokens": 0}, "max_tokens"),
+        ([1] * 100, {"max_tokens": 100}, "max_seq_len"),
+        ([1], {"request_id": "taken"}, "taken"),
+        ([1], {"stop_token_ids": [999]}, "999"),
+    ],
+)
+def test_a_bad_request_is_refused_by_name_and_the_engine_goes_on(tiny, tiny_reference, prompt, options, names):
+    engine = cl.Engine(tiny, num_blocks=8)
+    good = engine.submit([5, 6, 7], 6, request_id="taken")
+    engine.step()
+    with pytest.raises(ValueError, match=names) as error:
+        engine.submit(prompt, **{"max_tokens": 4} | options)
+    assert isinstance(error.value, cl.CortexLabError) and "\n" not in str(error.value)
+    list(engine.run())
+    assert tiny_reference.check(good) and not engine.requests
+
+
+def test_a_request_that_can_never_fit_the_strategy_is_refused(tiny):
+    engine = cl.Engine(tiny, num_blocks=8, block_size=16, strategy="paged", max_seq_len=1000)
+    with pytest.raises(ValueError, match="can never fit"):
+        engine.submit([1] * 120, 10)
+    engine.submit([1] * 120, 9)  # 128 slots: the last token is never written
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_blocks": 0}, {"block_size": 0}, {"max_batch_size": 0}, {"strategy": "best"}, {"growth": "x"}, {"attention": "x"}]
+)
+def test_bad_settings_are_refused(tiny, options):
+    with pytest.raises(cl.BadInput):
+        cl.Engine(tiny, **{"num_blocks": 8} | options)
+
+
+def test_a_model_with_another_kind_of_cache_is_refused_by_layer_and_cache():
+    args = llama.ModelArgs(
+        model_type="llama", hidden_size=32, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2, rms_norm_eps=1e-5,
+        vocab_size=64, layer_types=["full_attention", "sliding_attention"], sliding_window=16,
+    )  # fmt: skip
+    with pytest.raises(cl.ModelError, match="layer 1 uses a RotatingKVCache"):
+        cl.Engine(llama.Model(args), num_blocks=8)
+
+
+def test_mlx_lm_is_as_it_was_after_a_step_and_after_an_exception(tiny, monkeypatch):
+    before = getattr(llama, ATTENTION)
+    inner = tiny.model
+    engine = cl.Engine(tiny, num_blocks=8)
+    engine.submit([1, 2, 3], 2)
+    engine.step()
+    assert getattr(llama, ATTENTION) is before and tiny.model is inner
+    monkeypatch.setattr(cl.hook.LayerCache, "attend", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    assert getattr(llama, ATTENTION) is before
+
+
+def test_two_engines_in_one_process_do_not_disturb_each_other(tiny, tiny_reference):
+    engines = [cl.Engine(tiny, num_blocks=32, strategy=name) for name in ("paged", "cortexstream")]
+    requests = [engine.submit(prompt, 10) for engine, prompt in zip(engines, prompts_of([30, 40], 256), strict=True)]
+    while any(engine.requests for engine in engines):
+        for engine in engines:
+            engine.step()
+    assert all(tiny_reference.check(request) for request in requests)
+
+
+def test_a_step_writes_the_arena_in_place(tiny):
+    """By pointer: through prefill and decode every layer's K and V stay where they were made."""
+    for attention in METHODS:
+        engine = cl.Engine(tiny, num_blocks=64, attention=attention, max_batch_size=4)
+        engine.cache.warmup()
+        before = [pointer(array) for array in engine.cache.arena.arrays()]
+        for prompt in prompts_of([20, 30, 40, 50], 256):
+            engine.submit(prompt, 6)
+        list(engine.run())
+        assert [pointer(array) for array in engine.cache.arena.arrays()] == before, f"{attention} copied the arena"
+
+
+def pointer(array: mx.array) -> int:
+    import numpy as np
+
+    return np.array(array, copy=False).__array_interface__["data"][0]
