@@ -136,7 +136,9 @@ def test_a_static_sequence_can_only_be_as_long_as_a_region():
     assert not blocks.could_ever_hold(7)
 
 
-@given(strategy=st.sampled_from(sorted(STRATEGIES)), num_tokens=st.integers(1, 40), num_blocks=st.integers(1, 12), block_size=st.integers(1, 4))
+@given(
+    strategy=st.sampled_from(sorted(STRATEGIES)), num_tokens=st.integers(1, 40), num_blocks=st.integers(1, 12), block_size=st.integers(1, 4)
+)
 def test_what_could_ever_fit_does_fit_an_empty_pool(strategy, num_tokens, num_blocks, block_size):
     blocks = manager(strategy, num_blocks, block_size)
     assert blocks.could_ever_hold(num_tokens) == blocks.allocate("only", num_tokens, num_tokens)

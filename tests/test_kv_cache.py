@@ -5,10 +5,11 @@ Each array of the arena is ``[num_kv_heads, num_slots, head_dim]``: slot s of he
 
 import re
 
-import cortexlab as cl  # before MLX: it loads the BLAS
-import mlx.core as mx  # isort: skip
+import mlx.core as mx
 import numpy as np
 import pytest
+
+import cortexlab as cl
 
 LAYERS, HEADS, DIM = 2, 2, 8
 SLOT_BYTES = 2 * LAYERS * HEADS * DIM * 4  # K and V of one token in all layers, float32
@@ -202,7 +203,7 @@ def scattered() -> tuple[cl.KVCache, mx.array, mx.array]:
 def test_several_extents_have_no_single_view():
     kv, _, _ = scattered()
     for view in (kv.get_k_view, kv.get_v_view):
-        with pytest.raises(cl.NotContiguous, match="'a'.*2 extents"):
+        with pytest.raises(cl.NotContiguous, match=r"'a'.*2 extents"):
             view("a", 1)
 
 

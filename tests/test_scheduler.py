@@ -74,7 +74,12 @@ class Simulation:
 
 
 def simulation(
-    strategy: str = "paged", num_blocks: int = 100, block_size: int = 1, growth: str | None = None, max_seq_len: int | None = None, **options
+    strategy: str = "paged",
+    num_blocks: int = 100,
+    block_size: int = 1,
+    growth: str | None = None,
+    max_seq_len: int | None = None,
+    **options,
 ) -> Simulation:
     blocks = BlockManager(strategy_of(strategy, growth), num_blocks, block_size, max_seq_len)
     return Simulation(Scheduler(blocks, **{"max_batch_size": 4, "max_step_tokens": 64} | options))
