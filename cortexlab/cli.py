@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -249,7 +250,7 @@ def _bench_report(args, bench, where: dict, target: Path) -> str:
         f"{args.model} on {where['device']} ({where['blas']}), {source}, batch {args.batch_size}{pool}, {args.repeats} repeat(s)",
         bench_table(bench.rows, width),
         "",
-        recommendation(bench),
+        textwrap.fill(recommendation(bench), width),
     ]
     if not bench.held:
         lines.append("SOMETHING DID NOT HOLD: a request failed, or its tokens are not the model's own (column `same`).")

@@ -138,24 +138,28 @@ def block_map(steps: pd.DataFrame, at: float | None = None) -> list[Axes]:
     return list(axes[:, 0])
 
 
-def draw_map(axes: Axes, step: pd.Series, strategy: str) -> None:
-    """One block map: a cell a block in reading order, a colour a sequence, white where free."""
-    axes.clear()
+def draw_map(axes: Axes, step: pd.Series, strategy: str, at: float | None = None) -> None:
+    """One block map: a cell a block in reading order, a colour a sequence, grey where free. Drawn once, then only updated.
+
+    ``at``: the moment to name in the title, in seconds (default: the end of the step).
+    """
     owners = block_owners(step)
     image = map_image(owners)
-    axes.imshow(image, aspect="auto", interpolation="nearest")
-    used, sequences = int((owners >= 0).sum()), len(set(owners[owners >= 0].tolist()))
-    holes = int(step["num_holes"])
+    if axes.images:
+        axes.images[0].set_data(image)
+    else:
+        rows, columns = image.shape[:2]
+        axes.imshow(image, aspect="auto", interpolation="nearest")
+        axes.set_yticks(range(rows), [str(row * columns) for row in range(rows)])
+        axes.set_ylabel("first block")
+        axes.grid(False)
+        axes.tick_params(length=0, labelsize=8)
+    used, sequences, holes = int((owners >= 0).sum()), len(set(owners[owners >= 0].tolist())), int(step["num_holes"])
     axes.set_title(
-        f"{strategy} at {step['ended_at']:.1f} s: {sequences} sequences on {used} of {len(owners)} blocks, "
-        f"{holes} hole{'s' * (holes != 1)}, external fragmentation {step['external_fragmentation']:.2f}",
+        f"{strategy} at {step['ended_at'] if at is None else at:.2f} s: {sequences} sequence{'s' * (sequences != 1)} on {used} of "
+        f"{len(owners)} blocks, {holes} hole{'s' * (holes != 1)}, external fragmentation {step['external_fragmentation']:.2f}",
         loc="left", color=color(strategy),
     )  # fmt: skip
-    rows, columns = image.shape[:2]
-    axes.set_yticks(range(rows), [str(row * columns) for row in range(rows)])
-    axes.set_ylabel("first block")
-    axes.grid(False)
-    axes.tick_params(length=0, labelsize=8)
 
 
 def block_owners(step: pd.Series) -> np.ndarray:

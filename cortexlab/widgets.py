@@ -29,7 +29,7 @@ def block_map_slider(steps: pd.DataFrame) -> ipywidgets.VBox:
     def draw(at: float) -> None:
         try:
             for panel, (name, part) in zip(axes, parts.items(), strict=True):
-                plots.draw_map(panel, plots.step_at(part, at), name)
+                plots.draw_map(panel, plots.step_at(part, at), name, at)
             png = io.BytesIO()
             figure.savefig(png, format="png", dpi=80)
             picture.value, message.value = png.getvalue(), ""

@@ -1,7 +1,7 @@
 """Block tables: where a sequence's tokens lie, and what happens when it outgrows its blocks."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlab import Extent
@@ -139,6 +139,7 @@ def test_a_static_sequence_can_only_be_as_long_as_a_region():
 @given(
     strategy=st.sampled_from(sorted(STRATEGIES)), num_tokens=st.integers(1, 40), num_blocks=st.integers(1, 12), block_size=st.integers(1, 4)
 )
+@settings(deadline=None)
 def test_what_could_ever_fit_does_fit_an_empty_pool(strategy, num_tokens, num_blocks, block_size):
     blocks = manager(strategy, num_blocks, block_size)
     assert blocks.could_ever_hold(num_tokens) == blocks.allocate("only", num_tokens, num_tokens)
@@ -165,6 +166,7 @@ def tables(draw) -> BlockTable:
 
 
 @given(table=tables(), data=st.data())
+@settings(deadline=None)
 def test_tokens_map_one_to_one_onto_the_tables_slots_in_order(table, data):
     slots = [slot for e in table.extents for slot in range(e.start * table.block_size, e.end * table.block_size)]
     start = data.draw(st.integers(0, table.capacity))
@@ -183,6 +185,7 @@ def test_runs_of_a_table_by_hand():
 
 
 @given(data=st.data(), strategy=st.sampled_from(sorted(STRATEGIES)), growth=st.sampled_from(["reserve", "relocate", "chain"]))
+@settings(deadline=None)
 def test_no_slot_ever_belongs_to_two_sequences(data, strategy, growth):
     blocks = manager(strategy, num_blocks=10, growth=growth, max_seq_len=6)
     for sequence in data.draw(st.lists(st.sampled_from("abcd"), max_size=20)):
