@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import median
 
 import mlx.core as mx
@@ -15,8 +16,10 @@ import pandas as pd
 from . import metrics
 from .allocators import STRATEGIES, Allocator, strategy_of
 from .baseline import CacheUse, Difference, first_difference, run_batch_generator, run_one_by_one
+from .block_manager import BlockManager
+from .doctor import memory_bytes
 from .engine import Engine, StepRecord, kv_shape
-from .errors import BadInput, at_least, one_of
+from .errors import BadInput, at_least, one_of, shown
 from .model import model_limits
 from .request import Request, RequestState
 from .workload import WorkItem, prompt_tokens
@@ -25,6 +28,7 @@ MLX_LM = "mlx-lm"
 ALL = (*STRATEGIES, MLX_LM)
 WARMUP_PROMPT, WARMUP_TOKENS = 32, 4  # tokens of each warm-up request
 LATENCIES = [f"{statistic}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for statistic in ("mean", "median", "p99")]
+MAX_SHARE = 1000.0  # of the full pool
 TIMED = ("duration", "request_throughput", "output_throughput", *LATENCIES)
 
 
@@ -129,9 +133,10 @@ def pool_blocks(setting: Setting, items: Sequence[WorkItem], max_seq_len: int) -
             share = float(given.removesuffix("%")) / 100 if given.endswith("%") else math.nan
         except ValueError:
             share = math.nan
-        if not 0 < share < math.inf:
-            raise BadInput(f"num-blocks must be a whole number of at least 1 or a percentage like 60%, not {given!r}")
-    return max(math.ceil(share * full_pool(items, setting.block_size, setting.batch_size)), -(-max_seq_len // setting.block_size))
+        if not 0 < share <= MAX_SHARE:
+            raise BadInput(f"num-blocks must be a whole number of at least 1 or a percentage like 60%, not {shown(given)}")
+    full = full_pool(items, setting.block_size, setting.batch_size)
+    return at_least("num-blocks", max(math.ceil(share * full), -(-max_seq_len // setting.block_size)), 1)
 
 
 def run_bench(
@@ -156,19 +161,21 @@ def run_bench(
     context, vocabulary = model_limits(model)
     max_seq_len = setting.max_seq_len or default_max_seq_len(items, context)
     num_blocks = pool_blocks(setting, items, max_seq_len)
-    prompts = prompt_tokens(items, vocabulary, setting.seed)
-    stops = () if setting.ignore_eos else tuple(stop_token_ids)
+    job = _Job(model, items, [], num_blocks, setting, max_seq_len, () if setting.ignore_eos else tuple(stop_token_ids), progress)
+    if (needed := num_blocks * setting.block_size * job.slot_bytes) > memory_bytes():
+        raise BadInput(f"num-blocks {num_blocks} needs {needed / 2**30:.1f} GiB, this machine has {memory_bytes() / 2**30:.1f} GiB")
+    job.refuse(strategies)
+    job.prompts = prompt_tokens(items, vocabulary, setting.seed)
     bench = Bench(setting)
-    job = _Job(model, items, prompts, num_blocks, setting, max_seq_len, stops, progress)
     one_by_one: list[Run] = []
     for strategy in strategies:
         job.warm_up(strategy)
-    for repeat in range(repeats):
+    for _ in range(repeats):
         for strategy in strategies:
-            run = job.run(strategy, quiet=repeat > 0)
+            run = job.run(strategy)
             bench.runs.append(run)
             if strategy == MLX_LM and setting.batch_size == 1:
-                one_by_one.append(job.mlx_lm(one_by_one=True, quiet=True))
+                one_by_one.append(job.mlx_lm(one_by_one=True))
     if one_by_one and sum(run.duration for run in one_by_one) < sum(run.duration for run in bench.runs if run.strategy == MLX_LM):
         singles = iter(one_by_one)  # at batch 1 the faster of mlx-lm's two ways counts
         bench.runs = [next(singles) if run.strategy == MLX_LM else run for run in bench.runs]
@@ -181,7 +188,7 @@ def run_bench(
     return bench
 
 
-@dataclass(slots=True)
+@dataclass
 class _Job:
     """The workload with everything that stays the same from run to run."""
 
@@ -193,18 +200,42 @@ class _Job:
     max_seq_len: int
     stops: Sequence[int]
     progress: Callable[[int, str], None]
-    _slot_bytes: int | None = None
+    refused: dict = field(default_factory=dict)  # strategy -> {index of a request: why it cannot be served}
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Bytes of one token's K and V."""
-        if self._slot_bytes is None:
-            layers, heads, dim, dtype = kv_shape(self.model)
-            self._slot_bytes = 2 * layers * heads * dim * dtype.size
-        return self._slot_bytes
+        layers, heads, dim, dtype = kv_shape(self.model)
+        return 2 * layers * heads * dim * dtype.size
 
-    def run(self, strategy, quiet: bool) -> Run:
-        return self.mlx_lm(quiet=quiet) if strategy == MLX_LM else self.engine(strategy, quiet)
+    def refuse(self, strategies) -> None:
+        """Find out which requests each strategy cannot serve, before anything runs; `BadInput` when one can serve none."""
+        for strategy in strategies:
+            fits = self._fits(strategy)
+            reasons = {i: reason for i, item in enumerate(self.items) if (reason := fits(item))}
+            if len(reasons) == len(self.items):
+                raise BadInput(f"{_name(strategy)} can serve no request: request 'r0' {reasons[0]}")
+            self.refused[strategy] = reasons
+        for strategy, reasons in self.refused.items():
+            for index, reason in reasons.items():
+                print(f"{_name(strategy)}: refused: request 'r{index}' {reason}", file=sys.stderr)
+
+    def _fits(self, strategy) -> Callable[[WorkItem], str | None]:
+        blocks = None
+        if strategy != MLX_LM:
+            blocks = BlockManager(strategy_of(strategy), self.num_blocks, self.setting.block_size, self.max_seq_len)
+
+        def reason(item: WorkItem) -> str | None:
+            if item.total_tokens > self.max_seq_len:
+                return f"wants {item.total_tokens} tokens (prompt + output), but max-seq-len is {self.max_seq_len}"
+            if blocks and not blocks.could_ever_hold(item.total_tokens - 1):
+                return f"wants {item.total_tokens - 1} slots, which can never fit the pool of {self.num_blocks * blocks.block_size} slots"
+            return None
+
+        return reason
+
+    def run(self, strategy) -> Run:
+        return self.mlx_lm() if strategy == MLX_LM else self.engine(strategy)
 
     def warm_up(self, strategy) -> None:
         """A few short requests, kept out of every figure: kernels compiled, weights paged in."""
@@ -216,9 +247,9 @@ class _Job:
         blocks = max(n * 2 * -(-(length + WARMUP_TOKENS) // self.setting.block_size), -(-self.max_seq_len // self.setting.block_size))
         _Job(
             self.model, items, [[0] * length] * n, blocks, self.setting, self.max_seq_len, (), lambda tokens, strategy: None
-        ).run(strategy, quiet=True)  # fmt: skip
+        ).run(strategy)  # fmt: skip
 
-    def engine(self, strategy, quiet: bool) -> Run:
+    def engine(self, strategy) -> Run:
         """The workload on our engine."""
         records: list[StepRecord] = []
         engine = Engine(
@@ -226,50 +257,41 @@ class _Job:
             max_batch_size=self.setting.batch_size, max_seq_len=self.max_seq_len, on_step=records.append,
         )  # fmt: skip
         engine.cache.warmup()
-        name = strategy_of(strategy).name
+        name, refused = _name(strategy), self.refused.get(strategy, {})
         started_at = engine.clock()
-        coming = list(enumerate(zip(self.items, self.prompts, strict=True)))[::-1]
-        requests, refusals = [], []
+        coming = [(i, item) for i, item in enumerate(self.items) if i not in refused][::-1]
+        requests = []
         while coming or engine.requests:
-            while coming and started_at + coming[-1][1][0].arrived_at <= engine.clock():
-                index, (item, prompt) = coming.pop()
-                try:
-                    request = engine.submit(
-                        prompt, item.output_tokens, stop_token_ids=self.stops, request_id=f"r{index}",
+            while coming and started_at + coming[-1][1].arrived_at <= engine.clock():
+                index, item = coming.pop()
+                requests.append(
+                    engine.submit(
+                        self.prompts[index], item.output_tokens, stop_token_ids=self.stops, request_id=f"r{index}",
                         arrived_at=started_at + item.arrived_at,
-                    )  # fmt: skip
-                    requests.append(request)
-                except BadInput as error:
-                    refusals.append(str(error))
+                    )
+                )  # fmt: skip
             if engine.requests:
                 self.progress(sum(event.token is not None for event in engine.step()), name)
             elif coming:
-                time.sleep(max(0.0, started_at + coming[-1][1][0].arrived_at - engine.clock()))
+                time.sleep(max(0.0, started_at + coming[-1][1].arrived_at - engine.clock()))
         duration = engine.clock() - started_at
-        _tell_refused(name, refusals, len(self.items), quiet)
         stats = engine.stats()
         steps = [_engine_step(record, started_at, engine.cache.blocks.block_size) for record in records]
         return Run(
-            name, requests, len(refusals), duration, steps, self.num_blocks, self.setting.block_size, stats.arena_bytes,
+            name, requests, len(refused), duration, steps, self.num_blocks, self.setting.block_size, stats.arena_bytes,
             stats.copied_bytes, stats.num_preemptions,
             max(record.pool.used_blocks for record in records) * engine.cache.block_bytes,
         )  # fmt: skip
 
-    def mlx_lm(self, one_by_one: bool = False, quiet: bool = False) -> Run:
+    def mlx_lm(self, one_by_one: bool = False) -> Run:
         """The workload on mlx-lm's `BatchGenerator` at the same batch limit, or on `generate_step`."""
         uses: list[CacheUse] = []
-        fits = [item.total_tokens <= self.max_seq_len for item in self.items]
-        refusals = [
-            f"request 'r{i}' wants {item.total_tokens} tokens (prompt + max_tokens), but max_seq_len is {self.max_seq_len}"
-            for i, item in enumerate(self.items)
-            if not fits[i]
-        ]
-        _tell_refused(MLX_LM, refusals, len(self.items), quiet)
+        refused = self.refused.get(MLX_LM, {})
         started_at = time.perf_counter()
         requests = [
             Request(f"r{i}", tuple(prompt), item.output_tokens, frozenset(self.stops), started_at + item.arrived_at)
             for i, (item, prompt) in enumerate(zip(self.items, self.prompts, strict=True))
-            if fits[i]
+            if i not in refused
         ]
         if one_by_one:
             ended = run_one_by_one(self.model, requests, uses.append)
@@ -280,15 +302,11 @@ class _Job:
         duration = time.perf_counter() - started_at
         steps = [_mlx_lm_step(use, started_at, self.slot_bytes) for use in uses]
         mx.clear_cache()
-        return Run(MLX_LM, requests, len(refusals), duration, steps, peak_kv_bytes=max(use.nbytes for use in uses))
+        return Run(MLX_LM, requests, len(refused), duration, steps, peak_kv_bytes=max(use.nbytes for use in uses))
 
 
-def _tell_refused(strategy: str, refusals: list[str], total: int, quiet: bool) -> None:
-    if len(refusals) == total:
-        raise BadInput(f"{strategy}: no request can be served; the first: {refusals[0]}")
-    if not quiet:
-        for line in refusals:
-            print(f"{strategy}: refused: {line}", file=sys.stderr)
+def _name(strategy) -> str:
+    return strategy if strategy == MLX_LM else strategy_of(strategy).name
 
 
 def _engine_step(record: StepRecord, start: float, block_size: int) -> dict:

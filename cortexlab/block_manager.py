@@ -32,6 +32,8 @@ class BlockTable:
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The slots of tokens ``start .. stop - 1`` as runs ``(first slot, slot behind the last)``, in token order."""
         token = 0  # of the extent's first slot
+        if start >= stop:
+            return
         for extent in self.extents:
             if token >= stop:
                 return

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -9,8 +10,8 @@ import textwrap
 from importlib import import_module
 from pathlib import Path
 
-from .allocators import STRATEGIES
-from .errors import BadInput, CortexLabError
+from .allocators import STRATEGIES, make_allocator
+from .errors import BadInput, CortexLabError, at_least, one_of, shown
 
 NOTEBOOKS = Path("notebooks")
 DEFAULT_REQUESTS = 16
@@ -97,10 +98,9 @@ def run_bench(args) -> int:
     from . import results
 
     strategies = [_strategy(name.strip()) for name in args.strategies.split(",")]
-    for name in ("block_size", "batch_size", "requests", "repeats", "max_seq_len"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise BadInput(f"{name.replace('_', '-')} must be a whole number of at least 1, not {value}")
+    for name, minimum in (("block_size", 1), ("batch_size", 1), ("requests", 1), ("repeats", 1), ("max_seq_len", 1), ("seed", 0)):
+        if (value := getattr(args, name)) is not None:
+            at_least(name.replace("_", "-"), value, minimum)
     target = results.check_target(Path(args.out), args.name or results.default_name("bench"), args.overwrite)
     make_items = _workload(args)  # reads and checks a trace before the model is loaded
 
@@ -121,7 +121,7 @@ def run_bench(args) -> int:
     document = {"environment": where, "rows": bench.rows, "ratios": bench.ratios}
     _write_bench(target, args, bench, document)
     if args.json:
-        print(json.dumps(document))
+        print(json.dumps(document, allow_nan=False))
     else:
         print(_bench_report(args, bench, where, target))
     return 0 if bench.held else 1
@@ -187,18 +187,19 @@ def _workload(args):
 def _strategy(name: str):
     """A strategy's name, or the factory that ``module:Factory`` names."""
     if ":" not in name:
-        from .errors import one_of
-
         one_of("strategy", name, (*STRATEGIES, "mlx-lm"))
         return name
     module, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"cannot find strategy {name!r}: {error}") from error
+        factory = getattr(import_module(module), attribute)
+        make_allocator(factory, 64)
+    except Exception as error:  # whatever the user's module does, the answer is one line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"cannot use strategy {shown(name)}: {reason[:200]}") from error
     finally:
         sys.path.pop(0)
+    return factory
 
 
 def _progress(total: int):
@@ -220,6 +221,7 @@ def _write_bench(target: Path, args, bench, document: dict) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     import pandas as pd
 
     from . import plots, results
@@ -228,7 +230,11 @@ def _write_bench(target: Path, args, bench, document: dict) -> None:
     tables = {"rows": pd.DataFrame(bench.rows), "requests": bench.requests(), "steps": bench.steps()}
     run = {
         "command": "bench",
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("command", "name_of_command")},
+        "arguments": {
+            name: str(value) if value == math.inf else value
+            for name, value in vars(args).items()
+            if name not in ("command", "name_of_command")
+        },
         "environment": document["environment"],
         "ratios": document["ratios"],
     }
@@ -236,6 +242,7 @@ def _write_bench(target: Path, args, bench, document: dict) -> None:
         results.write_tables(folder, run, **tables)
         for name, figure in plots.bench_figures(**tables).items():
             figure.savefig(folder / f"{name}.png")
+            plt.close(figure)
 
 
 def _bench_report(args, bench, where: dict, target: Path) -> str:

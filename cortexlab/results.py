@@ -13,6 +13,7 @@ import pandas as pd
 
 from .errors import BadInput
 
+LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and a temporary name is longer
 TABLES = ("rows", "requests", "steps")
 
 
@@ -25,9 +26,13 @@ def check_target(out: Path, name: str, overwrite: bool = False) -> Path:
     """The folder ``out/name``, or `BadInput` before any work is done: a bad name, one in use, a place that cannot be written."""
     if not name or name in (".", "..") or "/" in name or os.sep in name:
         raise BadInput(f"name must be a plain folder name, not {name!r}")
+    if len(name.encode()) > LONGEST_NAME:
+        raise BadInput(f"name must have at most {LONGEST_NAME} bytes, not {len(name.encode())}")
     target = Path(out) / name
     if target.exists() and not overwrite:
         raise BadInput(f"results {target} exist already: choose another --name, or add --overwrite")
+    if target.exists() and not target.is_dir():
+        raise BadInput(f"{target} is not a folder, so results cannot replace it: choose another --name")
     parent = Path(out)
     while not parent.exists():
         parent = parent.parent
@@ -66,7 +71,7 @@ def write_tables(folder: Path, run: dict, **tables: pd.DataFrame) -> None:
     """``<name>.parquet`` for each table and ``run.json``."""
     for name, table in tables.items():
         table.to_parquet(folder / f"{name}.parquet", index=False)
-    (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps(run, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read(folder: Path | str) -> dict:

@@ -85,10 +85,10 @@ class Scheduler:
         if self.running and not step.chunks and self.oom_policy != "fail":  # all wait for each other
             self._preempt(self.running[-1])
             return self.schedule(now) if self.running else step
-        while self.waiting and budget and not short and len(self.running) < self.max_batch_size:
+        while self.waiting and budget and len(self.running) < self.max_batch_size:
             request = self.waiting[0]
-            if not self.blocks.allocate(request.id, request.num_tokens, request.max_slots):
-                if self.oom_policy == "fail":
+            if short or not self.blocks.allocate(request.id, request.num_tokens, request.max_slots):
+                if self.oom_policy == "fail" and not short:
                     self.waiting.popleft()
                     self._fail(request, step)
                     continue

@@ -5,14 +5,12 @@ import json
 import os
 from collections.abc import Iterator
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import platformdirs
 
-from .errors import BadInput
-from .workload import WorkItem
+from .errors import BadInput, shown
+from .workload import WorkItem, generator
 
 KNOWN = {  # name -> (file, where to get it)
     "azure_2023_conv": (
@@ -39,9 +37,11 @@ def find_trace(name: str) -> Path:
     if name not in KNOWN:
         path = Path(name)
         if path.suffix.lower() not in (".csv", ".jsonl"):
-            raise BadInput(f"unknown trace {name!r}: use one of {', '.join(sorted(KNOWN))}, or a .csv (Azure) or .jsonl (Mooncake) file")
-        if not path.is_file():
-            raise BadInput(f"trace file {name!r} does not exist")
+            raise BadInput(
+                f"unknown trace {shown(name)}: use one of {', '.join(sorted(KNOWN))}, or a .csv (Azure) or .jsonl (Mooncake) file"
+            )
+        if not is_file(path):
+            raise BadInput(f"trace file {shown(name)} does not exist")
         return path
     file, source = KNOWN[name]
     cache = os.environ.get("CORTEXLAB_CACHE") or platformdirs.user_cache_dir("cortexlab")
@@ -56,21 +56,23 @@ def find_trace(name: str) -> Path:
 def read_azure(path: Path) -> list[WorkItem]:
     """``TIMESTAMP,ContextTokens,GeneratedTokens``; times count from the first row."""
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-    rows = csv.reader(line for _, line in _lines(path))
-    header = next(rows)
+    rows = _fields(path)
+    _, header = next(rows)
     if missing := [column for column in columns if column not in header]:
         raise BadInput(f"{path}, line 1: column {missing[0]} is missing (needed: {', '.join(columns)})")
     where = [header.index(column) for column in columns]
     items, first = [], None
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         if len(row) != len(header):
             raise BadInput(f"{path}, line {number}: {len(row)} fields, the header has {len(header)}")
         stamp, prompt, output = (row[i] for i in where)
         seconds = _seconds(path, number, stamp)
         first = seconds if first is None else first
         lengths = [_count(path, number, column, _number(text)) for column, text in zip(columns[1:], (prompt, output), strict=True)]
+        if items and seconds - first < items[-1].arrived_at:
+            raise BadInput(f"{path}, line {number}: TIMESTAMP goes back in time")
         items.append(WorkItem(seconds - first, *lengths))
-    return _in_order(path, items)
+    return items
 
 
 def read_mooncake(path: Path, seed: int = 0) -> list[WorkItem]:
@@ -79,12 +81,12 @@ def read_mooncake(path: Path, seed: int = 0) -> list[WorkItem]:
     The time stamps lie in buckets of three seconds; replayed as they are they make bursts that never happened. They are spread
     evenly at random inside their bucket, by ``seed``.
     """
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     items = []
     for number, line in _lines(path):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}, line {number}: not JSON ({error})") from None
         for column in ("timestamp", "input_length", "output_length", "hash_ids"):
             if not isinstance(row, dict) or column not in row:
@@ -119,6 +121,23 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
+def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Numbered rows of a CSV file, one a line."""
+    for number, line in _lines(path):
+        try:
+            yield number, next(csv.reader([line]))
+        except csv.Error as error:
+            raise BadInput(f"{path}, line {number}: not CSV ({error})") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a file; a name the system cannot even look up is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _number(text: str) -> object:
     """A whole number in plain digits; anything else stays the text it is, for the message."""
     text = text.strip()
@@ -128,7 +147,7 @@ def _number(text: str) -> object:
 
 def _count(path: Path, number: int, column: str, value: object, minimum: int = 1, maximum: int = MAX_TOKENS) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        raise BadInput(f"{path}, line {number}: {column} must be a whole number from {minimum} to {maximum}, not {value!r}")
+        raise BadInput(f"{path}, line {number}: {column} must be a whole number from {minimum} to {maximum}, not {shown(value)}")
     return value
 
 
@@ -138,11 +157,4 @@ def _seconds(path: Path, number: int, stamp: str) -> float:
     try:
         return datetime.fromisoformat(whole + "+00:00").timestamp() + (int(fraction) / 10 ** len(fraction) if fraction else 0)
     except (ValueError, OverflowError):
-        raise BadInput(f"{path}, line {number}: TIMESTAMP must read like 2023-11-16 18:15:46.6805900, not {stamp!r}") from None
-
-
-def _in_order(path: Path, items: list[WorkItem]) -> list[WorkItem]:
-    for number, (before, after) in enumerate(pairwise(items), start=3):
-        if after.arrived_at < before.arrived_at:
-            raise BadInput(f"{path}, line {number}: TIMESTAMP goes back in time")
-    return items
+        raise BadInput(f"{path}, line {number}: TIMESTAMP must read like 2023-11-16 18:15:46.6805900, not {shown(stamp)}") from None

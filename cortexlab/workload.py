@@ -19,6 +19,8 @@ import numpy as np
 from .errors import BadInput, at_least, one_of
 
 SHARED_PREFIX_TOKENS = 512
+MAX_SCALE, MIN_RATE = 1e6, 1e-6  # beyond these a number is a slip of the hand
+MAX_REQUESTS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,11 @@ class WorkItem:
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.output_tokens
 
-    def scaled(self, factor: float) -> "WorkItem":
-        """Both lengths times ``factor``, rounded up; the prefix blocks shrink with them."""
-        return replace(
-            self,
-            prompt_tokens=math.ceil(self.prompt_tokens * factor),
-            output_tokens=math.ceil(self.output_tokens * factor),
-            prefix_block=max(1, math.ceil(self.prefix_block * factor)),
-        )
+    def scaled(self, factor: float, rounded: Callable[[float], int] = math.ceil) -> "WorkItem":
+        """Both lengths times ``factor``, rounded, at least 1; the prefix blocks shrink with them."""
+        lengths = (self.prompt_tokens, self.output_tokens, self.prefix_block)
+        prompt, output, block = (max(1, rounded(length * factor)) for length in lengths)
+        return replace(self, prompt_tokens=prompt, output_tokens=output, prefix_block=block)
 
 
 def _lognormal(median: float, sigma: float, low: int, high: int):
@@ -88,7 +87,7 @@ def make_workload(
     ``scale_lengths``. ``request_rate`` is in requests a second; infinite: all arrive at time 0.
     """
     one_of("workload", name, LENGTHS)
-    at_least("requests", num_requests, 1)
+    at_least("requests", num_requests, 1, MAX_REQUESTS)
     prompts, outputs = LENGTHS[name]
     shared = SHARED_PREFIX_TOKENS if name == "shared-prefix" else 0
     longest = prompts.longest + outputs.longest + shared
@@ -99,7 +98,9 @@ def make_workload(
         WorkItem(at, prompt + shared, output, (0,) if shared else (), SHARED_PREFIX_TOKENS)
         for (prompt, output), at in zip(lengths, arrivals(num_requests, request_rate, burstiness, rng), strict=True)
     ]
-    return scale(items, factor * scale_lengths)
+    if factor < 1:
+        items = [item.scaled(factor, math.floor) for item in items]  # down, so that the longest still fits
+    return scale(items, scale_lengths)
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -115,15 +116,15 @@ def with_arrivals(items: Sequence[WorkItem], request_rate: float, burstiness: fl
 
 def scale(items: Sequence[WorkItem], factor: float) -> list[WorkItem]:
     """Every item `WorkItem.scaled`; `BadInput` unless ``factor`` is a positive finite number."""
-    if not (isinstance(factor, int | float) and 0 < factor < math.inf):
-        raise BadInput(f"scale-lengths must be a positive number, not {factor!r}")
+    if not (isinstance(factor, int | float) and 0 < factor <= MAX_SCALE):
+        raise BadInput(f"scale-lengths must be a positive number of at most {MAX_SCALE:g}, not {factor!r}")
     return list(items) if factor == 1 else [item.scaled(factor) for item in items]
 
 
 def arrivals(num_requests: int, request_rate: float, burstiness: float, rng: np.random.Generator) -> list[float]:
     """Arrival times in seconds, the first at 0."""
-    if not request_rate > 0:
-        raise BadInput(f"request-rate must be a positive number of requests per second, or inf, not {request_rate!r}")
+    if not request_rate >= MIN_RATE:
+        raise BadInput(f"request-rate must be a number of requests per second from {MIN_RATE:g}, or inf, not {request_rate!r}")
     if not 0 < burstiness < math.inf:
         raise BadInput(f"burstiness must be a positive number, not {burstiness!r}")
     if math.isinf(request_rate):
@@ -137,6 +138,7 @@ def prompt_tokens(items: Sequence[WorkItem], vocabulary: int, seed: int = 0) -> 
 
     What a token says does not matter to memory or time, so it is drawn evenly from the vocabulary.
     """
+    at_least("seed", seed, 0)
     prompts = []
     for index, item in enumerate(items):
         tokens: list[int] = []

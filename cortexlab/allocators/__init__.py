@@ -58,7 +58,7 @@ def make_allocator(placement: str | Callable[[int], Allocator], num_blocks: int,
         one_of("placement", placement, PLACEMENTS | STRATEGIES)
         placement = PLACEMENTS[placement] if placement in PLACEMENTS else STRATEGIES[placement].placement
     if placement is Static:
-        return Static(num_blocks, region_blocks or max(1, num_blocks // DEFAULT_REGIONS))
+        return Static(num_blocks, max(1, num_blocks // DEFAULT_REGIONS) if region_blocks is None else region_blocks)
     allocator = placement(num_blocks)
     if not isinstance(allocator, Allocator):
         raise BadInput(f"{placement!r} made {type(allocator).__name__}, which lacks a part of cortexlab.Allocator")

@@ -32,7 +32,9 @@ class ContiguousAllocator:
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Grow in place when the hole right behind is large enough."""
-        (extent,) = self._checked(extents)
+        extent, *others = self._checked(extents)
+        if others:
+            raise BadInput(f"a contiguous allocation is one extent, not {len(others) + 1}")
         if self._hole_at.get(extent.end, 0) < at_least("num_blocks", num_blocks, 1):
             return None
         self._take_front(extent.end, num_blocks)

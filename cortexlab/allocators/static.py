@@ -7,7 +7,7 @@ from .base import Extent, Stats, pool_stats
 
 
 class Static:
-    """Regions of ``region_blocks`` blocks; what is left behind the last whole region is never handed out. O(1)."""
+    """Regions of ``region_blocks`` blocks (at most the pool); what is left behind the last whole one is never handed out. O(1)."""
 
     def __init__(self, num_blocks: int, region_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
