@@ -23,10 +23,18 @@ class Arena:
         self.head_dim = at_least("head_dim", head_dim, 1)
         self.num_slots = at_least("num_slots", num_slots, 1)
         self.dtype = dtype
-        shape = (num_kv_heads, num_slots, head_dim)
-        self.keys = [mx.zeros(shape, dtype) for _ in range(num_layers)]
-        self.values = [mx.zeros(shape, dtype) for _ in range(num_layers)]
         self.copied_bytes = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Start over with zeros in every slot."""
+        self.keys = [mx.zeros(self.shape, self.dtype) for _ in range(self.num_layers)]
+        self.values = [mx.zeros(self.shape, self.dtype) for _ in range(self.num_layers)]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one layer's K or V."""
+        return self.num_kv_heads, self.num_slots, self.head_dim
 
     @property
     def slot_bytes(self) -> int:
@@ -59,7 +67,9 @@ class Arena:
     def copy(self, source: "Slots", target: "Slots") -> None:
         """Copy tokens between slots in every layer, and count their bytes."""
         for layer in range(self.num_layers):
-            self.write(layer, target, source.gather(self.keys[layer]), source.gather(self.values[layer]))
+            keys, values = source.gather(self.keys[layer]), source.gather(self.values[layer])
+            mx.eval(keys, values)  # or they would hold the arena while it is written, and the write would copy all of it
+            self.write(layer, target, keys, values)
         mx.eval(self.arrays())
         self.copied_bytes += source.count * self.slot_bytes
 

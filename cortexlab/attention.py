@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from .arena import Arena, Slots
-from .errors import one_of
+from .errors import BadInput, one_of
 
 METHODS = ("auto", "views", "windows", "gather")
 WINDOW = 128  # slots a window
@@ -38,6 +38,18 @@ class RowRun:
         return self.start + self.num_rows
 
 
+def can_use_windows(arena: Arena) -> bool:
+    """MLX's `gather_mm` knows only float32 on the CPU."""
+    return arena.dtype == mx.float32 or mx.default_device() != mx.cpu
+
+
+def check_method(method: str, arena: Arena) -> None:
+    """`BadInput` for a method that is unknown, or that cannot be had for this arena."""
+    one_of("attention", method, METHODS)
+    if method == "windows" and not can_use_windows(arena):
+        raise BadInput(f"attention 'windows' needs float32 on the CPU, not {arena.dtype}: use auto, views or gather")
+
+
 class Plan:
     """Where the rows of one step read and write. Made once a step, used by every layer.
 
@@ -45,15 +57,13 @@ class Plan:
     """
 
     def __init__(self, rows: Sequence[RowRun], arena: Arena, method: str = "auto"):
-        one_of("attention", method, METHODS)
+        check_method(method, arena)
         self.arena, self.rows = arena, list(rows)
         self.num_rows = sum(run.num_rows for run in rows)
         self.single = len(rows) == 1  # one sequence: fed as [1, n] with an integer offset, as mlx-lm does
         decode = [run for run in rows if run.num_rows == 1]
-        windows = method == "windows" or (
-            method == "auto" and (len(decode) >= WINDOWS_FROM_ROWS or any(len(run.runs) > 1 for run in decode))
-        )
-        self.method = method
+        scattered = any(len(run.runs) > 1 for run in decode)
+        windows = method == "windows" or (method == "auto" and can_use_windows(arena) and (len(decode) >= WINDOWS_FROM_ROWS or scattered))
         self.windows = Windows(decode, arena) if windows and decode and arena.num_slots >= WINDOW else None
         self.write_slots = Slots([run for row in rows for run in _tail(row.runs, row.num_rows)])
         self.positions = rows[0].start if self.single else mx.array(
@@ -177,7 +187,7 @@ class Windows:
         self._query = mx.array((heads * self.num_rows + row).astype(np.uint32))
         self._window = mx.array((heads * self._num_starts + window).astype(np.uint32))
         self._pair = mx.array((heads * pairs + np.arange(pairs)).astype(np.uint32))
-        self._bias = mx.array(np.where(outside, -np.inf, 0).astype(np.float32))[:, None].astype(arena.dtype)
+        self._outside = mx.array(outside)[:, None]
         self._of_row = mx.array((row == np.arange(self.num_rows)[:, None]).astype(np.float32))
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
@@ -189,8 +199,8 @@ class Windows:
         shape, head = (kv_heads, self._num_starts), num_slots * dim
         k = mx.as_strided(keys, (*shape, dim, WINDOW), (head, dim, 1, dim))
         v = mx.as_strided(values, (*shape, WINDOW, dim), (head, dim, dim, 1))
-        scores = mx.gather_mm(q, k, self._query, self._window) + self._bias  # [kv_heads, pairs, group, WINDOW]
-        scores = scores.astype(mx.float32)
+        scores = mx.gather_mm(q, k, self._query, self._window).astype(mx.float32)  # [kv_heads, pairs, group, WINDOW]
+        scores = mx.where(self._outside, -mx.inf, scores)
         largest = scores.max(axis=-1, keepdims=True)
         weights = mx.exp(scores - largest)
         sums = weights.sum(axis=-1, keepdims=True)

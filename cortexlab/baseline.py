@@ -31,14 +31,16 @@ def run_batch_generator(
 ) -> Iterator[Request]:
     """Serve ``requests`` (in order of arrival, times on ``clock``) with at most ``batch_size`` decoded at once; yield each that ends.
 
-    ``prefill_batch_size`` must not exceed the batch limit: the constructor would raise the limit to it.
+    Two things in mlx-lm would exceed the limit. Its constructor raises it to ``prefill_batch_size``, which is therefore capped. And
+    it takes in new prompts without counting those it is still prefilling, so a request is inserted as it arrives, but not before
+    fewer than ``batch_size`` are under way.
     """
     generator = BatchGenerator(model, completion_batch_size=batch_size, prefill_batch_size=min(8, batch_size))
     coming, live, in_cache = list(requests)[::-1], {}, {}
     try:
         while coming or live:
             started_at = clock()
-            while coming and coming[-1].arrived_at <= started_at:
+            while coming and coming[-1].arrived_at <= started_at and len(live) < batch_size:
                 request = coming.pop()
                 stops = [[token] for token in sorted(request.stop_token_ids)]
                 options = {"stop_sequences": [_stop_sequences(stops)]} if stops else {}
@@ -65,9 +67,8 @@ def run_batch_generator(
                     request.state, request.finish_reason, request.finished_at = RequestState.FINISHED, response.finish_reason, now
                     ended.append(request)
                     del live[response.uid], in_cache[response.uid]
-            on_step(
-                CacheUse(started_at, now, len(in_cache), len(live) - len(in_cache), generator.prompt_cache_nbytes, sum(in_cache.values()))
-            )
+            waiting = sum(request.arrived_at <= now for request in coming)
+            on_step(CacheUse(started_at, now, len(in_cache), waiting, generator.prompt_cache_nbytes, sum(in_cache.values())))
             yield from ended
     finally:
         generator.close()
@@ -85,7 +86,8 @@ def run_one_by_one(
             now = clock()
             request.output_tokens.append(int(token))
             request.token_times.append(now)
-            on_step(CacheUse(started_at, now, 1, len(requests) - index - 1, sum(c.nbytes for c in cache), cache[0].offset))
+            waiting = sum(other.arrived_at <= now for other in requests[index + 1 :])
+            on_step(CacheUse(started_at, now, 1, waiting, sum(c.nbytes for c in cache), cache[0].offset))
             started_at = now
             if int(token) in request.stop_token_ids:
                 break

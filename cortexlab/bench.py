@@ -51,6 +51,7 @@ class Run:
     strategy: str
     requests: list[Request]
     refused: int
+    started_at: float  # on the clock of the requests' time stamps
     duration: float
     steps: list[dict]
     num_blocks: int | None = None
@@ -87,7 +88,6 @@ class Bench:
     def requests(self) -> pd.DataFrame:
         rows = []
         for repeat, run in self._numbered():
-            start = min(request.arrived_at for request in run.requests)
             for request in run.requests:
                 done = request.state is RequestState.FINISHED
                 latency = metrics.latencies(request) if done else dict.fromkeys(("ttft", "tpot", "e2el", "itl"))
@@ -95,7 +95,7 @@ class Bench:
                 rows.append(
                     {"strategy": run.strategy, "repeat": repeat, "request": request.id, "state": str(request.state)}
                     | {"prompt_tokens": len(request.prompt), "output_tokens": len(request.output_tokens)}
-                    | {name: None if at is None else at - start for name, at in stamps.items()}
+                    | {name: None if at is None else at - run.started_at for name, at in stamps.items()}
                     | {f"{name}_ms": None if latency[name] is None else latency[name] * 1000 for name in ("ttft", "tpot", "e2el")}
                     | {"itl_ms": None if latency["itl"] is None else [gap * 1000 for gap in latency["itl"]]}
                     | {"num_preemptions": request.num_preemptions, "finish_reason": request.finish_reason, "error": request.error}
@@ -125,6 +125,8 @@ def pool_blocks(setting: Setting, items: Sequence[WorkItem], max_seq_len: int) -
     at_least("block-size", setting.block_size, 1)
     at_least("batch-size", setting.batch_size, 1)
     given = setting.num_blocks
+    if isinstance(given, str) and given.removeprefix("-").isdecimal():
+        given = int(given)
     if isinstance(given, int):
         return at_least("num-blocks", given, 1)
     share = 1.0
@@ -157,6 +159,9 @@ def run_bench(
     for strategy in strategies:
         if strategy != MLX_LM and not callable(strategy):
             one_of("strategy", strategy, ALL)
+    names = [_name(strategy) for strategy in strategies]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BadInput(f"strategy {twice[0]!r} is named twice: each may stand once, and a factory needs a name of its own")
     at_least("repeats", repeats, 1)
     context, vocabulary = model_limits(model)
     max_seq_len = setting.max_seq_len or default_max_seq_len(items, context)
@@ -180,7 +185,6 @@ def run_bench(
         singles = iter(one_by_one)  # at batch 1 the faster of mlx-lm's two ways counts
         bench.runs = [next(singles) if run.strategy == MLX_LM else run for run in bench.runs]
     references: dict[tuple, Difference | None] = {}
-    names = list(dict.fromkeys(run.strategy for run in bench.runs))
     for name in names:
         runs = [run for run in bench.runs if run.strategy == name]
         bench.rows.append(_row(runs, setting, job, references))
@@ -200,7 +204,7 @@ class _Job:
     max_seq_len: int
     stops: Sequence[int]
     progress: Callable[[int, str], None]
-    refused: dict = field(default_factory=dict)  # strategy -> {index of a request: why it cannot be served}
+    refused: set[int] = field(default_factory=set)  # requests that one of the strategies cannot serve, by index
 
     @cached_property
     def slot_bytes(self) -> int:
@@ -209,16 +213,21 @@ class _Job:
         return 2 * layers * heads * dim * dtype.size
 
     def refuse(self, strategies) -> None:
-        """Find out which requests each strategy cannot serve, before anything runs; `BadInput` when one can serve none."""
+        """Leave out, for all, what one strategy cannot serve: only then are they compared on the same requests.
+
+        Known before anything runs; `BadInput` when nothing is left.
+        """
+        lines = []
         for strategy in strategies:
             fits = self._fits(strategy)
-            reasons = {i: reason for i, item in enumerate(self.items) if (reason := fits(item))}
-            if len(reasons) == len(self.items):
-                raise BadInput(f"{_name(strategy)} can serve no request: request 'r0' {reasons[0]}")
-            self.refused[strategy] = reasons
-        for strategy, reasons in self.refused.items():
-            for index, reason in reasons.items():
-                print(f"{_name(strategy)}: refused: request 'r{index}' {reason}", file=sys.stderr)
+            for index, item in enumerate(self.items):
+                if reason := fits(item):
+                    self.refused.add(index)
+                    lines.append(f"{_name(strategy)}: refused: request 'r{index}' {reason}")
+        if len(self.refused) == len(self.items):
+            raise BadInput(f"no request can be served; {lines[0]}")
+        for line in lines:
+            print(line, file=sys.stderr)
 
     def _fits(self, strategy) -> Callable[[WorkItem], str | None]:
         blocks = None
@@ -245,9 +254,12 @@ class _Job:
             return
         items = [WorkItem(0.0, length, WARMUP_TOKENS)] * n
         blocks = max(n * 2 * -(-(length + WARMUP_TOKENS) // self.setting.block_size), -(-self.max_seq_len // self.setting.block_size))
-        _Job(
+        small = _Job(
             self.model, items, [[0] * length] * n, blocks, self.setting, self.max_seq_len, (), lambda tokens, strategy: None
-        ).run(strategy)  # fmt: skip
+        )  # fmt: skip
+        small.run(strategy)
+        if strategy == MLX_LM and self.setting.batch_size == 1:
+            small.mlx_lm(one_by_one=True)
 
     def engine(self, strategy) -> Run:
         """The workload on our engine."""
@@ -257,9 +269,9 @@ class _Job:
             max_batch_size=self.setting.batch_size, max_seq_len=self.max_seq_len, on_step=records.append,
         )  # fmt: skip
         engine.cache.warmup()
-        name, refused = _name(strategy), self.refused.get(strategy, {})
+        name = _name(strategy)
         started_at = engine.clock()
-        coming = [(i, item) for i, item in enumerate(self.items) if i not in refused][::-1]
+        coming = [(i, item) for i, item in enumerate(self.items) if i not in self.refused][::-1]
         requests = []
         while coming or engine.requests:
             while coming and started_at + coming[-1][1].arrived_at <= engine.clock():
@@ -278,7 +290,7 @@ class _Job:
         stats = engine.stats()
         steps = [_engine_step(record, started_at, engine.cache.blocks.block_size) for record in records]
         return Run(
-            name, requests, len(refused), duration, steps, self.num_blocks, self.setting.block_size, stats.arena_bytes,
+            name, requests, len(self.refused), started_at, duration, steps, self.num_blocks, self.setting.block_size, stats.arena_bytes,
             stats.copied_bytes, stats.num_preemptions,
             max(record.pool.used_blocks for record in records) * engine.cache.block_bytes,
         )  # fmt: skip
@@ -286,12 +298,11 @@ class _Job:
     def mlx_lm(self, one_by_one: bool = False) -> Run:
         """The workload on mlx-lm's `BatchGenerator` at the same batch limit, or on `generate_step`."""
         uses: list[CacheUse] = []
-        refused = self.refused.get(MLX_LM, {})
         started_at = time.perf_counter()
         requests = [
             Request(f"r{i}", tuple(prompt), item.output_tokens, frozenset(self.stops), started_at + item.arrived_at)
             for i, (item, prompt) in enumerate(zip(self.items, self.prompts, strict=True))
-            if i not in refused
+            if i not in self.refused
         ]
         if one_by_one:
             ended = run_one_by_one(self.model, requests, uses.append)
@@ -302,7 +313,7 @@ class _Job:
         duration = time.perf_counter() - started_at
         steps = [_mlx_lm_step(use, started_at, self.slot_bytes) for use in uses]
         mx.clear_cache()
-        return Run(MLX_LM, requests, len(refused), duration, steps, peak_kv_bytes=max(use.nbytes for use in uses))
+        return Run(MLX_LM, requests, len(self.refused), started_at, duration, steps, peak_kv_bytes=max(use.nbytes for use in uses))
 
 
 def _name(strategy) -> str:
@@ -320,6 +331,7 @@ def _engine_step(record: StepRecord, start: float, block_size: int) -> dict:
         "num_running": record.num_running,
         "num_waiting": record.num_waiting,
         **{f"{name}_slots": count for name, count in slots.items()},
+        "pool_slots": (record.pool.used_blocks + record.pool.free_blocks) * block_size,
         **record.pool,
         "copied_bytes": record.copied_bytes,
         "extents": json.dumps(extents, separators=(",", ":")),  # [[request, [[first block, blocks], ...]], ...]
@@ -386,25 +398,23 @@ def _shares(run: Run) -> dict:
 
 def _equality(runs: list[Run], model: nn.Module, references: dict) -> dict:
     """How the outputs compare to the unmodified model's greedy choice; the worst of the repeats counts."""
-    worst = None
+    counts = []
     for run in runs:
-        differences = []
+        identical, near_tie, gaps = 0, 0, [0.0]
         for request in run.requests:
-            if request.state is not RequestState.FINISHED:
+            whole = request.finish_reason == "stop" or len(request.output_tokens) == request.max_tokens
+            if request.state is not RequestState.FINISHED or not whole:
                 continue
             key = (request.prompt, tuple(request.output_tokens))
             if key not in references:
                 references[key] = first_difference(model, request.prompt, request.output_tokens)
-            differences.append(references[key])
-        found = [difference for difference in differences if difference is not None]
-        counts = {
-            "requests_identical": len(differences) - len(found),
-            "requests_near_tie": sum(difference.near_tie for difference in found),
-            "max_gap": max((difference.gap for difference in found), default=0.0),
-        }
-        if worst is None or counts["requests_identical"] < worst["requests_identical"]:
-            worst = counts
-    return worst
+            difference = references[key]
+            identical += difference is None
+            near_tie += difference is not None and difference.near_tie
+            gaps += [] if difference is None else [difference.gap]
+        counts.append((identical + near_tie, identical, max(gaps)))
+    held, identical, _ = min(counts)
+    return {"requests_identical": identical, "requests_near_tie": held - identical, "max_gap": max(gap for *_, gap in counts)}
 
 
 def _ratios(runs: list[Run], names: list[str]) -> list[dict]:

@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done; 1 done, but something did not hold; 2 bad input (one line on standard error)."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .allocators import STRATEGIES, make_allocator
-from .errors import BadInput, CortexLabError, at_least, one_of, shown
+from .errors import BadInput, CortexLabError, ModelError, at_least, one_of, shown
 
 NOTEBOOKS = Path("notebooks")
 DEFAULT_REQUESTS = 16
@@ -73,7 +74,7 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     add("--model", default="smollm2", help="smollm2, tiny, a local folder, or a Hub repository")
     add("--strategies", default=",".join([*STRATEGIES, "mlx-lm"]), help="comma-separated names, or module:Factory of your own")
     add("--block-size", type=int, default=16, help="slots a block")
-    add("--num-blocks", type=_number_or_text, help="blocks in the pool, or a percentage of what a full batch can ever use (default: 100%%)")
+    add("--num-blocks", help="blocks in the pool, or a percentage of what a full batch can ever use (default: 100%%)")
     add("--batch-size", type=int, default=8, help="requests run at once, for every strategy and for mlx-lm")
     add("--requests", type=int, help=f"how many (default: {DEFAULT_REQUESTS}, or all of a trace)")
     add("--workload", default="chat", help="chat, lognormal, heavy-tail or shared-prefix")
@@ -117,7 +118,7 @@ def run_bench(args) -> int:
         bench = benchmarks.run_bench(
             model, items, strategies, setting, repeats=args.repeats, stop_token_ids=stops, progress=advance
         )  # fmt: skip
-    where = environment() | {"step_time_model": None}
+    where = environment()
     document = {"environment": where, "rows": bench.rows, "ratios": bench.ratios}
     _write_bench(target, args, bench, document)
     if args.json:
@@ -139,11 +140,13 @@ def run_fetch(args) -> int:
     from . import model
 
     path = model.find_smollm2()
-    if path is None:
-        print("fetching the model (93 MB) ...", flush=True)
-        path = model.fetch_smollm2()
-    model.check_sha256(path)
-    print(f"model: {path}")
+    with contextlib.suppress(ModelError):  # a damaged file is fetched again
+        if path is not None:
+            model.check_sha256(path)
+            print(f"model: {path}")
+            return 0
+    print("fetching the model (93 MB) ...", flush=True)
+    print(f"model: {model.fetch_smollm2()}")
     return 0
 
 
@@ -264,13 +267,6 @@ def _bench_report(args, bench, where: dict, target: Path) -> str:
     lines.append(f"Figures and tables: {target}/")
     lines.append("Next: `make lab` opens the notebooks; `cortexlab bench --help` lists what can be varied.")
     return "\n".join(lines)
-
-
-def _number_or_text(text: str) -> int | str:
-    try:
-        return int(text)
-    except ValueError:
-        return text
 
 
 def _rate(text: str) -> float | str:

@@ -14,9 +14,10 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .allocators import Allocator, Stats
-from .attention import METHODS, Plan, RowRun
+from .arena import Arena
+from .attention import Plan, RowRun, check_method
 from .block_manager import BlockTable
-from .errors import BadInput, ModelError, at_least, one_of
+from .errors import BadInput, ModelError, at_least, shown
 from .hook import LayerCache, attention_modules, attention_over_extents, with_last_rows
 from .kv_cache import KVCache
 from .model import model_limits
@@ -24,6 +25,8 @@ from .request import Request, RequestState, TokenEvent
 from .scheduler import Chunk, Scheduler
 
 DEFAULT_STEP_TOKENS = 512
+PROBE_SLOTS = 16
+PROBE_TOLERANCE, PROBE_TOLERANCE_16_BIT = 1e-3, 5e-2  # of the largest logit
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +61,17 @@ class Engine:
 
     - ``strategy``, ``growth``: as `KVCache`. ``max_seq_len``: longest prompt + output a request may have, and the region of
       ``static`` (default: the model's context, or the pool where that is smaller).
-    - ``max_batch_size`` requests run at once; a step computes at most ``max_step_tokens`` tokens, prompts in chunks if need be.
+    - ``max_batch_size`` requests run at once; a step computes at most ``max_step_tokens`` tokens (default: 512, or the batch size
+      where that is more), prompts in chunks if need be.
     - ``oom_policy``: ``wait``, ``fail`` or ``preempt`` (`cortexlab.scheduler`).
     - ``attention``: ``views``, ``windows``, ``gather`` (`cortexlab.attention`), or ``auto``, the default: windows from eight
       decoding sequences on or where one lies in several extents, else views.
     - ``on_step`` is called with a `StepRecord` after every step; ``clock`` gives seconds.
 
     Greedy decoding: the tokens are those of `mlx_lm.generate.generate_step`, whatever the strategy. Raises `ModelError` for a
-    model whose layers do not all use a plain KV cache, `BadInput` for an argument that makes no sense.
+    model that cannot be driven exactly (a few tokens are tried), `BadInput` for an argument that makes no sense.
+
+    When a step raises, the error is passed on, and everything that was running is computed again from its tokens by later steps.
     """
 
     def __init__(
@@ -78,13 +84,12 @@ class Engine:
         growth: str | None = None,
         max_batch_size: int = 16,
         max_seq_len: int | None = None,
-        max_step_tokens: int = DEFAULT_STEP_TOKENS,
+        max_step_tokens: int | None = None,
         oom_policy: str = "wait",
         attention: str = "auto",
         on_step: Callable[[StepRecord], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        one_of("attention", attention, METHODS)
         at_least("num_blocks", num_blocks, 1)
         at_least("block_size", block_size, 1)
         context, self.vocabulary = model_limits(model)
@@ -94,15 +99,18 @@ class Engine:
             self.num_layers, num_kv_heads, head_dim, num_blocks * block_size, block_size, strategy,
             growth=growth, max_seq_len=self.max_seq_len, dtype=dtype,
         )  # fmt: skip
+        check_method(attention, self.cache.arena)
+        at_least("max_batch_size", max_batch_size, 1)
+        step_tokens = max(DEFAULT_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
         self.scheduler = Scheduler(
-            self.cache.blocks, max_batch_size=at_least("max_batch_size", max_batch_size, 1),
-            max_step_tokens=max(at_least("max_step_tokens", max_step_tokens, 1), max_batch_size), oom_policy=oom_policy,
+            self.cache.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy
         )  # fmt: skip
         self.attention = attention
         self.clock = clock
         self.requests: dict[str, Request] = {}  # not ended yet
         self._model, self._last_rows = with_last_rows(model)
         self._modules = attention_modules(model)
+        self._probe(model)
         self._on_step = on_step
         self._pending_events: list[TokenEvent] = []
         self._num_submitted = 0
@@ -121,12 +129,11 @@ class Engine:
         arrived_at: float | None = None,
     ) -> Request:
         """Queue a request. `BadInput` when the prompt is empty or holds what is no token, or when it could never fit."""
-        self._num_submitted += 1
         request = Request(
-            id=f"request-{self._num_submitted}" if request_id is None else request_id,
-            prompt=tuple(prompt),
+            id=self._new_id() if request_id is None else request_id,
+            prompt=self._tokens("prompt", prompt),
             max_tokens=at_least("max_tokens", max_tokens, 1),
-            stop_token_ids=frozenset(stop_token_ids),
+            stop_token_ids=frozenset(self._tokens("stop_token_ids", stop_token_ids)),
             arrived_at=self.clock() if arrived_at is None else arrived_at,
         )
         self._check(request)
@@ -161,11 +168,15 @@ class Engine:
             events.append(TokenEvent(request.id, None, "error"))
         if not step.chunks:
             return events
-        self.cache.make_moves()
         chunks = sorted(step.chunks, key=lambda chunk: chunk.stop - chunk.start > 1)  # decode rows first, as `Plan` wants them
         held = self._held() if self._on_step else ()
         running, pool = len(self.scheduler.running), self.cache.blocks.allocator.stats() if self._on_step else None
-        tokens = self._forward(chunks)
+        try:
+            self.cache.make_moves()
+            tokens = self._forward(chunks)
+        except BaseException:
+            self._recover(events)
+            raise
         now = self.clock()
         for chunk in chunks:
             chunk.request.num_computed = chunk.stop
@@ -228,6 +239,29 @@ class Engine:
         mx.eval(sampled, self.cache.arena.arrays())
         return sampled.tolist()
 
+    def _recover(self, events: list[TokenEvent]) -> None:
+        """After a step that raised: what is in the arena is not to be trusted, and what was to be delivered still is."""
+        self.cache.blocks.moves.clear()
+        self.cache.arena.clear()
+        self.scheduler.preempt_all()
+        self._pending_events = events
+
+    def _probe(self, model: nn.Module) -> None:
+        """`ModelError` unless two short sequences in one step give the logits that the model gives each by itself."""
+        prompts, arena = [[0, 1, 2], [2, 1]], Arena(self.num_layers, *self.cache.arena.shape[::2], PROBE_SLOTS, self.cache.arena.dtype)
+        rows = [RowRun(0, len(prompt), [(8 * i, 8 * i + len(prompt))]) for i, prompt in enumerate(prompts)]
+        try:
+            plan = Plan(rows, arena, "views")
+            with attention_over_extents(self._modules):
+                ours = model(mx.array([*prompts[0], *prompts[1]])[:, None], cache=[LayerCache(plan, i) for i in range(self.num_layers)])
+            theirs = mx.concatenate([model(mx.array(prompt)[None], cache=mlx_lm_cache.make_prompt_cache(model))[0] for prompt in prompts])
+            worst = mx.abs(ours[:, 0] - theirs).max().item() / max(mx.abs(theirs).max().item(), 1e-30)
+        except Exception as error:
+            raise ModelError(f"this model's attention cannot read from extents: {type(error).__name__}: {shown(str(error))}") from error
+        limit = PROBE_TOLERANCE if arena.dtype == mx.float32 else PROBE_TOLERANCE_16_BIT
+        if not worst <= limit:
+            raise ModelError(f"this model gives other logits over extents than by itself (relative difference {worst:.1e})")
+
     def _deliver(self, request: Request, token: int, now: float) -> TokenEvent:
         request.output_tokens.append(token)
         request.token_times.append(now)
@@ -250,12 +284,29 @@ class Engine:
         tables = self.cache.blocks.tables
         return tuple(Held(r.id, table := tables[r.id], table.extents, table.capacity, table.num_tokens) for r in self.scheduler.running)
 
+    def _new_id(self) -> str:
+        while True:
+            self._num_submitted += 1
+            if (name := f"request-{self._num_submitted}") not in self.requests:
+                return name
+
+    def _tokens(self, name: str, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Token ids as plain ints; NumPy's and MLX's are welcome."""
+        try:
+            given = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
+        except TypeError:
+            raise BadInput(f"{name} must be a sequence of token ids, not {shown(tokens)}") from None
+        found = []
+        for token in given:
+            number = token.__index__() if hasattr(token, "__index__") and not isinstance(token, bool) else -1
+            if not 0 <= number < self.vocabulary:
+                raise BadInput(f"{name} has token {shown(token)}, but tokens are whole numbers from 0 to {self.vocabulary - 1}")
+            found.append(number)
+        return tuple(found)
+
     def _check(self, request: Request) -> None:
         if not request.prompt:
             raise BadInput(f"prompt of request {request.id!r} is empty: give at least one token")
-        for token in (*request.prompt, *request.stop_token_ids):
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocabulary:
-                raise BadInput(f"request {request.id!r} has token {token!r}, but tokens are whole numbers from 0 to {self.vocabulary - 1}")
         if request.id in self.requests:
             raise BadInput(f"request id {request.id!r} is already in use: choose another")
         length = len(request.prompt) + request.max_tokens

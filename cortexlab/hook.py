@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .attention import Plan
+from .errors import ModelError
 
 ATTENTION = "scaled_dot_product_attention"
 _lock = threading.RLock()
@@ -36,8 +37,10 @@ class LayerCache:
         self.plan, self.layer = plan, layer
         self.offset = plan.positions
 
-    def make_mask(self, *_args, **_kwargs) -> None:
-        """None: the plan masks each sequence by itself."""
+    def make_mask(self, *_args, window_size: int | None = None, **_kwargs) -> None:
+        """None: the plan masks each sequence by itself, and knows no sliding window."""
+        if window_size is not None:
+            raise ModelError(f"layer {self.layer} attends to a sliding window of {window_size} tokens, which extents do not support")
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[ArenaArray, ArenaArray]:
         """Write ``[rows, kv_heads, 1, head_dim]`` (one sequence: ``[1, kv_heads, rows, head_dim]``) K and V."""
@@ -78,8 +81,8 @@ def _dispatching(original):
     def scaled_dot_product_attention(queries, keys, values, cache=None, scale=1.0, mask=None, sinks=None, **more):
         if not isinstance(keys, ArenaArray):
             return original(queries, keys, values, cache, scale=scale, mask=mask, **({"sinks": sinks} if sinks is not None else {}), **more)
-        if sinks is not None or more:
-            raise NotImplementedError("attention sinks are not supported over extents")
+        if mask is not None or sinks is not None or more:
+            raise ModelError("this model's attention has a mask or sinks of its own, which extents do not support")
         return keys.layer_cache.attend(queries, scale)
 
     return scaled_dot_product_attention

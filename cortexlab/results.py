@@ -45,7 +45,8 @@ def check_target(out: Path, name: str, overwrite: bool = False) -> Path:
 def written_atomically(target: Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its place when the block ends well, and is removed when it does not.
 
-    A killed run leaves at most a folder named ``.<name>-…``, never a half-written result.
+    A killed run leaves at most folders named ``.<name>-…``, never a half-written result. One killed in the instant between taking
+    the old result away and putting the new one in its place leaves both, whole, under such names.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,13 +59,28 @@ def written_atomically(target: Path) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
             os.replace(target, old)
-            os.replace(folder, target)
+            try:
+                os.replace(folder, target)
+            except OSError:
+                os.replace(old, target)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``target`` when the block ends well."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_tables(folder: Path, run: dict, **tables: pd.DataFrame) -> None:

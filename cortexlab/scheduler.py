@@ -70,6 +70,7 @@ class Scheduler:
         """Plan the next step: running requests first, then as many of the queue as the batch, the budget and the pool admit."""
         step = Schedule()
         budget = self.max_step_tokens
+        misplaced = False  # the head of the queue was refused, although enough blocks were free
         short = False  # somebody wanted memory in vain: nobody is let in
         for request in list(self.running):
             if budget == 0:
@@ -88,12 +89,12 @@ class Scheduler:
         while self.waiting and budget and len(self.running) < self.max_batch_size:
             request = self.waiting[0]
             if short or not self.blocks.allocate(request.id, request.num_tokens, request.max_slots):
-                if self.oom_policy == "fail" and not short:
-                    self.waiting.popleft()
-                    self._fail(request, step)
-                    continue
-                step.unusable_blocks = self._unusable(request)
-                break
+                misplaced |= self._would_fit(request)
+                if self.oom_policy != "fail" or short:
+                    break
+                self.waiting.popleft()
+                self._fail(request, step)
+                continue
             self.waiting.popleft()
             self.running.append(request)
             request.state = RequestState.PREFILLING
@@ -102,6 +103,7 @@ class Scheduler:
             stop = min(request.num_tokens, budget)
             step.chunks.append(Chunk(request, 0, stop))
             budget -= stop
+        step.unusable_blocks = self.blocks.allocator.stats().free_blocks if misplaced else 0
         for chunk in step.chunks:
             self.blocks.tables[chunk.request.id].num_tokens = chunk.stop
         return step
@@ -122,6 +124,11 @@ class Scheduler:
                 return False
         return True
 
+    def preempt_all(self) -> None:
+        """Send every running request back to the queue, oldest first: what they had in the cache is lost."""
+        for request in reversed(list(self.running)):
+            self._preempt(request)
+
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue without its blocks; it computes its tokens again when it is admitted."""
         self.running.remove(request)
@@ -137,7 +144,7 @@ class Scheduler:
         request.error = f"out of KV memory: request {request.id!r} wants {wanted} blocks, {free} are free (oom_policy 'fail')"
         step.failed.append(request)
 
-    def _unusable(self, request: Request) -> int:
-        """Free blocks that would be enough for ``request``, but not where they lie: the *external* share's numerator."""
-        free = self.blocks.allocator.stats().free_blocks
-        return free if self.blocks.blocks_wanted(request.num_tokens, request.max_slots) <= free else 0
+    def _would_fit(self, request: Request) -> bool:
+        """Whether as many blocks are free as admitting ``request`` takes, wherever they lie."""
+        wanted = self.blocks.blocks_wanted(request.num_tokens, request.max_slots)
+        return wanted <= self.blocks.allocator.stats().free_blocks

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from . import results
 from .doctor import environment
-from .errors import BadInput
+from .errors import BadInput, shown
 
 ROWS_PARAMETER = "rows_file"
+PREFIX = "param_"  # of the swept parameters' columns: a measured column may have the same name
 
 
 def run(file: Path, out: Path = Path("results"), name: str | None = None) -> int:
@@ -51,7 +52,8 @@ def run(file: Path, out: Path = Path("results"), name: str | None = None) -> int
         if not done.exists() and not _run_point(notebook, spec["notebook"], parameters, points, key):
             failed.append((parameters, points / f"{key}.failed.ipynb"))
             continue
-        rows.append(pd.read_parquet(done).assign(point=key, **parameters))
+        swept = {f"{PREFIX}{name}": value for name, value in parameters.items()}
+        rows.append(pd.read_parquet(done).assign(point=key, **swept))
     for parameters, left in failed:
         print(f"failed: {parameters}: see {left}")
     if rows:
@@ -79,6 +81,13 @@ def read_spec(file: Path) -> dict:
     if ROWS_PARAMETER not in known:
         raise BadInput(f"{file}: notebook {spec['notebook']} has no parameter {ROWS_PARAMETER}, so it leaves no rows")
     fixed = spec.get("parameters") or {}
+    if not isinstance(fixed, dict):
+        raise BadInput(f"{file}: parameters must be a mapping, not {shown(fixed)}")
+    plot = spec.get("plot", {"x": "", "lines": ""})
+    if not isinstance(plot, dict) or not {"x", "lines"} <= set(plot) <= {"x", "lines", "y"}:
+        raise BadInput(f"{file}: plot must have x and lines, and may have y, not {shown(plot)}")
+    if "plot" in spec and plot["x"] not in spec["grid"]:
+        raise BadInput(f"{file}: plot.x must be a parameter of the grid, not {plot['x']!r}")
     for parameter, values in itertools.chain(((p, [v]) for p, v in fixed.items()), spec["grid"].items()):
         if parameter not in known:
             raise BadInput(f"{file}: the notebook has no parameter {parameter!r}: use {', '.join(sorted(known))}")
@@ -133,11 +142,13 @@ def _collect(target: Path, spec: dict, rows: pd.DataFrame) -> None:
     matplotlib.use("Agg")
     from . import plots
 
-    part = target / ".rows.parquet"
-    rows.to_parquet(part, index=False)
-    os.replace(part, target / "rows.parquet")
+    with results.replacing(target / "rows.parquet") as part:
+        rows.to_parquet(part, index=False)
     run = {"command": "sweep", "spec": spec | {"notebook": spec["notebook"].name}, "environment": environment()}
-    (target / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    with results.replacing(target / "run.json") as part:
+        part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if "plot" in spec:
         plots.use_style()
-        plots.sweep_figure(rows, **spec["plot"])[0].figure.savefig(target / "sweep.png")
+        plot = spec["plot"] | {"x": PREFIX + spec["plot"]["x"]}
+        with results.replacing(target / "sweep.png") as part:
+            plots.sweep_figure(rows, **plot)[0].figure.savefig(part, format="png")

@@ -61,7 +61,7 @@ def test_mlx_lm_never_decodes_more_than_the_batch_limit(tiny, batch_size, monkey
         return result
 
     monkeypatch.setattr(BatchGenerator, "next", spied)
-    items = [WorkItem(0.0, 10, 8)] * 20
+    items = make_workload("lognormal", 20, seed=batch_size, scale_lengths=0.3)  # mixed lengths: equal ones never overshoot
     result = run_bench(tiny, items, [MLX_LM], Setting(batch_size=batch_size))
     assert result.held and max(sizes) == batch_size
 
@@ -123,7 +123,7 @@ def _fake(**seconds) -> bench.Bench:
     made = bench.Bench(Setting())
     for name, times in seconds.items():
         for time in times:
-            made.runs.append(Run(name, [Request("r", (1,), 100, output_tokens=[0] * 100)], 0, time, []))
+            made.runs.append(Run(name, [Request("r", (1,), 100, output_tokens=[0] * 100)], 0, 0.0, time, []))
         speed = 100 / sorted(times)[len(times) // 2]
         made.rows.append({"strategy": name, "output_throughput": speed, "token_share": 0.5 + len(name) / 100, "peak_kv_bytes": 1})
     return made
@@ -146,6 +146,37 @@ def test_percentages_of_the_pool():
     items = [WorkItem(0.0, 30, 3), WorkItem(0.0, 60, 5), WorkItem(0.0, 10, 1)]
     assert bench.full_pool(items, block_size=16, batch_size=2) == 2 + 4
     assert bench.pool_blocks(Setting(num_blocks="50%", batch_size=2), items, 16) == math.ceil(3)
-    for bad in ("50", "x%", "-1%", "nan%", 0, -3):
+    for bad in ("x", "x%", "-1%", "nan%", 0, -3):
         with pytest.raises(ValueError, match=r"num-blocks"):
             bench.pool_blocks(Setting(num_blocks=bad), items, 16)
+
+
+def _run(name, outputs, max_tokens, finish="length"):
+    requests = [
+        Request(f"r{i}", (1, 2), max_tokens, output_tokens=tokens, state=RequestState.FINISHED, finish_reason=finish)
+        for i, tokens in enumerate(outputs)
+    ]
+    return Run(name, requests, 0, 0.0, 1.0, [])
+
+
+def test_equality_takes_the_worst_repeat_and_counts_no_short_output(tiny):
+    tie, wrong = bench.Difference(0, 1e-4, 1e-3), bench.Difference(0, 5.0, 1e-3)
+    good, near, bad = [7, 7], [8, 8], [9, 9]
+    known = {((1, 2), tuple(good)): None, ((1, 2), tuple(near)): tie, ((1, 2), tuple(bad)): wrong}
+    for runs in ([[good, near], [good, bad]], [[good, bad], [good, near]]):
+        found = bench._equality([_run("paged", outputs, 2) for outputs in runs], tiny, known)
+        assert found == {"requests_identical": 1, "requests_near_tie": 0, "max_gap": 5.0}
+    short = bench._equality([_run("paged", [good], 3)], tiny, known)
+    assert short["requests_identical"] == 0, "two of three tokens are not the reference's output"
+
+
+def test_what_one_strategy_cannot_serve_is_left_out_for_all(tiny, capsys):
+    items = [WorkItem(0.0, 10, 5), WorkItem(0.0, 60, 5), WorkItem(0.0, 20, 5)]
+    result = run_bench(tiny, items, ["paged", MLX_LM], Setting(num_blocks=2, max_seq_len=128))
+    assert [(row["completed"], row["refused"]) for row in result.rows] == [(2, 1), (2, 1)]
+    assert "paged: refused: request 'r1'" in capsys.readouterr().err
+
+
+def test_a_strategy_named_twice_is_refused(tiny):
+    with pytest.raises(ValueError, match="'paged' is named twice"):
+        run_bench(tiny, [WorkItem(0.0, 5, 5)], ["paged", MLX_LM, "paged"])

@@ -10,6 +10,7 @@ from mlx_lm.models import llama
 import cortexlab as cl
 from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit
 from cortexlab.attention import METHODS
+from cortexlab.baseline import first_difference
 from cortexlab.hook import ATTENTION
 from cortexlab.request import RequestState
 from cortexlab.scheduler import OOM_POLICIES
@@ -203,3 +204,62 @@ def pointer(array: mx.array) -> int:
     import numpy as np
 
     return np.array(array, copy=False).__array_interface__["data"][0]
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_sixteen_bit_models_run_where_windows_cannot(dtype):
+    model = cl.load_model("tiny")[0]
+    model.set_dtype(dtype)
+    for strategy in ("paged", "cortexstream"):
+        _, requests = serve(model, prompts_of([20] * 10, 256), 12, num_blocks=64, strategy=strategy, max_batch_size=10)
+        for request in requests:
+            difference = first_difference(model, request.prompt, request.output_tokens)
+            assert difference is None or difference.near_tie
+    if mx.default_device() == mx.cpu:
+        with pytest.raises(cl.BadInput, match="float32"):
+            cl.Engine(model, num_blocks=64, attention="windows")
+
+
+def test_a_step_that_raises_loses_nothing(tiny, tiny_reference, monkeypatch):
+    engine = cl.Engine(tiny, num_blocks=64)
+    requests = [engine.submit(prompt, 10) for prompt in prompts_of([30, 7, 50], 256)]
+    gone = engine.submit([1, 2], 5)
+    events = engine.step() + engine.step()
+    engine.cancel(gone.id)
+    with monkeypatch.context() as broken:
+        broken.setattr(cl.hook.LayerCache, "attend", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    events += engine.run()
+    assert all(tiny_reference.check(request) for request in requests)
+    assert cl.TokenEvent(gone.id, None, "cancelled") in events
+    for request in requests:
+        assert [event.token for event in events if event.request_id == request.id] == request.output_tokens
+
+
+def test_models_whose_attention_cannot_be_hooked_are_refused_when_the_engine_is_made():
+    from mlx_lm.models import gemma2, gpt_bigcode
+
+    small = gemma2.ModelArgs(
+        model_type="gemma2", hidden_size=32, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2, head_dim=16,
+        rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=1,
+    )  # fmt: skip
+    with pytest.raises(cl.ModelError, match="extents"):
+        cl.Engine(gemma2.Model(small), num_blocks=8)
+    other = gpt_bigcode.ModelArgs(
+        model_type="gpt_bigcode", n_embd=32, n_layer=2, n_inner=64, n_head=2, n_positions=64, layer_norm_epsilon=1e-5, vocab_size=64
+    )
+    with pytest.raises(cl.ModelError, match="extents"):
+        cl.Engine(gpt_bigcode.Model(other), num_blocks=8)
+
+
+def test_prompts_may_be_arrays_and_ids_never_collide(tiny):
+    import numpy as np
+
+    engine = cl.Engine(tiny, num_blocks=16)
+    engine.submit([1], 2, request_id="request-1")
+    requests = [engine.submit(np.array([1, 2, 3]), 2), engine.submit(mx.array([1, 2, 3]), 2)]
+    assert [request.prompt for request in requests] == [(1, 2, 3)] * 2
+    for bad in (5, None, [[1, 2]], "text"):
+        with pytest.raises(cl.BadInput, match="prompt"):
+            engine.submit(bad, 2)

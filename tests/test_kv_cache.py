@@ -395,3 +395,17 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(attempt):
     assert isinstance(caught.value, ValueError)
     assert (kv.stats(), kv.dump_cache_stats()) == before
     assert equal(kv.get_k_view("a", 1), k)
+
+
+def test_relocation_copies_the_tokens_and_not_the_arena():
+    """By pointer, and by the peak: 64 KB move in an arena of 32 MB."""
+    cache = cl.KVCache(num_layers=1, num_kv_heads=1, head_dim=64, max_total_tokens=65536, strategy="cortexstream", growth="relocate")
+    assert cache.allocate_for("a", 128) and cache.allocate_for("b", 16)
+    cache.warmup()
+    before = [address(array) for array in cache.arena.arrays()]
+    mx.reset_peak_memory()
+    base = mx.get_active_memory()
+    assert cache.append_token("a"), "b is in the way, so a moves"
+    assert cache.arena.copied_bytes == 128 * 64 * 4 * 2
+    assert [address(array) for array in cache.arena.arrays()] == before
+    assert mx.get_peak_memory() - base < 4 << 20

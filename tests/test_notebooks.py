@@ -47,7 +47,12 @@ def test_a_sweep_collects_every_point_skips_what_is_done_and_survives_a_failure(
     assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 0
     target = tmp_path / "out" / "small"
     rows = pd.read_parquet(target / "rows.parquet")
-    assert sorted(zip(rows["block_size"], rows["strategy"], strict=True)) == [(8, "paged"), (8, "static"), (64, "paged"), (64, "static")]
+    assert sorted(zip(rows["param_block_size"], rows["strategy"], strict=True)) == [
+        (8, "paged"),
+        (8, "static"),
+        (64, "paged"),
+        (64, "static"),
+    ]
     assert (target / "sweep.png").stat().st_size > 10_000
     stamps = {path: path.stat().st_mtime_ns for path in (target / "points").iterdir()}
     file.write_text(file.read_text().replace("[static, paged]", "[static, nonsense]"))

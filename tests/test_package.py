@@ -107,7 +107,6 @@ def test_environment_yml_and_pyproject_are_in_step():
     assert pip_section() == [*wanted, "--editable ."]
 
 
-@pytest.mark.slow
 def test_the_pip_section_makes_a_working_environment(tmp_path):
     """A clean venv, what environment.yml says, an import and a look: with nothing of this environment in it."""
     venv = tmp_path / "venv"

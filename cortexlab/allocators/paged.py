@@ -1,6 +1,8 @@
 """Paging: any free block serves, so nothing is ever too fragmented; what it costs is the number of extents a sequence ends up in."""
 
+from collections import Counter
 from collections.abc import Iterable
+from itertools import groupby
 
 from ..errors import BadInput, at_least
 from .base import Extent, Stats, merged, pool_stats
@@ -15,42 +17,62 @@ class Paged:
     def __init__(self, num_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
         self._free = list(range(num_blocks))[::-1]
-        self._used = bytearray(num_blocks)
+        self._owner: list[int | None] = [None] * num_blocks  # block -> allocation
+        self._sizes: dict[int, int] = {}  # allocation -> its blocks
+        self._next = 0
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
+        owner = self._next
+        extents = self._take(num_blocks, owner)
+        if extents is not None:
+            self._next += 1
+        return extents
+
+    def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
+        """Chain any free blocks behind ``extents``; they join the last one only when they happen to follow it."""
+        owner, *others = self._owners(self._checked(extents))
+        if others:
+            raise BadInput(f"{extents} is not one allocation, but {len(others) + 1}")
+        more = self._take(num_blocks, owner)
+        return None if more is None else merged((*extents, *more))
+
+    def free(self, extents: Iterable[Extent]) -> None:
+        blocks = self._checked(extents)
+        for owner in self._owners(blocks):
+            del self._sizes[owner]
+        for block in reversed(blocks):
+            self._owner[block] = None
+            self._free.append(block)
+
+    def stats(self) -> Stats:
+        """O(pool): the runs of free blocks are counted along the map."""
+        runs = [sum(1 for _ in run) for free, run in groupby(self._owner, lambda owner: owner is None) if free]
+        return pool_stats(self.num_blocks, len(self._free), max(runs, default=0), len(runs))
+
+    def check(self) -> None:
+        assert len(set(self._free)) == len(self._free), "a block stands twice in the free list"
+        assert sorted(self._free) == [b for b, owner in enumerate(self._owner) if owner is None], "a block is lost or held twice"
+        assert self._owners(b for b, owner in enumerate(self._owner) if owner is not None) == self._sizes
+
+    def _take(self, num_blocks: int, owner: int) -> tuple[Extent, ...] | None:
         if at_least("num_blocks", num_blocks, 1) > len(self._free):
             return None
         blocks = self._free[: -num_blocks - 1 : -1]
         del self._free[-num_blocks:]
         for block in blocks:
-            self._used[block] = 1
+            self._owner[block] = owner
+        self._sizes[owner] = self._sizes.get(owner, 0) + num_blocks
         return merged(Extent(block, 1) for block in blocks)
 
-    def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
-        """Chain any free blocks behind ``extents``; they join the last one only when they happen to follow it."""
-        self._checked(extents)
-        more = self.allocate(num_blocks)
-        return None if more is None else merged((*extents, *more))
-
-    def free(self, extents: Iterable[Extent]) -> None:
-        for block in reversed(self._checked(extents)):
-            self._used[block] = 0
-            self._free.append(block)
-
-    def stats(self) -> Stats:
-        """O(pool): the runs of free blocks are counted by splitting the map at the used ones."""
-        runs = [len(run) for run in bytes(self._used).split(b"\1") if run]
-        return pool_stats(self.num_blocks, len(self._free), max(runs, default=0), len(runs))
-
-    def check(self) -> None:
-        assert len(set(self._free)) == len(self._free), "a block stands twice in the free list"
-        assert sorted(self._free) == [block for block, used in enumerate(self._used) if not used], "a block is lost or held twice"
+    def _owners(self, blocks: Iterable[int]) -> Counter:
+        return Counter(self._owner[block] for block in blocks)
 
     def _checked(self, extents: Iterable[Extent]) -> list[int]:
+        """The blocks of ``extents``, which must be allocations handed out, each of them whole."""
+        extents = tuple(extents)
         blocks = [block for extent in extents for block in range(extent.start, extent.end)]
-        for block in blocks:
-            if block >= self.num_blocks or not self._used[block]:
-                raise BadInput(f"block {block} is not in use: freed twice, or not of this pool of {self.num_blocks}")
-        if len(set(blocks)) != len(blocks) or not blocks:
-            raise BadInput(f"extents must be given, and must not overlap: {tuple(extents)}")
+        if not blocks or max(blocks) >= self.num_blocks:
+            raise BadInput(f"extents must be given, and lie in this pool of {self.num_blocks} blocks, not {extents}")
+        if len(set(blocks)) != len(blocks) or any(self._sizes.get(owner) != n for owner, n in self._owners(blocks).items()):
+            raise BadInput(f"{extents} is not an allocation handed out and not yet got back, or not the whole of it")
         return blocks
