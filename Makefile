@@ -14,7 +14,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 bench: $(READY)
-	$(BIN)/cortexlab bench --workload lognormal --requests 12 --batch-size 12 --num-blocks 50% --seed 1 --repeats 3
+	$(BIN)/cortexlab bench --workload lognormal --requests 10 --batch-size 10 --num-blocks 50% --seed 1 --repeats 3
 
 test: $(READY)
 	$(BIN)/python -m pytest
