@@ -26,6 +26,7 @@ from .workload import WorkItem, prompt_tokens
 
 MLX_LM = "mlx-lm"
 ALL = (*STRATEGIES, MLX_LM)
+DEFAULT = ("static", "cortexstream", "paged", MLX_LM)  # one of each family: fixed, contiguous, scattered
 WARMUP_PROMPT, WARMUP_TOKENS = 32, 4  # tokens of each warm-up request
 LATENCIES = [f"{statistic}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for statistic in ("mean", "median", "p99")]
 MAX_SHARE = 1000.0  # of the full pool
@@ -144,7 +145,7 @@ def pool_blocks(setting: Setting, items: Sequence[WorkItem], max_seq_len: int) -
 def run_bench(
     model: nn.Module,
     items: Sequence[WorkItem],
-    strategies: Sequence[str | Callable[[int], Allocator]] = ALL,
+    strategies: Sequence[str | Callable[[int], Allocator]] = DEFAULT,
     setting: Setting = Setting(),
     *,
     repeats: int = 1,

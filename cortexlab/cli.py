@@ -16,6 +16,7 @@ from .errors import BadInput, CortexLabError, ModelError, at_least, one_of, show
 
 NOTEBOOKS = Path("notebooks")
 DEFAULT_REQUESTS = 16
+STRATEGIES_HELP = f"comma-separated: {', '.join(STRATEGIES)}, mlx-lm, or module:Factory of your own"
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,7 +73,7 @@ def build_parser() -> Parser:
 def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     add = bench.add_argument
     add("--model", default="smollm2", help="smollm2, tiny, a local folder, or a Hub repository")
-    add("--strategies", default=",".join([*STRATEGIES, "mlx-lm"]), help="comma-separated names, or module:Factory of your own")
+    add("--strategies", default="static,cortexstream,paged,mlx-lm", help=STRATEGIES_HELP)
     add("--block-size", type=int, default=16, help="slots a block")
     add("--num-blocks", help="blocks in the pool, or a percentage of what a full batch can ever use (default: 100%%)")
     add("--batch-size", type=int, default=8, help="requests run at once, for every strategy and for mlx-lm")

@@ -73,6 +73,28 @@ def has_free_region(pool: Bitmap, wanted: int) -> bool:
     return wanted <= size and any(not any(region) for region in regions)
 
 
+def power_of_two(wanted: int) -> int:
+    return 1 << (wanted - 1).bit_length()
+
+
+def has_free_buddy(pool: Bitmap, wanted: int) -> bool:
+    """An aligned run of the next power of two, anywhere in the pool."""
+    size = power_of_two(wanted)
+    return any(not any(pool.used[start : start + size]) for start in range(0, len(pool.used) - size + 1, size))
+
+
+def has_free_buddy_behind(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
+    """Doubling in place: every time the extent must be the lower half, and the upper one free and inside the pool."""
+    (extent,) = extents
+    size = extent.num_blocks
+    while size < extent.num_blocks + wanted:
+        upper = extent.start + size
+        if extent.start % (2 * size) or upper + size > len(pool.used) or any(pool.used[upper : upper + size]):
+            return False
+        size *= 2
+    return True
+
+
 CASES = {
     "static": Case(
         make=lambda num_blocks: make_allocator("static", num_blocks, region_blocks=REGION),
@@ -89,6 +111,22 @@ CASES = {
         make=lambda num_blocks: make_allocator("first_fit", num_blocks),
         has_room=has_hole,
         can_extend=has_hole_behind,
+    ),
+    "best_fit": Case(
+        make=lambda num_blocks: make_allocator("best_fit", num_blocks),
+        has_room=has_hole,
+        can_extend=has_hole_behind,
+    ),
+    "segregated": Case(
+        make=lambda num_blocks: make_allocator("segregated", num_blocks),
+        has_room=has_hole,
+        can_extend=has_hole_behind,
+    ),
+    "buddy": Case(
+        make=lambda num_blocks: make_allocator("buddy", num_blocks),
+        has_room=has_free_buddy,
+        can_extend=has_free_buddy_behind,
+        handed_out=lambda wanted, num_blocks: power_of_two(wanted),
     ),
     "paged": Case(
         make=lambda num_blocks: make_allocator("paged", num_blocks),
@@ -241,7 +279,7 @@ class AgainstABitmap(RuleBasedStateMachine):
         if new is not None:
             assert blocks_of(new)[:before] == blocks_of(old), "tokens keep their places"
             self.give_up(old)
-            self.take(new, before + wanted)
+            self.take(new, self.case.handed_out(before + wanted, len(self.model.used)))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -415,3 +453,27 @@ def test_a_users_factory_that_lacks_a_part_is_refused(missing):
     unfinished = type("Unfinished", (), {part: (lambda *args: None) for part in PARTS if part != missing})
     with pytest.raises(ValueError, match="Unfinished"):
         make_allocator(lambda num_blocks: unfinished(), 4)
+
+
+def test_buddy_holds_64_requests_of_32_in_2048_blocks():
+    pool = make_allocator("buddy", 2048)
+    assert all(pool.allocate(32) for _ in range(64)) and pool.allocate(1) is None
+
+
+def test_best_fit_takes_the_smallest_hole_and_segregated_one_of_its_class():
+    for name in ("best_fit", "segregated"):
+        pool = make_allocator(name, 1000)
+        a, _, c, _ = (pool.allocate(n) for n in (100, 1, 60, 1))
+        pool.free(a)
+        pool.free(c)  # holes of 100 and 60, and a long one
+        assert pool.allocate(70)[0].start == 0
+
+
+def test_sizes_of_a_million_blocks_are_found_exactly():
+    pool = make_allocator("best_fit", 1 << 20)
+    kept = [pool.allocate(n) for n in (5000, 1, 700_000, 1, 1024, 1)]
+    for extents in kept[::2]:
+        pool.free(extents)
+    assert pool.stats().largest_free_run == 700_000
+    assert pool.allocate(1025)[0] == Extent(0, 1025) and pool.allocate(1024)[0].start == kept[4][0].start
+    pool.check()

@@ -46,7 +46,8 @@ def test_tiny_model_yields_the_reference_tokens(tiny, tiny_reference, strategy, 
         tiny, prompts, 24, num_blocks=320, strategy=strategy, max_batch_size=batch_size, max_seq_len=640, attention=attention
     )  # fmt: skip
     assert all(tiny_reference.check(request) for request in requests)
-    assert (engine.stats().copied_bytes > 0) == (attention == "gather"), "only gather copies"
+    if STRATEGIES[strategy].growth != "relocate":
+        assert (engine.stats().copied_bytes > 0) == (attention == "gather"), "only gather and relocation copy"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -57,7 +58,7 @@ def test_tiny_model_yields_the_reference_tokens(tiny, tiny_reference, strategy, 
     attention=st.sampled_from(METHODS),
     block_size=st.sampled_from([1, 3, 16, 64]),
     batch_size=st.integers(1, 9),
-    step_tokens=st.integers(1, 200),
+    step_tokens=st.integers(9, 200),  # never below the batch size: that is refused
     lengths=st.lists(st.integers(1, 120), min_size=1, max_size=8),
 )
 def test_any_setting_yields_the_reference_tokens(
@@ -150,7 +151,16 @@ def test_a_request_that_can_never_fit_the_strategy_is_refused(tiny):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_blocks": 0}, {"block_size": 0}, {"max_batch_size": 0}, {"strategy": "best"}, {"growth": "x"}, {"attention": "x"}]
+    "options",
+    [
+        {"num_blocks": 0},
+        {"block_size": 0},
+        {"max_batch_size": 0},
+        {"max_step_tokens": 3},
+        {"strategy": "best"},
+        {"growth": "x"},
+        {"attention": "x"},
+    ],
 )
 def test_bad_settings_are_refused(tiny, options):
     with pytest.raises(cl.BadInput):

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from ..errors import BadInput, at_least, one_of
 from .base import Allocator, Extent, Stats, merged
-from .contiguous import FirstFit
+from .buddy import Buddy
+from .contiguous import BestFit, FirstFit, Segregated
 from .paged import Paged
 from .static import Static
 
@@ -29,10 +30,13 @@ STRATEGIES = {
     for strategy in (
         Strategy("static", Static, "reserve"),
         Strategy("cortexstream", FirstFit, "reserve"),
+        Strategy("best_fit", BestFit, "relocate"),
+        Strategy("segregated", Segregated, "relocate"),
+        Strategy("buddy", Buddy, "relocate"),
         Strategy("paged", Paged, "chain"),
     )
 }
-PLACEMENTS = {"static": Static, "first_fit": FirstFit, "paged": Paged}
+PLACEMENTS = {"first_fit": FirstFit}  # beside the strategies' own
 
 
 def strategy_of(strategy: str | Callable[[int], Allocator], growth: str | None = None) -> Strategy:
@@ -56,7 +60,7 @@ def make_allocator(placement: str | Callable[[int], Allocator], num_blocks: int,
     at_least("num_blocks", num_blocks, 1)
     if not callable(placement):
         one_of("placement", placement, PLACEMENTS | STRATEGIES)
-        placement = PLACEMENTS[placement] if placement in PLACEMENTS else STRATEGIES[placement].placement
+        placement = PLACEMENTS.get(placement) or STRATEGIES[placement].placement
     if placement is Static:
         return Static(num_blocks, max(1, num_blocks // DEFAULT_REGIONS) if region_blocks is None else region_blocks)
     allocator = placement(num_blocks)

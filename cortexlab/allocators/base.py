@@ -78,3 +78,14 @@ def merged(extents: Iterable[Extent]) -> tuple[Extent, ...]:
             extent = Extent(joined[-1].start, joined.pop().num_blocks + extent.num_blocks)
         joined.append(extent)
     return tuple(joined)
+
+
+def whole_extents(live: dict[int, int], extents: Iterable[Extent]) -> tuple[Extent, ...]:
+    """``extents``, each exactly one of ``live`` (first block -> size); `BadInput` for any other, for one given twice, for none."""
+    extents = tuple(extents)
+    for extent in extents:
+        if live.get(extent.start) != extent.num_blocks:
+            raise BadInput(f"{extent} is not an extent this allocator has handed out and not yet got back")
+    if len(set(extents)) != len(extents) or not extents:
+        raise BadInput(f"extents must be given, and each once, not {extents}")
+    return extents

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from ..errors import BadInput, at_least
-from .base import Extent, Stats, pool_stats
+from ..errors import at_least
+from .base import Extent, Stats, pool_stats, whole_extents
 
 
 class Static:
@@ -13,24 +13,24 @@ class Static:
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
         self.region_blocks = min(at_least("region_blocks", region_blocks, 1), num_blocks)
         self._free = [start for start in range(0, num_blocks - self.region_blocks + 1, self.region_blocks)][::-1]
-        self._live: set[int] = set()
+        self._live: dict[int, int] = {}  # first block of a region handed out -> its size
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
         if at_least("num_blocks", num_blocks, 1) > self.region_blocks or not self._free:
             return None
         start = self._free.pop()
-        self._live.add(start)
+        self._live[start] = self.region_blocks
         return (Extent(start, self.region_blocks),)
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Never: a region has its full size from the start."""
-        self._checked(extents)
+        whole_extents(self._live, extents)
         at_least("num_blocks", num_blocks, 1)
         return None
 
     def free(self, extents: Iterable[Extent]) -> None:
-        for extent in self._checked(extents):
-            self._live.remove(extent.start)
+        for extent in whole_extents(self._live, extents):
+            del self._live[extent.start]
             self._free.append(extent.start)
 
     def stats(self) -> Stats:
@@ -49,12 +49,3 @@ class Static:
     @property
     def _num_regions(self) -> int:
         return self.num_blocks // self.region_blocks
-
-    def _checked(self, extents: Iterable[Extent]) -> tuple[Extent, ...]:
-        extents = tuple(extents)
-        for extent in extents:
-            if extent.start not in self._live or extent.num_blocks != self.region_blocks:
-                raise BadInput(f"{extent} is not a region this allocator has handed out and not yet got back")
-        if len(set(extents)) != len(extents) or not extents:
-            raise BadInput(f"extents must be given, and each once, not {extents}")
-        return extents
