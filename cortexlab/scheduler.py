@@ -103,6 +103,8 @@ class Scheduler:
             stop = min(request.num_tokens, budget)
             step.chunks.append(Chunk(request, 0, stop))
             budget -= stop
+        if self.waiting and not (self.running or step.failed or short):  # refused by an empty pool: waiting would be for ever
+            self._fail(self.waiting.popleft(), step)
         step.unusable_blocks = self.blocks.allocator.stats().free_blocks if misplaced else 0
         for chunk in step.chunks:
             self.blocks.tables[chunk.request.id].num_tokens = chunk.stop
@@ -141,7 +143,7 @@ class Scheduler:
     def _fail(self, request: Request, step: Schedule) -> None:
         wanted = self.blocks.blocks_wanted(request.num_tokens, request.max_slots)
         free = self.blocks.allocator.stats().free_blocks
-        request.error = f"out of KV memory: request {request.id!r} wants {wanted} blocks, {free} are free (oom_policy 'fail')"
+        request.error = f"out of KV memory: request {request.id!r} wants {wanted} blocks, {free} are free, and the allocator refused"
         step.failed.append(request)
 
     def _would_fit(self, request: Request) -> bool:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlab import Request, RequestState
-from cortexlab.allocators import GROWTHS, STRATEGIES, strategy_of
+from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit, strategy_of
 from cortexlab.block_manager import BlockManager
 from cortexlab.scheduler import OOM_POLICIES, Schedule, Scheduler
 
@@ -65,7 +65,7 @@ class Simulation:
             assert blocks.tables[chunk.request.id].num_tokens == chunk.stop <= blocks.tables[chunk.request.id].capacity
         if step.unusable_blocks:
             assert step.unusable_blocks == blocks.allocator.stats().free_blocks
-            if scheduler.oom_policy != "fail":  # who was refused under it is not in the queue any more
+            if not step.failed:  # else who was refused is not in the queue any more
                 head = scheduler.waiting[0]
                 assert step.unusable_blocks >= blocks.blocks_wanted(head.num_tokens, head.max_slots)
 
@@ -346,3 +346,20 @@ def test_blocks_that_are_free_but_not_together_count_as_unusable_under_every_pol
         blocks.free("c")
         scheduler.add(Request("wide", (0,) * 5, 1))
         assert scheduler.schedule(0.0).unusable_blocks == 6, policy
+
+
+def test_a_request_that_an_empty_pool_refuses_fails_instead_of_waiting_for_ever():
+    """A strategy of one's own that never hands out anything twice."""
+
+    class Miser(FirstFit):
+        def free(self, extents):
+            super().free(extents)
+            self.allocate = lambda num_blocks: None
+
+    blocks = BlockManager(strategy_of(Miser), num_blocks=4, block_size=1)
+    sim = Simulation(Scheduler(blocks, max_batch_size=1, max_step_tokens=8))
+    for name in "ab":
+        sim.scheduler.add(request(name, 2, 1))
+    sim.run(limit=10)
+    assert [each.id for each in sim.finished] == ["a"] and [each.id for each in sim.failed] == ["b"]
+    assert "the allocator refused" in sim.failed[0].error
