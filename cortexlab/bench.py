@@ -454,7 +454,7 @@ def recommendation(bench: Bench) -> str:
     tied = [row for row in by_speed if not _ahead(throughput[fastest], throughput[row["strategy"]])]
     best = max(tied, key=lambda row: row["token_share"])
     name = best["strategy"]
-    text = f"Use {name}: {best['output_throughput']:.1f} output tokens/s, {best['token_share']:.0%} of the KV memory it holds is tokens"
+    text = f"Use {name}: {best['output_throughput']:.1f} output tokens/s, {best['token_share']:.0%} of the KV memory it ties up is tokens"
     if rivals := [row for row in tied if row is not best]:
         noise = "one repeat cannot tell speed from noise" if len(throughput[name]) == 1 else "no difference in speed beyond noise"
         text += f"; {noise}: " + ", ".join(f"{_lead(throughput[name], throughput[row['strategy']])} {row['strategy']}" for row in rivals)

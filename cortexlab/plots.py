@@ -61,13 +61,14 @@ def memory_over_time(steps: pd.DataFrame) -> list[Axes]:
         panel.stackplot(times, layers, colors=[SHARE_COLORS[s] for s in SHARES], step="post", linewidth=0)
         weighted = zip(part["ended_at"] - part["started_at"], part[[f"{s}_slots" for s in SHARES]].to_numpy(), strict=True)
         share = shares((seconds, dict(zip(SHARES, slots, strict=True))) for seconds, slots in weighted)["token_share"]
-        panel.set_title(f"{strategy}: {share:.0%} of held KV memory is tokens", color=color(strategy), loc="left")
+        panel.set_title(f"{strategy}: {share:.0%} of the memory it ties up is tokens", color=color(strategy), loc="left")
         if "pool_slots" in part and part["pool_slots"].notna().any():
             panel.axhline(part["pool_slots"].max(), color="#555555", linestyle="--", linewidth=1)
     for panel in flat[len(strategies) :]:
         panel.remove()
-    for panel in axes[-1]:
+    for panel in flat[max(0, len(strategies) - axes.shape[1]) : len(strategies)]:  # the lowest of each column
         panel.set_xlabel("time (s)")
+        panel.tick_params(labelbottom=True)
     for panel in axes[:, 0]:
         panel.set_ylabel("KV slots (tokens)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=SHARE_COLORS[s]) for s in SHARES]
