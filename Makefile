@@ -9,7 +9,8 @@ all: bench
 
 $(READY): pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	# compat: a plain path, or a folder named cortexlab beside a script would hide the package
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev]'
 	$(BIN)/cortexlab fetch-model
 	@touch $@
 
@@ -20,7 +21,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 lab: $(READY)
-	$(BIN)/cortexlab lab
+	$(BIN)/cortexlab lab $(ARGS)
 
 sweep: $(READY)
 	$(BIN)/cortexlab sweep experiments/quickstart.yaml

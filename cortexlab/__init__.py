@@ -8,7 +8,7 @@ from importlib import import_module
 
 from . import blas
 from ._version import __version__
-from .allocators import Allocator, Extent, make_allocator
+from .allocators import Allocator, Extent, Stats, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, NotContiguous
 from .request import Request, RequestState, TokenEvent
 
@@ -16,7 +16,7 @@ _NEED_MLX = {"Engine": ".engine", "KVCache": ".kv_cache", "load_model": ".model"
 
 __all__ = [
     "Allocator", "BadInput", "CortexLabError", "Engine", "Extent", "KVCache", "ModelError", "NotContiguous", "Request",
-    "RequestState", "TokenEvent", "__version__", "blas", "load_model", "make_allocator",
+    "RequestState", "Stats", "TokenEvent", "__version__", "blas", "load_model", "make_allocator",
 ]  # fmt: skip
 
 

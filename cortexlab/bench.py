@@ -4,7 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
@@ -19,7 +20,7 @@ from .baseline import CacheUse, Difference, first_difference, run_batch_generato
 from .block_manager import BlockManager
 from .doctor import memory_bytes
 from .engine import Engine, StepRecord, kv_shape
-from .errors import BadInput, at_least, one_of, shown
+from .errors import BadInput, CortexLabError, at_least, one_of, shown
 from .model import model_limits
 from .request import Request, RequestState
 from .workload import WorkItem, prompt_tokens
@@ -218,13 +219,15 @@ class _Job:
 
         Known before anything runs; `BadInput` when nothing is left.
         """
-        lines = []
+        refusals: dict[tuple[int, str], list[str]] = {}
         for strategy in strategies:
-            fits = self._fits(strategy)
-            for index, item in enumerate(self.items):
-                if reason := fits(item):
-                    self.refused.add(index)
-                    lines.append(f"{_name(strategy)}: refused: request 'r{index}' {reason}")
+            with _blamed_on(strategy):
+                fits = self._fits(strategy)
+                reasons = {index: reason for index, item in enumerate(self.items) if (reason := fits(item))}
+            self.refused.update(reasons)
+            for index, reason in reasons.items():
+                refusals.setdefault((index, reason), []).append(_name(strategy))
+        lines = [f"{', '.join(names)}: refused: request 'r{index}' {reason}" for (index, reason), names in sorted(refusals.items())]
         if len(self.refused) == len(self.items):
             raise BadInput(f"no request can be served; {lines[0]}")
         for line in lines:
@@ -245,7 +248,10 @@ class _Job:
         return reason
 
     def run(self, strategy) -> Run:
-        return self.mlx_lm() if strategy == MLX_LM else self.engine(strategy)
+        if strategy == MLX_LM:
+            return self.mlx_lm()
+        with _blamed_on(strategy):
+            return self.engine(strategy)
 
     def warm_up(self, strategy) -> None:
         """A few short requests, kept out of every figure: kernels compiled, weights paged in."""
@@ -315,6 +321,17 @@ class _Job:
         steps = [_mlx_lm_step(use, started_at, self.slot_bytes) for use in uses]
         mx.clear_cache()
         return Run(MLX_LM, requests, len(self.refused), started_at, duration, steps, peak_kv_bytes=max(use.nbytes for use in uses))
+
+
+@contextmanager
+def _blamed_on(strategy) -> Iterator[None]:
+    """What a strategy of the user's own raises becomes one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        if not callable(strategy) or isinstance(error, CortexLabError):
+            raise
+        raise BadInput(f"strategy {_name(strategy)!r} raised {type(error).__name__}: {shown(str(error))}") from error
 
 
 def _name(strategy) -> str:
@@ -441,7 +458,7 @@ def _median_of_dicts(dicts: list[dict]) -> dict:
 def recommendation(bench: Bench) -> str:
     """One sentence computed from the runs: which strategy, by how much, and whether that is more than noise.
 
-    Compared pair by pair over the repeats: a lead is one only when it holds in every repeat, and there are at least two.
+    Compared run by run: a lead is one only when it holds in every repeat, and one repeat shows none.
     """
     ours = [row for row in bench.rows if row["strategy"] != MLX_LM]
     if not ours:
@@ -451,28 +468,34 @@ def recommendation(bench: Bench) -> str:
     }
     by_speed = sorted(ours, key=lambda row: row["output_throughput"], reverse=True)
     fastest = by_speed[0]["strategy"]
+    if len(throughput[fastest]) == 1:
+        leanest = max(ours, key=lambda row: row["token_share"])
+        return (
+            f"Fastest in this one run: {fastest}, {by_speed[0]['output_throughput']:.1f} output tokens/s; leanest: {leanest['strategy']}, "
+            f"{leanest['token_share']:.0%} of the KV memory it ties up is tokens. One run cannot tell speed from noise: add --repeats 3."
+        )
     tied = [row for row in by_speed if not _ahead(throughput[fastest], throughput[row["strategy"]])]
     best = max(tied, key=lambda row: row["token_share"])
     name = best["strategy"]
     text = f"Use {name}: {best['output_throughput']:.1f} output tokens/s, {best['token_share']:.0%} of the KV memory it ties up is tokens"
     if rivals := [row for row in tied if row is not best]:
-        noise = "one repeat cannot tell speed from noise" if len(throughput[name]) == 1 else "no difference in speed beyond noise"
-        text += f"; {noise}: " + ", ".join(f"{_lead(throughput[name], throughput[row['strategy']])} {row['strategy']}" for row in rivals)
+        text += "; no difference in speed beyond noise: " + ", ".join(
+            f"{_lead(throughput[name], throughput[row['strategy']])} {row['strategy']}" for row in rivals
+        )
         text += ", so memory decides: " + ", ".join(f"{row['strategy']} has {row['token_share']:.0%}" for row in rivals)
     if slower := [row for row in by_speed if row not in tied]:
         text += f"; {_lead(throughput[name], throughput[slower[0]['strategy']])} {slower[0]['strategy']}, the next"
     if MLX_LM in throughput:
         ours, theirs = throughput[name], throughput[MLX_LM]
-        noise = ", within noise" if len(ours) > 1 and not (_ahead(ours, theirs) or _ahead(theirs, ours)) else ""
+        noise = ", within noise" if not (_ahead(ours, theirs) or _ahead(theirs, ours)) else ""
         text += f"; {_lead(ours, theirs)} mlx-lm's own batching{noise}"
     return text + "."
 
 
 def _lead(ours: list[float], theirs: list[float]) -> str:
-    """How much faster, in words, with its spread over the repeats."""
+    """How much faster, in words: the median of the ratios run by run, which need not be the ratio of the medians."""
     ratio = metrics.ratio_summary(ours, theirs)
-    spread = f" ({ratio['min'] - 1:+.0%} to {ratio['max'] - 1:+.0%} in {ratio['n']} repeats)" if ratio["n"] > 1 else ""
-    return f"{ratio['median'] - 1:+.0%}{spread} against"
+    return f"{ratio['median'] - 1:+.0%} run by run ({ratio['min'] - 1:+.0%} to {ratio['max'] - 1:+.0%}, {ratio['n']} repeats) against"
 
 
 def _ahead(ours: list[float], theirs: list[float]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from .allocators import Extent, Strategy, make_allocator, merged
+from .allocators import Extent, Stats, Strategy, make_allocator, merged
 from .errors import BadInput, at_least
 
 
@@ -116,11 +116,15 @@ class BlockManager:
         """Give the sequence's blocks back; its table keeps the tokens it ended with."""
         self.allocator.free(self.tables.pop(sequence).extents)
 
+    def stats(self) -> Stats:
+        """The allocator's; one of the user's own may report a plain dict."""
+        return Stats(self.allocator.stats())
+
     def check(self) -> None:
         self.allocator.check()
         held = sorted(extent for table in self.tables.values() for extent in table.extents)
         assert all(a.end <= b.start for a, b in pairwise(held)), "two sequences hold the same block"
-        assert sum(extent.num_blocks for extent in held) == self.allocator.stats().used_blocks, "a block is lost"
+        assert sum(extent.num_blocks for extent in held) == self.stats().used_blocks, "a block is lost"
 
     def _relocate(self, table: BlockTable, missing: int) -> tuple[Extent, ...] | None:
         extents = self.allocator.allocate(table.num_blocks + missing)

@@ -11,6 +11,7 @@ import textwrap
 from importlib import import_module
 from pathlib import Path
 
+from ._version import __version__
 from .allocators import STRATEGIES, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, at_least, one_of, shown
 
@@ -26,10 +27,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     parser = build_parser()
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.command is not run_lab:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = [option for option in rest if option != "--"]
     try:
         return args.command(args)
     except CortexLabError as error:
@@ -45,10 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     parser = Parser(prog="cortexlab", description="How should an LLM's KV cache be laid out and allocated, and what does it cost?")
+    parser.add_argument("--version", action="version", version=f"cortexlab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, run, text: str) -> Parser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=Help)
         sub.set_defaults(command=run, name_of_command=name)
         return sub
 
@@ -65,8 +77,7 @@ def build_parser() -> Parser:
 
     command("fetch-model", run_fetch, "fetch the embedded model into the user's cache, unless it is there")
 
-    lab = command("lab", run_lab, "open JupyterLab on the notebooks")
-    lab.add_argument("options", nargs=argparse.REMAINDER, help="passed on to jupyter lab")
+    command("lab", run_lab, "open JupyterLab on the notebooks; other options go to jupyter lab (--no-browser, --port 8889, --allow-root)")
     return parser
 
 
@@ -75,11 +86,14 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     add("--model", default="smollm2", help="smollm2, tiny, a local folder, or a Hub repository")
     add("--strategies", default="static,cortexstream,paged,mlx-lm", help=STRATEGIES_HELP)
     add("--block-size", type=int, default=16, help="slots a block")
-    add("--num-blocks", help="blocks in the pool, or a percentage of what a full batch can ever use (default: 100%%)")
+    add(
+        "--num-blocks",
+        help="blocks in the pool, or a percentage of what a full batch can ever use, at least one region of static (default: 100%%)",
+    )
     add("--batch-size", type=int, default=8, help="requests run at once, for every strategy and for mlx-lm")
     add("--requests", type=int, help=f"how many (default: {DEFAULT_REQUESTS}, or all of a trace)")
     add("--workload", default="chat", help="chat, lognormal, heavy-tail or shared-prefix")
-    add("--trace", help="azure_2023_conv, mooncake_conversation, or a .csv or .jsonl file; instead of --workload")
+    add("--trace", help="azure_2023_conv, mooncake_conversation, or a .csv or .jsonl file; takes the place of --workload")
     add("--request-rate", type=_rate, default="inf", help="requests per second, inf (all at time 0) or trace (the trace's own times)")
     add("--burstiness", type=float, default=1.0, help="shape of the gamma-distributed gaps: 1 is Poisson, smaller is burstier")
     add("--scale-lengths", type=float, default=1.0, help="multiplies prompt and output lengths, rounded up")
@@ -160,7 +174,7 @@ def run_sweep(args) -> int:
 def run_lab(args) -> int:
     if not NOTEBOOKS.is_dir():
         raise BadInput(f"there is no folder {NOTEBOOKS} here: run this in the project's folder")
-    os.execv(sys.executable, [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={NOTEBOOKS.resolve()}", *args.options])
+    os.execv(sys.executable, [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={NOTEBOOKS.resolve()}", *args.rest])
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------------------
@@ -237,7 +251,7 @@ def _write_bench(target: Path, args, bench, document: dict) -> None:
         "arguments": {
             name: str(value) if value == math.inf else value
             for name, value in vars(args).items()
-            if name not in ("command", "name_of_command")
+            if name not in ("command", "name_of_command", "rest")
         },
         "environment": document["environment"],
         "ratios": document["ratios"],
@@ -263,10 +277,12 @@ def _bench_report(args, bench, where: dict, target: Path) -> str:
         "",
         textwrap.fill(recommendation(bench), width),
     ]
+    if refused := max(row["refused"] for row in bench.rows):
+        lines.append(f"{refused} of {refused + len(bench.runs[0].requests)} requests were refused, and left out for all strategies.")
     if not bench.held:
         lines.append("SOMETHING DID NOT HOLD: a request failed, or its tokens are not the model's own (column `same`).")
     lines.append(f"Figures and tables: {target}/")
-    lines.append("Next: `make lab` opens the notebooks; `cortexlab bench --help` lists what can be varied.")
+    lines.append("Next: `make lab` opens the notebooks; `cortexlab bench --help` shows what to vary.")
     return "\n".join(lines)
 
 

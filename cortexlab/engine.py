@@ -170,7 +170,7 @@ class Engine:
             return events
         chunks = sorted(step.chunks, key=lambda chunk: chunk.stop - chunk.start > 1)  # decode rows first, as `Plan` wants them
         held = self._held() if self._on_step else ()
-        running, pool = len(self.scheduler.running), self.cache.blocks.allocator.stats() if self._on_step else None
+        running, pool = len(self.scheduler.running), self.cache.blocks.stats() if self._on_step else None
         try:
             self.cache.make_moves()
             tokens = self._forward(chunks)

@@ -147,7 +147,7 @@ class KVCache:
     def stats(self) -> Stats:
         """The allocator's statistics, and ``num_blocks, block_size, num_sequences, arena_bytes, copied_bytes``."""
         return Stats(
-            self.blocks.allocator.stats(),
+            self.blocks.stats(),
             num_blocks=self.blocks.num_blocks,
             block_size=self.blocks.block_size,
             num_sequences=len(self.blocks.tables),

@@ -48,6 +48,7 @@ def color(strategy: str) -> str:
 
 def memory_over_time(steps: pd.DataFrame) -> list[Axes]:
     """KV memory by share over time, one panel a strategy, the same scales in all (first repeat)."""
+    of = f", first of {steps['repeat'].max() + 1} repeats" if steps["repeat"].max() else ""
     steps = steps[steps["repeat"] == 0]
     strategies = list(dict.fromkeys(steps["strategy"]))
     rows = -(-len(strategies) // 2)
@@ -67,7 +68,7 @@ def memory_over_time(steps: pd.DataFrame) -> list[Axes]:
     for panel in flat[len(strategies) :]:
         panel.remove()
     for panel in flat[max(0, len(strategies) - axes.shape[1]) : len(strategies)]:  # the lowest of each column
-        panel.set_xlabel("time (s)")
+        panel.set_xlabel(f"time (s){of}")
         panel.tick_params(labelbottom=True)
     for panel in axes[:, 0]:
         panel.set_ylabel("KV slots (tokens)")
@@ -160,8 +161,8 @@ def draw_map(axes: Axes, step: pd.Series, strategy: str, at: float | None = None
     else:
         rows, columns = image.shape[:2]
         axes.imshow(image, aspect="auto", interpolation="nearest")
-        axes.set_yticks(range(rows), [str(row * columns) for row in range(rows)])
-        axes.set_ylabel("first block")
+        axes.set_yticks(range(rows) if rows > 1 else [], [str(row * columns) for row in range(rows)] if rows > 1 else [])
+        axes.set_ylabel("first block" if rows > 1 else "")
         axes.grid(False)
         axes.tick_params(length=0, labelsize=8)
     used, sequences, holes = int((owners >= 0).sum()), len(set(owners[owners >= 0].tolist())), int(step["num_holes"])
@@ -211,7 +212,7 @@ def bench_figures(rows: pd.DataFrame, requests: pd.DataFrame, steps: pd.DataFram
 def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("output_throughput", "token_share")) -> list[Axes]:
     """Collected rows of a sweep: one panel a measure over the swept parameter ``x``, one line a value of ``lines``."""
     words = {
-        "output_throughput": "output tokens per second", "token_share": "share of held KV memory that is tokens",
+        "output_throughput": "output tokens per second", "token_share": "share of the memory that is tokens",
         "block_size": "block size (slots)",
     }  # fmt: skip
     _, axes = plt.subplots(1, len(y), figsize=(WIDTH, 3.8), squeeze=False, layout="constrained")
@@ -223,6 +224,7 @@ def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("ou
         panel.set_xticks(sorted(rows[x].unique()), [str(value) for value in sorted(rows[x].unique())])
         panel.minorticks_off()
         name = x.removeprefix("param_")
-        panel.set(xlabel=words.get(name, name), ylabel=words.get(measure, measure), ylim=(0, None))
+        panel.set(xlabel=words.get(name, name), ylabel=words.get(measure, measure), ylim=(0, rows[measure].max() * 1.1))
     axes[0][0].legend()
+    axes[0][0].set_title(f"{len(rows)} points, {rows['repeats'].max()} run{'s' * (rows['repeats'].max() > 1)} each", loc="left")
     return list(axes[0])

@@ -105,7 +105,7 @@ class Scheduler:
             budget -= stop
         if self.waiting and not (self.running or step.failed or short):  # refused by an empty pool: waiting would be for ever
             self._fail(self.waiting.popleft(), step)
-        step.unusable_blocks = self.blocks.allocator.stats().free_blocks if misplaced else 0
+        step.unusable_blocks = self.blocks.stats().free_blocks if misplaced else 0
         for chunk in step.chunks:
             self.blocks.tables[chunk.request.id].num_tokens = chunk.stop
         return step
@@ -142,11 +142,11 @@ class Scheduler:
 
     def _fail(self, request: Request, step: Schedule) -> None:
         wanted = self.blocks.blocks_wanted(request.num_tokens, request.max_slots)
-        free = self.blocks.allocator.stats().free_blocks
+        free = self.blocks.stats().free_blocks
         request.error = f"out of KV memory: request {request.id!r} wants {wanted} blocks, {free} are free, and the allocator refused"
         step.failed.append(request)
 
     def _would_fit(self, request: Request) -> bool:
         """Whether as many blocks are free as admitting ``request`` takes, wherever they lie."""
         wanted = self.blocks.blocks_wanted(request.num_tokens, request.max_slots)
-        return wanted <= self.blocks.allocator.stats().free_blocks
+        return wanted <= self.blocks.stats().free_blocks

@@ -45,10 +45,11 @@ def run(file: Path, out: Path = Path("results"), name: str | None = None) -> int
     except OSError as error:
         raise BadInput(f"results folder {points} cannot be written: {error.strerror}") from error
     source = source_hash(notebook)
-    rows, failed = [], []
+    rows, failed, reused = [], [], 0
     for parameters in tqdm(list(grid_points(spec)), unit="point", disable=None):
         key = hashlib.sha256(json.dumps([parameters, source], sort_keys=True).encode()).hexdigest()[:16]
         done = points / f"{key}.parquet"
+        reused += done.exists()
         if not done.exists() and not _run_point(notebook, spec["notebook"], parameters, points, key):
             failed.append((parameters, points / f"{key}.failed.ipynb"))
             continue
@@ -58,7 +59,9 @@ def run(file: Path, out: Path = Path("results"), name: str | None = None) -> int
         print(f"failed: {parameters}: see {left}")
     if rows:
         _collect(target, spec, pd.concat(rows, ignore_index=True))
-        print(f"{len(rows)} points: {target}/rows.parquet" + (f", figure {target}/sweep.png" if "plot" in spec else ""))
+        print(
+            f"{len(rows)} points ({reused} done before): {target}/rows.parquet" + (f", figure {target}/sweep.png" if "plot" in spec else "")
+        )
     return 1 if failed else 0
 
 

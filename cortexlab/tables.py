@@ -25,7 +25,7 @@ BENCH_COLUMNS: Sequence[tuple[str, str, Callable, int]] = (
     ("frag", "external_fragmentation", lambda v: f"{v:.2f}", 3),
     ("peak MiB", "peak_kv_bytes", lambda v: f"{v / MIB:.0f}", 0),
     ("preempt", "num_preemptions", str, 7),
-    ("same", "same", str, 2),
+    ("same", "same", str, 0),
 )
 
 
@@ -39,15 +39,18 @@ def bench_table(rows: Sequence[dict], width: int) -> str:
             | {"output_throughput_interval": None if low is None else f"{low:.1f}-{high:.1f}"}
             | {"same": f"{row['requests_identical'] + row['requests_near_tie']}/{row['completed']}"}
         )
-    columns = list(BENCH_COLUMNS)
+    columns = [column for column in BENCH_COLUMNS if any(row[column[1]] is not None for row in shown)]
+    left_out = []
     while True:
         cells = [[heading for heading, *_ in columns]]
         cells += [["-" if row[name] is None else write(row[name]) for _, name, write, _ in columns] for row in shown]
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
         if sum(widths) + 2 * (len(widths) - 1) <= width or not any(drop for *_, drop in columns):
             break
-        columns.remove(max(columns, key=lambda column: column[3]))
-    return "\n".join(
+        left_out.append(max(columns, key=lambda column: column[3]))
+        columns.remove(left_out[-1])
+    table = "\n".join(
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in cells
     )
+    return table + (f"\n(left out for width, kept in rows.parquet: {', '.join(heading for heading, *_ in left_out)})" if left_out else "")

@@ -454,3 +454,28 @@ def test_doctor_calls_a_damaged_model_a_problem(run, tmp_path, monkeypatch):
     code, stdout, _ = run("doctor")
     assert code == 1
     assert "GFLOP/s" in stdout and "corrupt or truncated" in stdout and "fetch-model" in stdout
+
+
+def readme_strategy() -> str:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    return next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Mine" in block)
+
+
+def test_the_readmes_own_strategy_runs_and_one_that_raises_is_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text(readme_strategy())
+    (tmp_path / "bad.py").write_text(readme_strategy().replace("def allocate(self, n):", "def allocate(self, n):\n        n < 2 or 1 / 0"))
+    command = [sys.executable, "-m", "cortexlab.cli", "bench", "--model", "tiny", "--requests", "4", "--workload", "lognormal", "--json"]
+    good = subprocess.run([*command, "--strategies", "mine:Mine,paged"], cwd=tmp_path, capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    rows = json.loads(good.stdout)["rows"]
+    assert [row["strategy"] for row in rows] == ["Mine", "paged"] and rows[0]["tokens_sha256"] == rows[1]["tokens_sha256"]
+    bad = subprocess.run([*command, "--strategies", "bad:Mine"], cwd=tmp_path, capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and "ZeroDivisionError" in bad.stderr
+
+
+def test_lab_passes_other_options_on(monkeypatch):
+    seen = []
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.setattr("os.execv", lambda path, arguments: seen.extend(arguments))
+    cli.main(["lab", "--no-browser", "--port", "8889"])
+    assert seen[-3:] == ["--no-browser", "--port", "8889"]

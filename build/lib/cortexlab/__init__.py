@@ -1,0 +1,26 @@
+"""cortexlab: how should an LLM's KV cache be laid out and allocated, at which block size, and what does it cost?
+
+Importing the package loads no MLX: names that need it are resolved on first use. On Linux CPU it does load an optimized BLAS
+(`cortexlab.blas`), which must happen before anybody imports MLX.
+"""
+
+from importlib import import_module
+
+from . import blas
+from ._version import __version__
+from .allocators import Allocator, Extent, make_allocator
+from .errors import BadInput, CortexLabError, ModelError, NotContiguous
+from .request import Request, RequestState, TokenEvent
+
+_NEED_MLX = {"Engine": ".engine", "KVCache": ".kv_cache", "load_model": ".model"}
+
+__all__ = [
+    "Allocator", "BadInput", "CortexLabError", "Engine", "Extent", "KVCache", "ModelError", "NotContiguous", "Request",
+    "RequestState", "TokenEvent", "__version__", "blas", "load_model", "make_allocator",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name in _NEED_MLX:
+        return getattr(import_module(_NEED_MLX[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

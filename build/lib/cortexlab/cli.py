@@ -1,0 +1,288 @@
+"""The command line. Exit codes: 0 done; 1 done, but something did not hold; 2 bad input (one line on standard error)."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+from importlib import import_module
+from pathlib import Path
+
+from .allocators import STRATEGIES, make_allocator
+from .errors import BadInput, CortexLabError, ModelError, at_least, one_of, shown
+
+NOTEBOOKS = Path("notebooks")
+DEFAULT_REQUESTS = 16
+STRATEGIES_HELP = f"comma-separated: {', '.join(STRATEGIES)}, mlx-lm, or module:Factory of your own"
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad usage is bad input: one line, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    try:
+        return args.command(args)
+    except CortexLabError as error:
+        print(f"{parser.prog} {args.name_of_command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `cortexlab ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="cortexlab", description="How should an LLM's KV cache be laid out and allocated, and what does it cost?")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, run, text: str) -> Parser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(command=run, name_of_command=name)
+        return sub
+
+    doctor = command("doctor", run_doctor, "what this machine is, how fast, and what to do where it falls short")
+    doctor.add_argument("--json", action="store_true", help="one JSON document")
+
+    bench = command("bench", run_bench, "run a workload on a real model under each strategy and under mlx-lm")
+    add_bench_arguments(bench)
+
+    sweep = command("sweep", run_sweep, "run a notebook over a grid of parameters with papermill and collect its rows")
+    sweep.add_argument("file", help="YAML: notebook, grid (parameter: list of values), optionally plot (x, lines, y)")
+    sweep.add_argument("--name", help="folder under --out (default: the file's name)")
+    sweep.add_argument("--out", default="results", help="where results go")
+
+    command("fetch-model", run_fetch, "fetch the embedded model into the user's cache, unless it is there")
+
+    lab = command("lab", run_lab, "open JupyterLab on the notebooks")
+    lab.add_argument("options", nargs=argparse.REMAINDER, help="passed on to jupyter lab")
+    return parser
+
+
+def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
+    add = bench.add_argument
+    add("--model", default="smollm2", help="smollm2, tiny, a local folder, or a Hub repository")
+    add("--strategies", default="static,cortexstream,paged,mlx-lm", help=STRATEGIES_HELP)
+    add("--block-size", type=int, default=16, help="slots a block")
+    add("--num-blocks", help="blocks in the pool, or a percentage of what a full batch can ever use (default: 100%%)")
+    add("--batch-size", type=int, default=8, help="requests run at once, for every strategy and for mlx-lm")
+    add("--requests", type=int, help=f"how many (default: {DEFAULT_REQUESTS}, or all of a trace)")
+    add("--workload", default="chat", help="chat, lognormal, heavy-tail or shared-prefix")
+    add("--trace", help="azure_2023_conv, mooncake_conversation, or a .csv or .jsonl file; instead of --workload")
+    add("--request-rate", type=_rate, default="inf", help="requests per second, inf (all at time 0) or trace (the trace's own times)")
+    add("--burstiness", type=float, default=1.0, help="shape of the gamma-distributed gaps: 1 is Poisson, smaller is burstier")
+    add("--scale-lengths", type=float, default=1.0, help="multiplies prompt and output lengths, rounded up")
+    add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="let every request yield all of its max_tokens")
+    add("--max-seq-len", type=int, help="longest request, and the region of static (default: the longest, as a power of two)")
+    add("--seed", type=int, default=0, help="of lengths, arrivals and tokens")
+    add("--repeats", type=int, default=1, help="runs of every strategy, in turn; medians and 95 %% intervals are reported")
+    add("--name", help="folder under --out (default: bench-<UTC time>)")
+    add("--out", default="results", help="where results go")
+    add("--overwrite", action="store_true", help="replace a result of that name")
+    add("--json", action="store_true", help="print one JSON document and nothing else")
+
+
+# --- commands -----------------------------------------------------------------------------------------------------------------
+
+
+def run_bench(args) -> int:
+    from . import results
+
+    strategies = [_strategy(name.strip()) for name in args.strategies.split(",")]
+    for name, minimum in (("block_size", 1), ("batch_size", 1), ("requests", 1), ("repeats", 1), ("max_seq_len", 1), ("seed", 0)):
+        if (value := getattr(args, name)) is not None:
+            at_least(name.replace("_", "-"), value, minimum)
+    target = results.check_target(Path(args.out), args.name or results.default_name("bench"), args.overwrite)
+    make_items = _workload(args)  # reads and checks a trace before the model is loaded
+
+    from . import bench as benchmarks
+    from .doctor import environment
+    from .model import load_model, model_limits
+
+    setting = benchmarks.Setting(args.block_size, args.num_blocks, args.batch_size, args.max_seq_len, args.ignore_eos, args.seed)
+    model, tokenizer = load_model(args.model)
+    items = make_items(model_limits(model)[0])
+    stops = () if tokenizer is None else tuple(tokenizer.eos_token_ids)
+    total = sum(item.output_tokens for item in items) * args.repeats * len(strategies)
+    with _progress(total) as advance:
+        bench = benchmarks.run_bench(
+            model, items, strategies, setting, repeats=args.repeats, stop_token_ids=stops, progress=advance
+        )  # fmt: skip
+    where = environment()
+    document = {"environment": where, "rows": bench.rows, "ratios": bench.ratios}
+    _write_bench(target, args, bench, document)
+    if args.json:
+        print(json.dumps(document, allow_nan=False))
+    else:
+        print(_bench_report(args, bench, where, target))
+    return 0 if bench.held else 1
+
+
+def run_doctor(args) -> int:
+    from . import doctor
+
+    found = doctor.examine()
+    print(json.dumps(found) if args.json else doctor.report(found))
+    return 0 if doctor.can_run(found) else 1
+
+
+def run_fetch(args) -> int:
+    from . import model
+
+    path = model.find_smollm2()
+    with contextlib.suppress(ModelError):  # a damaged file is fetched again
+        if path is not None:
+            model.check_sha256(path)
+            print(f"model: {path}")
+            return 0
+    print("fetching the model (93 MB) ...", flush=True)
+    print(f"model: {model.fetch_smollm2()}")
+    return 0
+
+
+def run_sweep(args) -> int:
+    from . import sweep
+
+    return sweep.run(Path(args.file), Path(args.out), args.name)
+
+
+def run_lab(args) -> int:
+    if not NOTEBOOKS.is_dir():
+        raise BadInput(f"there is no folder {NOTEBOOKS} here: run this in the project's folder")
+    os.execv(sys.executable, [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={NOTEBOOKS.resolve()}", *args.options])
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------------------
+
+
+def _workload(args):
+    """A function from the model's context to the items; a trace is read at once."""
+    from . import traces, workload
+
+    if args.trace is None:
+        if args.request_rate == "trace":
+            raise BadInput("request-rate trace needs --trace")
+
+        def make(context: int | None):
+            return workload.make_workload(
+                args.workload, args.requests or DEFAULT_REQUESTS, seed=args.seed, context=context,
+                request_rate=args.request_rate, burstiness=args.burstiness, scale_lengths=args.scale_lengths,
+            )  # fmt: skip
+
+        make(None)  # bad arguments are refused before the model is loaded
+        return make
+    items = workload.scale(traces.load_trace(args.trace, args.seed)[: args.requests], args.scale_lengths)
+    if args.request_rate != "trace":
+        items = workload.with_arrivals(items, args.request_rate, args.burstiness, args.seed)
+    return lambda context: items
+
+
+def _strategy(name: str):
+    """A strategy's name, or the factory that ``module:Factory`` names."""
+    if ":" not in name:
+        one_of("strategy", name, (*STRATEGIES, "mlx-lm"))
+        return name
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(import_module(module), attribute)
+        make_allocator(factory, 64)
+    except Exception as error:  # whatever the user's module does, the answer is one line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"cannot use strategy {shown(name)}: {reason[:200]}") from error
+    finally:
+        sys.path.pop(0)
+    return factory
+
+
+def _progress(total: int):
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __enter__(self):
+            super().__enter__()
+            return self.advance
+
+        def advance(self, tokens: int, strategy: str) -> None:
+            self.set_description(f"{strategy:>12}", refresh=False)
+            self.update(tokens)
+
+    return Bar(total=total, unit="tok", file=sys.stderr, disable=None, leave=False, smoothing=0.05)
+
+
+def _write_bench(target: Path, args, bench, document: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    from . import plots, results
+
+    plots.use_style()
+    tables = {"rows": pd.DataFrame(bench.rows), "requests": bench.requests(), "steps": bench.steps()}
+    run = {
+        "command": "bench",
+        "arguments": {
+            name: str(value) if value == math.inf else value
+            for name, value in vars(args).items()
+            if name not in ("command", "name_of_command")
+        },
+        "environment": document["environment"],
+        "ratios": document["ratios"],
+    }
+    with results.written_atomically(target) as folder:
+        results.write_tables(folder, run, **tables)
+        for name, figure in plots.bench_figures(**tables).items():
+            figure.savefig(folder / f"{name}.png")
+            plt.close(figure)
+
+
+def _bench_report(args, bench, where: dict, target: Path) -> str:
+    from .bench import recommendation
+    from .tables import bench_table
+
+    width = min(120, shutil.get_terminal_size((120, 24)).columns)
+    source = f"trace {args.trace}" if args.trace else f"workload {args.workload}"
+    blocks = next((row["num_blocks"] for row in bench.rows if row["num_blocks"]), None)
+    pool = f", pool of {blocks} blocks of {args.block_size}" if blocks else ""
+    lines = [
+        f"{args.model} on {where['device']} ({where['blas']}), {source}, batch {args.batch_size}{pool}, {args.repeats} repeat(s)",
+        bench_table(bench.rows, width),
+        "",
+        textwrap.fill(recommendation(bench), width),
+    ]
+    if not bench.held:
+        lines.append("SOMETHING DID NOT HOLD: a request failed, or its tokens are not the model's own (column `same`).")
+    lines.append(f"Figures and tables: {target}/")
+    lines.append("Next: `make lab` opens the notebooks; `cortexlab bench --help` lists what can be varied.")
+    return "\n".join(lines)
+
+
+def _rate(text: str) -> float | str:
+    if text == "trace":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of requests per second, inf or trace, not {text!r}") from None
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

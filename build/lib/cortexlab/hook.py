@@ -1,0 +1,116 @@
+"""The one place that reaches into mlx-lm: how an unmodified model's attention comes to read the arena.
+
+A model's layers call ``cache.update_and_fetch(k, v)`` and then their module's ``scaled_dot_product_attention``. Our layer cache
+returns an `ArenaArray` there, and while a step runs, that function is wrapped: it looks at the type of ``keys`` and hands ours to
+the plan, everything else to the original. Afterwards, and after an exception, the modules are as they were.
+"""
+
+import contextlib
+import copy
+import sys
+import threading
+from types import ModuleType
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .attention import Plan
+from .errors import ModelError
+
+ATTENTION = "scaled_dot_product_attention"
+_lock = threading.RLock()
+
+
+class ArenaArray(mx.array):
+    """Stands for a layer's K or V in the arena. It is an array only because some models ask one for its ``dtype``."""
+
+    layer_cache: "LayerCache"
+
+    def astype(self, *_args, **_kwargs):
+        return self
+
+
+class LayerCache:
+    """mlx-lm's cache protocol for one layer and one step: writes the step's rows, then stands for what attention reads."""
+
+    def __init__(self, plan: Plan, layer: int):
+        self.plan, self.layer = plan, layer
+        self.offset = plan.positions
+
+    def make_mask(self, *_args, window_size: int | None = None, **_kwargs) -> None:
+        """None: the plan masks each sequence by itself, and knows no sliding window."""
+        if window_size is not None:
+            raise ModelError(f"layer {self.layer} attends to a sliding window of {window_size} tokens, which extents do not support")
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[ArenaArray, ArenaArray]:
+        """Write ``[rows, kv_heads, 1, head_dim]`` (one sequence: ``[1, kv_heads, rows, head_dim]``) K and V."""
+        k, v = (x[0] if self.plan.single else x[:, :, 0].swapaxes(0, 1) for x in (keys, values))
+        self.plan.arena.write(self.layer, self.plan.write_slots, k, v)
+        handle = ArenaArray(mx.zeros((1,), keys.dtype))
+        handle.layer_cache = self
+        return handle, handle
+
+    def attend(self, queries: mx.array, scale: float) -> mx.array:
+        """Queries as the model shapes them, and back in the same shape."""
+        if self.plan.single:
+            return self.plan.attend(queries[0].swapaxes(0, 1), self.layer, scale).swapaxes(0, 1)[None]
+        return self.plan.attend(queries[:, :, 0], self.layer, scale)[:, :, None]
+
+
+def attention_modules(model: nn.Module) -> list[ModuleType]:
+    """The Python modules whose attention function the model's layers call."""
+    names = {type(module).__module__ for module in model.modules()}
+    return [module for name in sorted(names) if hasattr(module := sys.modules[name], ATTENTION)]
+
+
+@contextlib.contextmanager
+def attention_over_extents(modules: list[ModuleType]):
+    """Within it, attention on an `ArenaArray` goes to its plan. One thread at a time."""
+    with _lock:
+        originals = [(module, getattr(module, ATTENTION)) for module in modules]
+        try:
+            for module, original in originals:
+                setattr(module, ATTENTION, _dispatching(original))
+            yield
+        finally:
+            for module, original in originals:
+                setattr(module, ATTENTION, original)
+
+
+def _dispatching(original):
+    def scaled_dot_product_attention(queries, keys, values, cache=None, scale=1.0, mask=None, sinks=None, **more):
+        if not isinstance(keys, ArenaArray):
+            return original(queries, keys, values, cache, scale=scale, mask=mask, **({"sinks": sinks} if sinks is not None else {}), **more)
+        if mask is not None or sinks is not None or more:
+            raise ModelError("this model's attention has a mask or sinks of its own, which extents do not support")
+        return keys.layer_cache.attend(queries, scale)
+
+    return scaled_dot_product_attention
+
+
+class LastRows:
+    """A language model's inner model, handing on only the ``rows`` behind which a token is sampled: only they want the head."""
+
+    def __init__(self, inner: nn.Module):
+        self._inner = inner
+        self.rows: mx.array | None = None
+
+    def __call__(self, *args, **kwargs):
+        hidden = self._inner(*args, **kwargs)
+        return hidden.reshape(1, -1, hidden.shape[-1])[:, self.rows]
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+
+def with_last_rows(model: nn.Module) -> tuple[nn.Module, LastRows | None]:
+    """A shallow copy of ``model`` whose inner model is a `LastRows`, sharing every weight; the model itself stays as it is.
+
+    None in the second place when the model has no inner model of its own to wrap: its head then runs on every row.
+    """
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, nn.Module):
+        return model, None
+    outer, last_rows = copy.copy(model), LastRows(inner)
+    outer.model = last_rows
+    return outer, last_rows

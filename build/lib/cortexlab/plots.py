@@ -1,0 +1,228 @@
+"""Figures: functions from a data frame to Axes. They never measure; one colour a strategy, mlx-lm grey, units on every axis."""
+
+import json
+from collections.abc import Sequence
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .errors import BadInput
+from .metrics import SHARES, shares
+
+COLORS = {
+    "static": "#c44e52", "cortexstream": "#dd8452", "best_fit": "#937860", "segregated": "#8c8c00", "buddy": "#8172b3",
+    "paged": "#4c72b0", "runs": "#2a8c5a", "mlx-lm": "#8a8a8a",
+}  # fmt: skip
+SPARE_COLORS = ("#da8bc3", "#64b5cd", "#ccb974", "#2f4b7c", "#7a5195")  # for strategies of one's own, in order of name
+SHARE_COLORS = {"token": "#2a6f97", "reserved": "#a9d6e5", "internal": "#f4a261", "external": "#d1495b"}
+SHARE_WORDS = {
+    "token": "token: holds a token",
+    "reserved": "reserved: filled later",
+    "internal": "internal: never filled",
+    "external": "external: free, not usable",
+}
+STYLE = {
+    "figure.dpi": 100, "savefig.dpi": 150, "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True, "legend.frameon": False,
+    "svg.hashsalt": "cortexlab",
+}  # fmt: skip
+WIDTH = 10.0  # inches
+IDLE_S = 0.05  # a longer gap between two steps means that nothing was running
+# Eighteen hues in an order that sets neighbours apart; tab20's two greys are left out, since grey means free.
+SEQUENCE_COLORS = np.array([c for i, c in enumerate(matplotlib.colormaps["tab20"].colors) if i not in (14, 15)])[np.arange(18) * 5 % 18]
+
+
+def use_style() -> None:
+    """The one style of every figure."""
+    matplotlib.rcParams.update(STYLE)
+
+
+def color(strategy: str) -> str:
+    """The strategy's colour, the same everywhere."""
+    return COLORS.get(strategy) or SPARE_COLORS[sum(map(ord, strategy)) % len(SPARE_COLORS)]
+
+
+def memory_over_time(steps: pd.DataFrame) -> list[Axes]:
+    """KV memory by share over time, one panel a strategy, the same scales in all (first repeat)."""
+    steps = steps[steps["repeat"] == 0]
+    strategies = list(dict.fromkeys(steps["strategy"]))
+    rows = -(-len(strategies) // 2)
+    figure, axes = plt.subplots(
+        rows, min(2, len(strategies)), figsize=(WIDTH, 0.9 + 2.3 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    flat = list(axes.flat)
+    for panel, strategy in zip(flat, strategies, strict=False):
+        part = steps[steps["strategy"] == strategy]
+        times, layers = share_steps(part)
+        panel.stackplot(times, layers, colors=[SHARE_COLORS[s] for s in SHARES], step="post", linewidth=0)
+        weighted = zip(part["ended_at"] - part["started_at"], part[[f"{s}_slots" for s in SHARES]].to_numpy(), strict=True)
+        share = shares((seconds, dict(zip(SHARES, slots, strict=True))) for seconds, slots in weighted)["token_share"]
+        panel.set_title(f"{strategy}: {share:.0%} of the memory it ties up is tokens", color=color(strategy), loc="left")
+        if "pool_slots" in part and part["pool_slots"].notna().any():
+            panel.axhline(part["pool_slots"].max(), color="#555555", linestyle="--", linewidth=1)
+    for panel in flat[len(strategies) :]:
+        panel.remove()
+    for panel in flat[max(0, len(strategies) - axes.shape[1]) : len(strategies)]:  # the lowest of each column
+        panel.set_xlabel("time (s)")
+        panel.tick_params(labelbottom=True)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("KV slots (tokens)")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=SHARE_COLORS[s]) for s in SHARES]
+    labels = [SHARE_WORDS[s] for s in SHARES]
+    handles.append(plt.Line2D([], [], color="#555555", linestyle="--", linewidth=1))
+    figure.legend(handles, [*labels, "the pool"], loc="outside upper center", ncols=5, fontsize=9)
+    return flat[: len(strategies)]
+
+
+def share_steps(steps: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Times and ``[4, times]`` slots of the four shares, to be drawn as steps; nothing is held between steps that do not follow."""
+    times, rows = [], []
+    for row in steps.to_dict("records"):
+        if times and row["started_at"] - times[-1] > IDLE_S:
+            rows[-1] = [0.0] * len(SHARES)
+        elif times:
+            times.pop(), rows.pop()
+        times += [row["started_at"], row["ended_at"]]
+        rows += [[row[f"{share}_slots"] for share in SHARES]] * 2
+    return np.array(times), np.array(rows, dtype=float).T
+
+
+def throughput_against_ttft(rows: pd.DataFrame) -> Axes:
+    """Output throughput against median TTFT, a point a row with its 95 % intervals; up and to the left is better."""
+    _, axes = plt.subplots(figsize=(WIDTH * 0.62, 4.2), layout="constrained")
+    for row in rows.to_dict("records"):
+        x, y = row["median_ttft_ms"] / 1000, row["output_throughput"]
+        spread = {}
+        if pd.notna(row["output_throughput_low"]):
+            spread["yerr"] = [[max(0.0, y - row["output_throughput_low"])], [max(0.0, row["output_throughput_high"] - y)]]
+            spread["xerr"] = [[max(0.0, x - row["median_ttft_ms_low"] / 1000)], [max(0.0, row["median_ttft_ms_high"] / 1000 - x)]]
+        axes.errorbar(x, y, fmt="o", markersize=8, color=color(row["strategy"]), capsize=3, label=row["strategy"], **spread)
+    axes.set_xlabel("median time to first token, queueing included (s)")
+    axes.set_ylabel("output tokens per second")
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
+    points = [container[0] for container in axes.containers]  # without error bars: they only clutter a legend
+    axes.legend(points, list(rows["strategy"]), loc="lower left")
+    axes.set_title("Up and to the left is better" + (" (bars: 95 % interval)" if rows["repeats"].max() > 1 else ""), loc="left")
+    return axes
+
+
+def latency_distribution(requests: pd.DataFrame) -> list[Axes]:
+    """Cumulative distributions of TTFT and of the gaps between tokens, all repeats pooled, one line a strategy."""
+    _, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True, layout="constrained")
+    for strategy in dict.fromkeys(requests["strategy"]):
+        part = requests[requests["strategy"] == strategy]
+        ttft = part["ttft_ms"].dropna().to_numpy() / 1000
+        gaps = np.concatenate([np.asarray(gaps, dtype=float) for gaps in part["itl_ms"].dropna()] or [np.zeros(0)])
+        for panel, values in zip(axes, (ttft, gaps), strict=True):
+            if len(values):
+                panel.ecdf(values, color=color(strategy), label=strategy, linewidth=1.8)
+    axes[0].set(xlabel="time to first token (s)", ylabel="share of requests / of gaps", xlim=(0, None))
+    axes[0].set_title("When the first token comes", loc="left")
+    axes[1].set(xlabel="gap between two tokens (ms, logarithmic)", xscale="log")
+    low, high = axes[1].get_xlim()
+    ticks = [tick for decade in (0.1, 1, 10, 100, 1000, 10000) for tick in (decade, 2 * decade, 5 * decade) if low <= tick <= high]
+    axes[1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[1].minorticks_off()
+    axes[1].set_title("How evenly the others follow", loc="left")
+    axes[1].legend(loc="lower right")
+    return list(axes)
+
+
+def block_map(steps: pd.DataFrame, at: float | None = None) -> list[Axes]:
+    """Which sequence holds which block: at each strategy's fullest moment, or ``at`` seconds (first repeat)."""
+    steps = steps[(steps["repeat"] == 0) & steps["extents"].notna()] if "extents" in steps else steps.iloc[:0]
+    strategies = list(dict.fromkeys(steps["strategy"]))
+    if not strategies:
+        raise BadInput("no step has a block map: only the package's own strategies have one")
+    _, axes = plt.subplots(len(strategies), 1, figsize=(WIDTH, 0.5 + 1.5 * len(strategies)), squeeze=False, layout="constrained")
+    for panel, strategy in zip(axes[:, 0], strategies, strict=True):
+        part = steps[steps["strategy"] == strategy]
+        step = part.loc[part["used_blocks"].idxmax()] if at is None else step_at(part, at)
+        draw_map(panel, step, strategy)
+    axes[-1, 0].set_xlabel("block, counted from the first of its row (light grey: free)")
+    return list(axes[:, 0])
+
+
+def draw_map(axes: Axes, step: pd.Series, strategy: str, at: float | None = None) -> None:
+    """One block map: a cell a block in reading order, a colour a sequence, grey where free. Drawn once, then only updated.
+
+    ``at``: the moment to name in the title, in seconds (default: the end of the step).
+    """
+    owners = block_owners(step)
+    image = map_image(owners)
+    if axes.images:
+        axes.images[0].set_data(image)
+    else:
+        rows, columns = image.shape[:2]
+        axes.imshow(image, aspect="auto", interpolation="nearest")
+        axes.set_yticks(range(rows), [str(row * columns) for row in range(rows)])
+        axes.set_ylabel("first block")
+        axes.grid(False)
+        axes.tick_params(length=0, labelsize=8)
+    used, sequences, holes = int((owners >= 0).sum()), len(set(owners[owners >= 0].tolist())), int(step["num_holes"])
+    axes.set_title(
+        f"{strategy} at {step['ended_at'] if at is None else at:.2f} s: {sequences} sequence{'s' * (sequences != 1)} on {used} of "
+        f"{len(owners)} blocks, {holes} hole{'s' * (holes != 1)}, external fragmentation {step['external_fragmentation']:.2f}",
+        loc="left", color=color(strategy),
+    )  # fmt: skip
+
+
+def block_owners(step: pd.Series) -> np.ndarray:
+    """For every block the number of the request that holds it (its place in order of submission), -1 where free."""
+    owners = np.full(int(step["used_blocks"] + step["free_blocks"]), -1)
+    for request, extents in json.loads(step["extents"]):
+        for start, num_blocks in extents:
+            owners[start : start + num_blocks] = int("".join(filter(str.isdigit, request)) or 0)
+    return owners
+
+
+def map_image(owners: np.ndarray) -> np.ndarray:
+    """``[rows, columns, 3]`` colours of at most eight rows: neighbours in time get unlike hues, free blocks light grey."""
+    columns = max(-(-len(owners) // 8), min(len(owners), 64))
+    rows = -(-len(owners) // columns)
+    image = np.ones((rows * columns, 3))  # white behind the last block
+    image[: len(owners)] = np.where((owners >= 0)[:, None], SEQUENCE_COLORS[np.maximum(owners, 0) % len(SEQUENCE_COLORS)], 0.93)
+    return image.reshape(rows, columns, 3)
+
+
+def step_at(steps: pd.DataFrame, at: float) -> pd.Series:
+    """The last step that had begun ``at`` seconds, or the first."""
+    begun = steps[steps["started_at"] <= at]
+    return begun.iloc[-1] if len(begun) else steps.iloc[0]
+
+
+def bench_figures(rows: pd.DataFrame, requests: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Figure]:
+    """The four figures of a bench run by file name."""
+    figures = {
+        "memory": memory_over_time(steps)[0].figure,
+        "throughput": throughput_against_ttft(rows).figure,
+        "latency": latency_distribution(requests)[0].figure,
+    }
+    if "extents" in steps:
+        figures["block_map"] = block_map(steps)[0].figure
+    return figures
+
+
+def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("output_throughput", "token_share")) -> list[Axes]:
+    """Collected rows of a sweep: one panel a measure over the swept parameter ``x``, one line a value of ``lines``."""
+    words = {
+        "output_throughput": "output tokens per second", "token_share": "share of held KV memory that is tokens",
+        "block_size": "block size (slots)",
+    }  # fmt: skip
+    _, axes = plt.subplots(1, len(y), figsize=(WIDTH, 3.8), squeeze=False, layout="constrained")
+    for panel, measure in zip(axes[0], y, strict=True):
+        for line, part in rows.groupby(lines, sort=False):
+            part = part.sort_values(x)
+            panel.plot(part[x], part[measure], "o-", color=color(str(line)), label=line)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted(rows[x].unique()), [str(value) for value in sorted(rows[x].unique())])
+        panel.minorticks_off()
+        name = x.removeprefix("param_")
+        panel.set(xlabel=words.get(name, name), ylabel=words.get(measure, measure), ylim=(0, None))
+    axes[0][0].legend()
+    return list(axes[0])

@@ -1,0 +1,69 @@
+"""A request, its states, and the time stamps that latency is computed from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class RequestState(StrEnum):
+    """CortexStream's states (Pending -> Prefilling -> Decoding -> Finished / Failed), plus preempted and cancelled."""
+
+    PENDING = "pending"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of one request, or (``token`` None) its end without one. ``finish_reason`` is set on the last event."""
+
+    request_id: str
+    token: int | None
+    finish_reason: str | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """``max_tokens`` tokens wanted behind ``prompt``. Times are seconds on the engine's clock; None: not reached yet."""
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    arrived_at: float = 0.0
+
+    state: RequestState = RequestState.PENDING
+    output_tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    cached_tokens: int = 0  # prompt tokens whose K and V were found in the prefix cache
+    num_computed: int = 0  # tokens whose K and V are in the cache
+    num_preemptions: int = 0
+    scheduled_at: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    finished_at: float | None = None
+
+    @property
+    def first_token_at(self) -> float | None:
+        return self.token_times[0] if self.token_times else None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        return len(self.prompt) + len(self.output_tokens)
+
+    @property
+    def max_slots(self) -> int:
+        """Slots it can ever fill: its last token is sampled, but never written to the cache."""
+        return len(self.prompt) + self.max_tokens - 1
+
+    def tokens(self, start: int, stop: int) -> Sequence[int]:
+        """Tokens ``start .. stop - 1`` of prompt and output taken as one list."""
+        split = len(self.prompt)
+        if stop <= split:
+            return self.prompt[start:stop]
+        return [*self.prompt[start:], *self.output_tokens[max(0, start - split) : stop - split]]

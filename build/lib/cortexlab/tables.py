@@ -1,0 +1,53 @@
+"""Rows as a table for a terminal."""
+
+from collections.abc import Callable, Sequence
+
+MIB = 1 << 20
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+# (heading, field or fields, how to write it, what is dropped first where the terminal is narrow: larger goes earlier)
+BENCH_COLUMNS: Sequence[tuple[str, str, Callable, int]] = (
+    ("strategy", "strategy", str, 0),
+    ("tok/s", "output_throughput", lambda v: f"{v:.1f}", 0),
+    ("95 %", "output_throughput_interval", str, 4),
+    ("TTFT s", "median_ttft_ms", lambda v: f"{v / 1000:.2f}", 1),
+    ("p99", "p99_ttft_ms", lambda v: f"{v / 1000:.2f}", 5),
+    ("TPOT ms", "median_tpot_ms", lambda v: f"{v:.0f}", 1),
+    ("ITL p99", "p99_itl_ms", lambda v: f"{v:.0f}", 6),
+    ("token", "token_share", _percent, 0),
+    ("reserv", "reserved_share", _percent, 2),
+    ("intern", "internal_share", _percent, 0),
+    ("extern", "external_share", _percent, 0),
+    ("frag", "external_fragmentation", lambda v: f"{v:.2f}", 3),
+    ("peak MiB", "peak_kv_bytes", lambda v: f"{v / MIB:.0f}", 0),
+    ("preempt", "num_preemptions", str, 7),
+    ("same", "same", str, 2),
+)
+
+
+def bench_table(rows: Sequence[dict], width: int) -> str:
+    """The rows of a bench run, at most ``width`` characters wide. ``same``: requests with the reference's tokens, of those completed."""
+    shown = []
+    for row in rows:
+        low, high = row["output_throughput_low"], row["output_throughput_high"]
+        shown.append(
+            row
+            | {"output_throughput_interval": None if low is None else f"{low:.1f}-{high:.1f}"}
+            | {"same": f"{row['requests_identical'] + row['requests_near_tie']}/{row['completed']}"}
+        )
+    columns = list(BENCH_COLUMNS)
+    while True:
+        cells = [[heading for heading, *_ in columns]]
+        cells += [["-" if row[name] is None else write(row[name]) for _, name, write, _ in columns] for row in shown]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+        if sum(widths) + 2 * (len(widths) - 1) <= width or not any(drop for *_, drop in columns):
+            break
+        columns.remove(max(columns, key=lambda column: column[3]))
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in cells
+    )
