@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from cortexlab import cli, results
+from cortexlab.allocators import STRATEGIES
 
 STRATEGIES = ["static", "cortexstream", "paged", "mlx-lm"]
 ROW = [
@@ -373,7 +374,8 @@ def test_a_damaged_model_folder_is_one_line_in_a_process_of_its_own(tmp_path):
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = process(*ONE, "--strategies", "fancy", "--out", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "cortexlab bench: unknown strategy 'fancy': use one of cortexstream, mlx-lm, paged, static\n"
+    allowed = ", ".join(sorted([*STRATEGIES, "mlx-lm"]))
+    assert done.stderr == f"cortexlab bench: unknown strategy 'fancy': use one of {allowed}\n"
     assert list(tmp_path.iterdir()) == []
 
 
