@@ -11,8 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cortexlab import cli, results
-from cortexlab.allocators import STRATEGIES
+from cortexlab import allocators, cli, results
 
 STRATEGIES = ["static", "cortexstream", "paged", "mlx-lm"]
 ROW = [
@@ -374,7 +373,7 @@ def test_a_damaged_model_folder_is_one_line_in_a_process_of_its_own(tmp_path):
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = process(*ONE, "--strategies", "fancy", "--out", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    allowed = ", ".join(sorted([*STRATEGIES, "mlx-lm"]))
+    allowed = ", ".join(sorted([*allocators.STRATEGIES, "mlx-lm"]))
     assert done.stderr == f"cortexlab bench: unknown strategy 'fancy': use one of {allowed}\n"
     assert list(tmp_path.iterdir()) == []
 
