@@ -226,5 +226,6 @@ def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("ou
         name = x.removeprefix("param_")
         panel.set(xlabel=words.get(name, name), ylabel=words.get(measure, measure), ylim=(0, rows[measure].max() * 1.1))
     axes[0][0].legend()
-    axes[0][0].set_title(f"{len(rows)} points, {rows['repeats'].max()} run{'s' * (rows['repeats'].max() > 1)} each", loc="left")
+    runs = int(rows["repeats"].max())
+    axes[0][0].set_title(f"{len(rows)} points, {runs} run{'s' * (runs > 1)} each", loc="left")
     return list(axes[0])
