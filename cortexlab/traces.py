@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-import platformdirs
-
 from .errors import BadInput, shown
+from .paths import cache_folder
 from .workload import WorkItem, generator
 
 KNOWN = {  # name -> (file, where to get it)
@@ -40,12 +39,11 @@ def find_trace(name: str) -> Path:
             raise BadInput(
                 f"unknown trace {shown(name)}: use one of {', '.join(sorted(KNOWN))}, or a .csv (Azure) or .jsonl (Mooncake) file"
             )
-        if not is_file(path):
+        if not os.path.isfile(path):
             raise BadInput(f"trace file {shown(name)} does not exist")
         return path
     file, source = KNOWN[name]
-    cache = os.environ.get("CORTEXLAB_CACHE") or platformdirs.user_cache_dir("cortexlab")
-    folders = [Path(folder) for folder in (os.environ.get("CORTEXLAB_TRACES"), cache) if folder]
+    folders = [Path(folder) for folder in (os.environ.get("CORTEXLAB_TRACES"), cache_folder()) if folder]
     for folder in folders:
         if (folder / file).is_file():
             return folder / file
@@ -128,14 +126,6 @@ def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, next(csv.reader([line]))
         except csv.Error as error:
             raise BadInput(f"{path}, line {number}: not CSV ({error})") from None
-
-
-def is_file(path: Path) -> bool:
-    """Whether ``path`` is a file; a name the system cannot even look up is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _number(text: str) -> object:

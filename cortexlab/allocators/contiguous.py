@@ -4,6 +4,7 @@ A hole is known by its two ends (Knuth's boundary tags, TAOCP 1, 2.5), so freein
 size, so the largest and the smallest that is large enough are found in O(1). Which hole serves a request is all a placement adds.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
@@ -66,7 +67,7 @@ def _lowest_bit(bits: int) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-class ContiguousAllocator:
+class ContiguousAllocator(ABC):
     """Boundary tags over a pool; a placement says which hole serves (`_find`)."""
 
     def __init__(self, num_blocks: int):
@@ -127,9 +128,9 @@ class ContiguousAllocator:
 
     # --- what a placement adds ------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def _find(self, num_blocks: int) -> int | None:
         """First block of the hole that serves ``num_blocks``, or None."""
-        raise NotImplementedError
 
     # --- holes ----------------------------------------------------------------------------------------------------------------
 
