@@ -35,6 +35,7 @@ class Request:
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
     arrived_at: float = 0.0
+    prefix_ids: tuple[int, ...] = ()  # one for each block of the prompt, a partial last one included; equal ids: equal prefixes
 
     state: RequestState = RequestState.PENDING
     output_tokens: list[int] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Request:
     cached_tokens: int = 0  # prompt tokens whose K and V were found in the prefix cache
     num_computed: int = 0  # tokens whose K and V are in the cache
     num_preemptions: int = 0
+    admission: int = 0  # place in the order of admission to the batch; a preempted request gets a new one
     scheduled_at: float | None = None
     token_times: list[float] = field(default_factory=list)
     finished_at: float | None = None
@@ -60,6 +62,11 @@ class Request:
     def max_slots(self) -> int:
         """Slots it can ever fill: its last token is sampled, but never written to the cache."""
         return len(self.prompt) + self.max_tokens - 1
+
+    def restart(self) -> None:
+        """It lost its blocks: all its tokens are computed again when it is admitted."""
+        self.state, self.num_computed = RequestState.PREEMPTED, 0
+        self.num_preemptions += 1
 
     def tokens(self, start: int, stop: int) -> Sequence[int]:
         """Tokens ``start .. stop - 1`` of prompt and output taken as one list."""

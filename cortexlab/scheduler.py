@@ -5,7 +5,10 @@ them; the one that reaches the last is followed by sampling. Prefill, decode and
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import NamedTuple
 
 from .block_manager import BlockManager
 from .errors import at_least, one_of
@@ -14,8 +17,7 @@ from .request import Request, RequestState
 OOM_POLICIES = ("wait", "fail", "preempt")
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens ``start .. stop - 1`` of a request, computed in one step."""
 
     request: Request
@@ -30,19 +32,24 @@ class Chunk:
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: its chunks, the requests that failed for want of memory, and the slots that were free but not usable."""
+    """One step: its chunks, decoding ones first; who failed or lost its blocks for want of memory; blocks free but not usable."""
 
     chunks: list[Chunk] = field(default_factory=list)
     failed: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
     unusable_blocks: int = 0
 
 
 class Scheduler:
     """First come, first served, up to ``max_batch_size`` running requests and ``max_step_tokens`` tokens a step.
 
+    Decoding requests come first with a token each, so that a long prompt never holds them up; prompts share what is left.
+
     When memory is out, ``oom_policy`` decides. ``wait``: the request that wants it waits, in the queue, or when it is running
     already with what it holds; only when all that run wait for each other does the youngest go back to the queue. ``fail``: it
     fails at once. ``preempt``: the youngest running request gives way. Who lost its blocks computes its tokens again later.
+
+    Who was refused is asked again only after some blocks have come back, so a waiting request costs nothing.
     """
 
     def __init__(self, blocks: BlockManager, *, max_batch_size: int, max_step_tokens: int, oom_policy: str = "wait"):
@@ -53,7 +60,10 @@ class Scheduler:
         self.oom_policy = oom_policy
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
+        self.stalled: dict[Request, int] = {}  # running, but waiting for a block -> `num_releases` when it was refused
         self.num_preemptions = 0
+        self._num_admissions = 0
+        self._refused: tuple[Request, int] | None = None  # the head of the queue, and `num_releases` when it was refused
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -61,92 +71,145 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """Take a request that has ended out of the queue or the batch, and its blocks back."""
         if request in self.running:
-            self.running.remove(request)
-            self.blocks.free(request.id)
+            self._leave(request)
         else:
             self.waiting.remove(request)
 
-    def schedule(self, now: float) -> Schedule:
-        """Plan the next step: running requests first, then as many of the queue as the batch, the budget and the pool admit."""
+    @property
+    def admits(self) -> bool:
+        """Whether the next step has to look at the queue: somebody waits, there is room in the batch, and the head was not refused."""
+        return bool(self.waiting) and len(self.running) < self.max_batch_size and not self.stalled and not self._refused_before()
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether blocks have come back since a running request was refused one."""
+        return any(refused != self.blocks.num_releases for refused in self.stalled.values())
+
+    @property
+    def unusable_blocks(self) -> int:
+        """The free blocks, if the head of the queue needs no more than they are and waits all the same, not for its turn."""
+        if not self.waiting or len(self.running) >= self.max_batch_size:
+            return 0
+        return self.blocks.free_blocks if self._wanted(self.waiting[0]) <= self.blocks.free_blocks else 0
+
+    def schedule(self, now: float, due: Sequence[Request] | None = None) -> Schedule:
+        """Plan the next step: running requests first, then as many of the queue as the batch, the budget and the pool admit.
+
+        ``due`` names the running requests to look at (default: all). The others must be decoding with room for their next token;
+        they run without a chunk in the plan. This is what lets `replay` pass over tokens that need no decision.
+        """
         step = Schedule()
-        budget = self.max_step_tokens
-        misplaced = False  # the head of the queue was refused, although enough blocks were free
-        short = False  # somebody wanted memory in vain: nobody is let in
-        for request in list(self.running):
-            if budget == 0:
-                break
+        asked = self.running if due is None else sorted({*due, *self.stalled}, key=attrgetter("admission"))
+        prefilling = []
+        for request in list(asked):
             if request.state is RequestState.PREEMPTED:  # gave way to an older one a moment ago
                 continue
-            stop = min(request.num_tokens, request.num_computed + budget)
-            if self._make_room(request, stop, step):
-                step.chunks.append(Chunk(request, request.num_computed, stop))
-                budget -= stop - request.num_computed
-            else:
-                short = True
-        if self.running and not step.chunks and self.oom_policy != "fail":  # all wait for each other
-            self._preempt(self.running[-1])
-            return self.schedule(now) if self.running else step
-        while self.waiting and budget and len(self.running) < self.max_batch_size:
-            request = self.waiting[0]
-            if short or not self.blocks.allocate(request.id, request.num_tokens, request.max_slots):
-                misplaced |= self._would_fit(request)
-                if self.oom_policy != "fail" or short:
-                    break
-                self.waiting.popleft()
-                self._fail(request, step)
-                continue
-            self.waiting.popleft()
-            self.running.append(request)
-            request.state = RequestState.PREFILLING
-            if request.scheduled_at is None:
-                request.scheduled_at = now
-            stop = min(request.num_tokens, budget)
-            step.chunks.append(Chunk(request, 0, stop))
-            budget -= stop
-        if self.waiting and not (self.running or step.failed or short):  # refused by an empty pool: waiting would be for ever
-            self._fail(self.waiting.popleft(), step)
-        step.unusable_blocks = self.blocks.stats().free_blocks if misplaced else 0
-        for chunk in step.chunks:
-            self.blocks.tables[chunk.request.id].num_tokens = chunk.stop
+            if request.num_tokens - request.num_computed > 1:
+                prefilling.append(request)
+            elif self._make_room(request, step):
+                step.chunks.append(Chunk(request, request.num_computed, request.num_tokens))
+        if self.running and len(self.stalled) == len(self.running):  # all wait for each other
+            self._preempt(self.running[-1], step)
+            again = self.schedule(now, due and ())
+            again.preempted += step.preempted
+            return again
+        prefilling = [request for request in prefilling if request.state is not RequestState.PREEMPTED]
+        short = bool(self.stalled or step.failed or step.preempted)  # somebody wanted memory in vain: nobody is let in
+        budget = self.max_step_tokens - (len(self.running) - len(self.stalled) - len(prefilling))
+        for request in prefilling:
+            if budget:
+                budget -= self._compute(request, budget, step)
+        self._admit(now, budget, short, step)
+        for request, _, stop in step.chunks:
+            self.blocks.tables[request.id].num_tokens = stop
         return step
-
-    def _make_room(self, request: Request, num_tokens: int, step: Schedule) -> bool:
-        """Grow the request's table, or do what ``oom_policy`` says; False when the request does not run in this step."""
-        while not self.blocks.grow(request.id, num_tokens):
-            if self.oom_policy == "wait":
-                return False
-            if self.oom_policy == "fail":
-                self.running.remove(request)
-                self.blocks.free(request.id)
-                self._fail(request, step)
-                return False
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is request:
-                return False
-        return True
 
     def preempt_all(self) -> None:
         """Send every running request back to the queue, oldest first: what they had in the cache is lost."""
         for request in reversed(list(self.running)):
-            self._preempt(request)
+            self._preempt(request, Schedule())
 
-    def _preempt(self, request: Request) -> None:
-        """Back to the head of the queue without its blocks; it computes its tokens again when it is admitted."""
+    # --- one step -------------------------------------------------------------------------------------------------------------
+
+    def _admit(self, now: float, budget: int, short: bool, step: Schedule) -> None:
+        misplaced = False  # the head of the queue was refused, although enough blocks were free
+        failed_before = len(step.failed)
+        while self.waiting and budget and len(self.running) < self.max_batch_size:
+            request = self.waiting[0]
+            if short or not self._allocate(request):
+                misplaced |= self._wanted(request) <= self.blocks.free_blocks
+                if self.oom_policy != "fail" or short:
+                    break
+                self._fail(self.waiting.popleft(), step)
+                continue
+            self.waiting.popleft()
+            self.running.append(request)
+            self._num_admissions += 1
+            request.state, request.admission = RequestState.PREFILLING, self._num_admissions
+            if request.scheduled_at is None:
+                request.scheduled_at = now
+            budget -= self._compute(request, budget, step)
+        if self.waiting and not (self.running or len(step.failed) > failed_before or short):  # refused by an empty pool: for ever
+            self._fail(self.waiting.popleft(), step)
+        step.unusable_blocks = self.blocks.free_blocks if misplaced else 0
+
+    def _compute(self, request: Request, budget: int, step: Schedule) -> int:
+        """Put as many of the request's tokens into the step as ``budget`` allows; their number."""
+        stop = min(request.num_tokens, request.num_computed + budget)
+        step.chunks.append(Chunk(request, request.num_computed, stop))
+        return stop - request.num_computed
+
+    def _allocate(self, request: Request) -> bool:
+        if self._refused_before():
+            return False
+        self._refused = None
+        if not self.blocks.allocate(request.id, request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt)):
+            self._refused = (request, self.blocks.num_releases)
+            return False
+        request.num_computed = self.blocks.tables[request.id].num_tokens
+        return True
+
+    def _refused_before(self) -> bool:
+        return self._refused == (self.waiting[0], self.blocks.num_releases)
+
+    def _make_room(self, request: Request, step: Schedule) -> bool:
+        """Grow the request's table, or do what ``oom_policy`` says; False when the request does not run in this step."""
+        if self.stalled.pop(request, None) == self.blocks.num_releases:
+            self.stalled[request] = self.blocks.num_releases
+            return False
+        while not self.blocks.grow(request.id, request.num_tokens):
+            if self.oom_policy == "wait":
+                self.stalled[request] = self.blocks.num_releases
+                return False
+            if self.oom_policy == "fail":
+                self._leave(request)
+                self._fail(request, step)
+                return False
+            victim = self.running[-1]
+            self._preempt(victim, step)
+            if victim is request:
+                return False
+        return True
+
+    def _leave(self, request: Request) -> None:
         self.running.remove(request)
+        self.stalled.pop(request, None)
         self.blocks.free(request.id)
-        request.state, request.num_computed = RequestState.PREEMPTED, 0
-        request.num_preemptions += 1
+
+    def _preempt(self, request: Request, step: Schedule) -> None:
+        """Back to the head of the queue without its blocks; it computes its tokens again when it is admitted."""
+        self._leave(request)
+        request.restart()
         self.num_preemptions += 1
+        step.preempted.append(request)
         self.waiting.appendleft(request)
 
     def _fail(self, request: Request, step: Schedule) -> None:
-        wanted = self.blocks.blocks_wanted(request.num_tokens, request.max_slots)
-        free = self.blocks.stats().free_blocks
-        request.error = f"out of KV memory: request {request.id!r} wants {wanted} blocks, {free} are free, and the allocator refused"
+        request.error = (
+            f"out of KV memory: request {request.id!r} wants {self._wanted(request)} blocks, "
+            f"{self.blocks.free_blocks} are free, and the allocator refused"
+        )
         step.failed.append(request)
 
-    def _would_fit(self, request: Request) -> bool:
-        """Whether as many blocks are free as admitting ``request`` takes, wherever they lie."""
-        wanted = self.blocks.blocks_wanted(request.num_tokens, request.max_slots)
-        return wanted <= self.blocks.stats().free_blocks
+    def _wanted(self, request: Request) -> int:
+        return self.blocks.blocks_wanted(request.num_tokens, request.max_slots)

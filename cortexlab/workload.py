@@ -32,6 +32,7 @@ class WorkItem:
     output_tokens: int
     prefix_ids: tuple[int, ...] = ()
     prefix_block: int = 512
+    max_tokens: int | None = None  # what it asks for, where that is more than the ``output_tokens`` it stops after
 
     @property
     def total_tokens(self) -> int:

@@ -1,0 +1,594 @@
+"""A workload on the engine's own scheduler and block manager, on a virtual clock and without tensors: an hour in a second.
+
+The clock counts whole nanoseconds and never looks at the machine. A step takes ``step_time``; between two steps in which anything is
+decided (an arrival, an admission, a request that needs a block or ends) all steps are alike and are taken in one jump:
+
+    step      0    1    2    3 ...       17   18
+    a    prefill   d    d    d            d    +block      a decision: step 18
+    b              prefill   d            d    d
+                             '- one jump -'
+"""
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from operator import attrgetter
+from pathlib import Path
+
+from .allocators import Allocator, strategy_of
+from .block_manager import BlockManager, BlockTable
+from .errors import BadInput, at_least, shown
+from .metrics import SHARES
+from .request import Request, RequestState
+from .scheduler import Chunk, Scheduler
+from .workload import WorkItem
+
+LONG_EXTENT = 128  # tokens: from here on attention reads an extent at about the speed of one contiguous view
+MAX_BATCH_SIZE, MAX_STEP_TOKENS = 256, 2048  # vLLM's defaults for a small server
+NUM_SAMPLES = 2048  # of the pool's state, over the time in which requests arrive
+SECOND = 1_000_000_000  # in nanoseconds, the unit of the virtual clock
+FIELDS = ("base_s", "token_s", "sequence_s")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds that a step takes: ``base_s + token_s * tokens computed + sequence_s * sequences``."""
+
+    base_s: float
+    token_s: float
+    sequence_s: float
+
+    def __post_init__(self):
+        for name in FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 3600:
+                raise BadInput(f"step time: {name} must be seconds from 0 to 3600, not {shown(value)}")
+        if not self.base_s + self.token_s + self.sequence_s >= 1e-9:
+            raise BadInput("step time: a step must take at least a nanosecond")
+
+    @property
+    def nanoseconds(self) -> tuple[int, int, int]:
+        return tuple(round(getattr(self, name) * SECOND) for name in FIELDS)
+
+    @staticmethod
+    def load(path: str | Path) -> "StepTime":
+        """From the JSON that ``cortexlab bench`` writes beside its results (``step_time.json``)."""
+        try:
+            found = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise BadInput(f"cannot read step time {shown(str(path))}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"step time {shown(str(path))} is not JSON: {error}") from None
+        if not isinstance(found, dict) or any(name not in found for name in FIELDS):
+            raise BadInput(f"step time {shown(str(path))} needs {', '.join(FIELDS)} (in seconds)")
+        return StepTime(*(found[name] for name in FIELDS))
+
+
+reference = StepTime(base_s=0.030, token_s=0.000_01, sequence_s=0.000_1)  # about 40 ms at 60 sequences and 6,000 prompt tokens a second
+
+
+@dataclass(eq=False, slots=True)
+class Counted(Request):
+    """A request of which only the number of tokens counts; it ends after ``output_length`` of them, at most ``max_tokens``."""
+
+    output_length: int = 1
+    final_slots: int = 1  # that hold a token when it ends: its last one is sampled, but never written
+    clock: "Replay | None" = None
+    arrived_ns: int = 0
+    first_ns: int | None = None  # end of the step that gave its first token
+    last_ns: int = 0  # the same of its last token before it stood still
+    finished_ns: int | None = None
+    base: int | None = None  # while it decodes, it has base + (number of the step) tokens, prompt and output
+    still: int = 0  # while it does not, that many
+    in_cache: int = 0  # while it does not decode: its tokens in the cache
+    table: BlockTable | None = None
+    capacity: int = 0  # slots of its table when the totals were last told
+    grown_at: float = 0.0  # `Totals.weight` then
+
+    @property
+    def num_tokens(self) -> int:
+        return self.still if self.base is None else self.base + self.clock.step
+
+    @property
+    def internal(self) -> int:
+        """Slots it holds and never fills."""
+        return max(0, self.capacity - self.final_slots)
+
+
+@dataclass(slots=True)
+class Totals:
+    """What is summed over steps. The shares of a step are weighted by its time and divided by its H + X (interface.md)."""
+
+    time: int = 0  # nanoseconds of steps
+    weight: float = 0.0  # sum of time / (H + X)
+    token: float = 0.0  # of weight * slots, as are the next two; what is left of H is reserved
+    internal: float = 0.0
+    external: float = 0.0
+    decode_tokens: int = 0  # tokens in the cache, summed over every decode step of every request
+    decode_slots: int = 0  # the same of slots held
+    written: int = 0  # tokens computed
+    copied_tokens: int = 0
+    copied_blocks: int = 0
+    peak_blocks: int = 0
+    prefix_ids: int = 0
+    prefix_hits: int = 0
+    hit_tokens: int = 0
+    prompt_tokens: int = 0
+    num_extents: int = 0  # of finished requests, as are the next two
+    final_tokens: int = 0
+    long_tokens: int = 0
+    gaps: Counter = field(default_factory=Counter)  # nanoseconds between two tokens of a request -> how often
+
+
+class Replay:
+    """One strategy on a virtual clock. `run` a workload once; then read the row it returns, `samples` and `requests`.
+
+    Arguments as `Engine`. ``prefix_caching`` shares prompt blocks by the workload's prefix ids: ``block_size`` must then be
+    theirs or a multiple. Raises `BadInput` for an argument that makes no sense, or when no request can ever fit.
+    """
+
+    def __init__(
+        self,
+        strategy: str | Callable[[int], Allocator] = "paged",
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        growth: str | None = None,
+        oom_policy: str = "wait",
+        max_batch_size: int = MAX_BATCH_SIZE,
+        max_step_tokens: int | None = None,
+        max_seq_len: int | None = None,
+        prefix_caching: bool = False,
+        step_time: StepTime = reference,
+    ):
+        at_least("max-batch-size", max_batch_size, 1)
+        step_tokens = max(MAX_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
+        self.strategy = strategy_of(strategy, growth)
+        self.blocks = BlockManager(self.strategy, num_blocks, block_size, max_seq_len, prefix_caching)
+        self.scheduler = Scheduler(self.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy)
+        self._nanoseconds = step_time.nanoseconds
+        self.step = 0
+        self.now = 0  # nanoseconds
+        self.requests: list[Counted] = []
+        self.samples: list[dict] = []
+        self.totals = Totals()
+        self._num_decoding = 0
+        self._base_sum = 0  # of the decoding requests
+        self._decode_slots = 0  # they hold
+        self._still_tokens = 0  # in the cache, of those that do not decode
+        self._internal = 0  # slots held that are never filled
+        self._prefilling: dict[Counted, None] = {}
+        self._crossings = Calendar()  # step before which a request needs a block
+        self._finishes = Calendar()  # step after which it has ended
+
+    def run(self, items: Sequence[WorkItem]) -> dict:
+        """Serve ``items`` until the last has ended; the row of `interface.md`. ``seconds`` is the wall time it took."""
+        started = time.perf_counter()
+        coming, refused = self._accept(items)
+        self.requests = coming
+        last_arrival = coming[-1].arrived_ns
+        every = max(1, last_arrival // NUM_SAMPLES, SECOND // 10)
+        next_sample, arrived = 0, 0
+        scheduler = self.scheduler
+        while True:
+            while arrived < len(coming) and coming[arrived].arrived_ns <= self.now:
+                scheduler.add(coming[arrived])
+                arrived += 1
+            if not scheduler.running and not scheduler.waiting:
+                if arrived == len(coming):
+                    break
+                self.now = coming[arrived].arrived_ns
+                continue
+            self._step(coming[arrived].arrived_ns if arrived < len(coming) else None)
+            if self.now >= next_sample:
+                self._sample()
+                next_sample = self.now + every
+        return self._row(refused, last_arrival) | {"seconds": time.perf_counter() - started}
+
+    # --- one step, or many alike ----------------------------------------------------------------------------------------------
+
+    def _step(self, next_arrival: int | None) -> None:
+        scheduler, blocks, totals, step = self.scheduler, self.blocks, self.totals, self.step
+        due = self._due()
+        prefill_tokens, prefills, resumed = 0, (), ()
+        decided = bool(due or self._prefilling or scheduler.admits or scheduler.may_resume)
+        if decided:
+            plan = scheduler.schedule(self.now / SECOND, [*due, *self._prefilling])
+            for request in (*plan.preempted, *plan.failed):
+                if request.table is not None:
+                    self._leave(request, ended=False)
+            for request in due:
+                if request in scheduler.stalled and request.base is not None:
+                    self._stall(request)
+            for request in plan.failed:
+                request.state, request.finish_reason, request.finished_ns = RequestState.FAILED, "error", self.now
+            resumed = self._decode([chunk for chunk in plan.chunks if chunk.request.state is RequestState.DECODING])
+            prefills = [chunk for chunk in plan.chunks if chunk.request.state is RequestState.PREFILLING]
+            prefill_tokens = self._prefill(prefills)
+            unusable = plan.unusable_blocks
+        else:
+            unusable = scheduler.unusable_blocks
+        if blocks.moves:
+            self._count_moves()
+        num_decoding = self._num_decoding
+        if not num_decoding and not prefills:
+            return  # nobody ran: what was wanted failed, or gave way
+        base_ns, token_ns, sequence_ns = self._nanoseconds
+        dt = base_ns + token_ns * (num_decoding + prefill_tokens) + sequence_ns * (num_decoding + len(prefills))
+        steps = 1 if prefills or self._prefilling else self._alike(dt, next_arrival)
+
+        # the totals of `steps` steps in which each decoding request gains a token a step
+        gained = num_decoding * steps * (steps - 1) // 2
+        decode_tokens = (self._base_sum + num_decoding * step) * steps + gained
+        shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
+        still = (self._still_tokens - shared * blocks.block_size) * steps
+        weight = dt / ((blocks.num_held + unusable) * blocks.block_size)
+        totals.time += dt * steps
+        totals.weight += weight * steps
+        totals.token += weight * (decode_tokens + still)
+        totals.internal += weight * self._internal * steps
+        totals.external += weight * unusable * blocks.block_size * steps
+        totals.decode_tokens += decode_tokens
+        totals.decode_slots += self._decode_slots * steps
+        totals.written += num_decoding * steps + prefill_tokens
+        totals.gaps[dt] += num_decoding * steps - len(resumed)
+        if blocks.num_held > totals.peak_blocks:
+            totals.peak_blocks = blocks.num_held
+
+        for request in resumed:
+            totals.gaps[self.now + dt - request.last_ns] += 1
+
+        self.now += dt * steps
+        self.step = last = step + steps - 1  # the step whose tokens come now
+        for request, _, stop in prefills:
+            if stop == request.num_tokens:
+                self._start_decoding(request)
+        for request in self._finishes.pop(last):
+            if request.base is not None and request.final_slots == request.base + last:
+                self._finish(request)
+        self.step = last + 1
+
+    def _due(self) -> list[Counted]:
+        """Who needs a block before this step and did not get it. The oldest is served first, as the scheduler does."""
+        step = self.step
+        due = self._crossings.pop(step)
+        if not due:
+            return due
+        due = [request for request in dict.fromkeys(due) if request.base is not None and request.capacity == request.base + step - 1]
+        due.sort(key=attrgetter("admission"))
+        if not self.scheduler.stalled:  # while nobody waits for a block, growing is all that the scheduler would do
+            grow = self.blocks.grow
+            for served, request in enumerate(due):
+                if not grow(request.id, request.base + step):
+                    due = due[served:]
+                    break
+                self._grown(request)
+            else:
+                return []
+        for request in due:
+            request.num_computed = request.base + step - 1
+        return due
+
+    def _alike(self, dt: int, next_arrival: int | None) -> int:
+        """How many steps from this one on differ in nothing but the tokens they add."""
+        scheduler, step = self.scheduler, self.step
+        if scheduler.admits or scheduler.may_resume:
+            return 1
+        steps = min(self._crossings.first() - step, self._finishes.first() - step + 1)
+        if next_arrival is not None and not scheduler.waiting:
+            steps = min(steps, -((self.now - next_arrival) // dt))  # up to the first step that starts with it there
+        return max(1, steps)
+
+    # --- requests -------------------------------------------------------------------------------------------------------------
+
+    def _prefill(self, chunks: Sequence[Chunk]) -> int:
+        """Take note of prompt tokens computed in this step, and of who was admitted for them; their number."""
+        tokens = 0
+        for request, start, stop in chunks:
+            table = self.blocks.tables[request.id]
+            if request.table is not table:  # admitted
+                request.table, request.capacity, request.grown_at = table, table.capacity, self.totals.weight
+                request.in_cache = start
+                self._still_tokens += start
+                self._internal += request.internal
+                self._prefilling[request] = None
+                if request.num_preemptions == 0:
+                    self._count_prefix(request)
+            self._still_tokens += stop - start
+            request.in_cache = request.num_computed = stop
+            tokens += stop - start
+        return tokens
+
+    def _start_decoding(self, request: Counted) -> None:
+        """Its tokens are all computed: it has given one now, and another in each step to come."""
+        del self._prefilling[request]
+        if request.first_ns is None:
+            request.first_ns = self.now
+        else:
+            self.totals.gaps[self.now - request.last_ns] += 1
+        request.state = RequestState.DECODING
+        self._join(request, request.num_tokens - self.step)
+
+    def _decode(self, chunks: Sequence[Chunk]) -> list[Counted]:
+        """Take note of decoding requests that got the block they needed; those that had been waiting for it."""
+        resumed = []
+        for request, _, stop in chunks:
+            if request.base is None:
+                self._resize(request)
+                self._join(request, stop - self.step)
+                resumed.append(request)
+            else:
+                self._grown(request)
+        return resumed
+
+    def _join(self, request: Counted, base: int) -> None:
+        """From now on it has ``base`` + (number of the step) tokens."""
+        self._still_tokens -= request.in_cache
+        self._num_decoding += 1
+        self._base_sum += base
+        self._decode_slots += request.capacity
+        request.base = base
+        self._next_event(request)
+
+    def _part(self, request: Counted) -> None:
+        """It decodes no more."""
+        self._num_decoding -= 1
+        self._base_sum -= request.base
+        self._decode_slots -= request.capacity
+        request.base = None
+
+    def _grown(self, request: Counted) -> None:
+        self._decode_slots += self._resize(request)
+        self._next_event(request)
+
+    def _resize(self, request: Counted) -> int:
+        """Its table has another size; the slots gained."""
+        capacity = request.table.num_blocks * self.blocks.block_size
+        gained, final = capacity - request.capacity, request.final_slots
+        if capacity > final:
+            self._internal += capacity - max(final, request.capacity)
+        request.capacity, request.grown_at = capacity, self.totals.weight
+        return gained
+
+    def _next_event(self, request: Counted) -> None:
+        if request.final_slots <= request.capacity:
+            self._finishes.add(request.final_slots - request.base, request)
+        else:
+            self._crossings.add(request.capacity - request.base + 1, request)
+
+    def _stall(self, request: Counted) -> None:
+        """It stands still with what it holds until there is a block for it."""
+        tokens = request.num_tokens
+        self._part(request)
+        request.still, request.in_cache, request.last_ns = tokens, tokens - 1, self.now
+        self._still_tokens += tokens - 1
+
+    def _leave(self, request: Counted, ended: bool) -> None:
+        """Its blocks are gone. Where it had not ``ended``, slots thought reserved turn out to have been internal."""
+        if request.base is not None:
+            tokens = request.num_tokens
+            self._part(request)
+            request.still, request.in_cache, request.last_ns = tokens, tokens - 1, self.now
+        else:
+            self._still_tokens -= request.in_cache
+            self._prefilling.pop(request, None)
+        self._internal -= request.internal
+        if not ended:
+            never = min(request.capacity, request.final_slots) - request.in_cache
+            self.totals.internal += (self.totals.weight - request.grown_at) * never
+        request.table = None
+
+    def _finish(self, request: Counted) -> None:
+        totals, table = self.totals, request.table
+        extents, slots = table.all_extents, self.blocks.block_size
+        totals.num_extents += len(extents)
+        totals.final_tokens += request.final_slots
+        left = request.final_slots
+        for _, num_blocks in extents:
+            if num_blocks * slots >= LONG_EXTENT:
+                totals.long_tokens += min(left, num_blocks * slots)
+            left -= num_blocks * slots
+        request.state, request.finish_reason, request.finished_ns = RequestState.FINISHED, "length", self.now
+        self._leave(request, ended=True)
+        self.scheduler.remove(request)
+
+    # --- before and after -----------------------------------------------------------------------------------------------------
+
+    def _accept(self, items: Sequence[WorkItem]) -> tuple[list[Counted], int]:
+        """The requests that can ever be served, in order of arrival, and the number of the others."""
+        coming, fits = [], {}
+        for index, item in enumerate(items):
+            limit = max(item.output_tokens, item.max_tokens or 0)
+            slots = item.prompt_tokens + limit - 1
+            need = self.blocks.blocks_for(slots)
+            if need not in fits:
+                fits[need] = self.blocks.could_ever_hold(slots)
+            if fits[need]:
+                final = item.prompt_tokens + item.output_tokens - 1
+                coming.append(
+                    Counted(
+                        f"r{index}", range(item.prompt_tokens), limit, prefix_ids=self._prefix_ids(item), output_length=item.output_tokens,
+                        final_slots=final, still=item.prompt_tokens, clock=self, arrived_ns=round(item.arrived_at * SECOND),
+                        arrived_at=item.arrived_at,
+                    )
+                )  # fmt: skip
+        if not coming:
+            slots = self.blocks.num_blocks * self.blocks.block_size
+            raise BadInput(f"no request can be served: none of {len(items)} can ever fit the pool of {slots} slots")
+        coming.sort(key=attrgetter("arrived_ns"))
+        return coming, len(items) - len(coming)
+
+    def _prefix_ids(self, item: WorkItem) -> tuple[int, ...]:
+        """One id a block: an id stands for all before it too, so the last of those in a block names the block."""
+        if self.blocks.prefix is None or not item.prefix_ids:
+            return ()
+        per_block, rest = divmod(self.blocks.block_size, item.prefix_block)
+        if rest:
+            raise BadInput(
+                f"block-size must be a multiple of {item.prefix_block} to share this trace's prefixes, not {self.blocks.block_size}"
+            )
+        ids = item.prefix_ids
+        return ids[per_block - 1 :: per_block] + (ids[-1:] if len(ids) % per_block else ())
+
+    def _count_prefix(self, request: Counted) -> None:
+        totals = self.totals
+        totals.prompt_tokens += len(request.prompt)
+        totals.prefix_ids += len(request.prefix_ids)
+        totals.prefix_hits += request.table.num_found
+        totals.hit_tokens += min(request.table.num_found * self.blocks.block_size, len(request.prompt))
+        request.cached_tokens = request.in_cache
+
+    def _count_moves(self) -> None:
+        for move in self.blocks.moves:
+            self.totals.copied_tokens += move.num_tokens
+            self.totals.copied_blocks += self.blocks.blocks_for(move.num_tokens)
+        self.blocks.moves.clear()
+
+    def _sample(self) -> None:
+        blocks, scheduler = self.blocks, self.scheduler
+        pool, size = blocks.stats(), blocks.block_size
+        shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
+        held = blocks.num_held * size
+        token = self._still_tokens + self._base_sum + self._num_decoding * (self.step - 1) - shared * size
+        self.samples.append(
+            {
+                "time_s": self.now / SECOND,
+                "token": token,
+                "reserved": held - token - self._internal,
+                "internal": self._internal,
+                "external": scheduler.unusable_blocks * size,
+                "free_blocks": blocks.free_blocks,
+                "largest_free_run": pool.largest_free_run,
+                "num_holes": pool.num_holes,
+                "external_fragmentation": pool.external_fragmentation,
+                "num_running": len(scheduler.running),
+                "num_waiting": len(scheduler.waiting),
+            }
+        )
+
+    def _row(self, refused: int, last_arrival: int) -> dict:
+        totals, blocks = self.totals, self.blocks
+        done = [request for request in self.requests if request.state is RequestState.FINISHED]
+        duration = self.now / SECOND
+        outputs = sum(request.output_length for request in done)
+        inputs = sum(len(request.prompt) for request in done)
+        latency = {
+            "ttft": Counter(request.first_ns - request.arrived_ns for request in done),
+            "tpot": Counter((r.finished_ns - r.first_ns) / (r.output_length - 1) for r in done if r.output_length > 1),
+            "itl": totals.gaps,
+            "e2el": Counter(request.finished_ns - request.arrived_ns for request in done),
+        }
+        parts = {"token": totals.token, "internal": totals.internal, "external": totals.external}
+        time_s = totals.time
+        reserved = max(0.0, time_s - sum(parts.values()))
+        parts = {"token": parts["token"], "reserved": reserved} | parts
+        caching = blocks.prefix is not None and totals.prefix_ids > 0
+        return {
+            "strategy": self.strategy.name,
+            "block_size": blocks.block_size,
+            "num_blocks": blocks.num_blocks,
+            "batch_size": self.scheduler.max_batch_size,
+            "requests": len(self.requests) + refused,
+            "completed": len(done),
+            "completed_by_last_arrival": sum(request.finished_ns <= last_arrival for request in done),
+            "refused": refused,
+            "failed": len(self.requests) - len(done),
+            "tokens": inputs + outputs,
+            "duration": duration,
+            "total_input_tokens": inputs,
+            "total_output_tokens": outputs,
+            "request_throughput": len(done) / duration,
+            "output_throughput": outputs / duration,
+            **_latency_summary(latency),
+            **{f"{name}_share": parts[name] / time_s for name in SHARES},
+            "utilization": totals.decode_tokens / totals.decode_slots if totals.decode_slots else None,
+            "external_fragmentation": _mean_over_time(self.samples, "external_fragmentation"),
+            "num_holes": _mean_over_time(self.samples, "num_holes"),
+            "prefix_hit_rate": totals.prefix_hits / totals.prefix_ids if caching else None,
+            "prefix_hit_tokens_rate": totals.hit_tokens / totals.prompt_tokens if caching else None,
+            "long_extent_share": totals.long_tokens / totals.final_tokens if done else None,
+            "extents_per_sequence": totals.num_extents / len(done) if done else None,
+            "peak_blocks": totals.peak_blocks,
+            "copied_blocks": totals.copied_blocks,
+            "copied_share": totals.copied_tokens / totals.written if totals.written else None,
+            "num_preemptions": self.scheduler.num_preemptions,
+        }
+
+
+class Calendar:
+    """Requests by the step in which something happens to them, and the first such step."""
+
+    __slots__ = ("_at", "_steps")
+
+    def __init__(self):
+        self._at: dict[int, list[Counted]] = {}
+        self._steps: list[int] = []  # a heap of the keys
+
+    def add(self, step: int, request: Counted) -> None:
+        found = self._at.get(step)
+        if found is None:
+            self._at[step] = [request]
+            heappush(self._steps, step)
+        else:
+            found.append(request)
+
+    def pop(self, step: int) -> list[Counted]:
+        """The requests of ``step``; earlier ones, left over from requests that lost their place, are dropped."""
+        while self._steps and self._steps[0] < step:
+            del self._at[heappop(self._steps)]
+        if not self._steps or self._steps[0] > step:
+            return []
+        return self._at.pop(heappop(self._steps))
+
+    def first(self) -> float:
+        return self._steps[0] if self._steps else math.inf
+
+
+def unlimited_blocks(items: Sequence[WorkItem], block_size: int, max_batch_size: int, prefix_caching: bool = False) -> int:
+    """Blocks that no workload's run can ever use up, whatever the placement."""
+    longest = max(item.prompt_tokens + max(item.output_tokens, item.max_tokens or 0) - 1 for item in items)
+    region = 1 << (-(-longest // block_size) - 1).bit_length()
+    blocks = 2 * region * min(max_batch_size, len(items))
+    if prefix_caching:
+        blocks += sum(-(-item.prompt_tokens // block_size) for item in items)
+    return blocks
+
+
+def _latency_summary(latency: dict[str, Counter]) -> dict[str, float | None]:
+    """As `metrics.latency_summary`, from counted nanoseconds, and the same to the last bit on any machine."""
+    summary = {}
+    for name, counted in latency.items():
+        pairs = sorted((value, n) for value, n in counted.items() if n)
+        count = sum(n for _, n in pairs)
+        mean = math.fsum(value * n for value, n in pairs) / count if count else None
+        for statistic, value in (("mean", mean), ("median", _quantile(pairs, count, 0.5)), ("p99", _quantile(pairs, count, 0.99))):
+            summary[f"{statistic}_{name}_ms"] = None if value is None else value / 1e6
+    return summary
+
+
+def _quantile(pairs: list[tuple[float, int]], count: int, q: float) -> float | None:
+    """Of sorted ``(value, how often)`` pairs, linear between neighbours as NumPy's default."""
+    if not count:
+        return None
+    place = q * (count - 1)
+    below, seen, low = math.floor(place), 0, None
+    for value, n in pairs:
+        seen += n
+        if low is None and seen > below:
+            low = value
+        if seen > min(below + 1, count - 1):
+            return low + (value - low) * (place - below)
+    return low
+
+
+def _mean_over_time(samples: list[dict], name: str) -> float:
+    """Of a sampled quantity: each value holds until the next sample."""
+    spans = [after["time_s"] - sample["time_s"] for sample, after in zip(samples, samples[1:], strict=False)]
+    total = math.fsum(spans)
+    if not total:
+        return samples[-1][name]
+    return math.fsum(span * sample[name] for span, sample in zip(spans, samples, strict=False)) / total
