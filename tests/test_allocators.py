@@ -1,140 +1,22 @@
 """Block allocators: stories on toy pools, then each strategy against a bitmap that cannot be wrong.
 
-A new strategy is one more entry in `CASES`.
+A new strategy is one more entry in `allocator_cases.CASES`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import groupby
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from allocator_cases import CASES, Pair, blocks_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from cortexlab import CortexLabError, Extent, make_allocator
-from cortexlab.allocators import STRATEGIES, Allocator, merged, strategy_of
+from cortexlab.allocators import STRATEGIES, block_map, merged, strategy_of
+from cortexlab.allocators.free_map import FREE, USED, FreeMap, joined
 
-REGION = 3  # blocks of a static region
-
-
-def blocks_of(extents) -> list[int]:
-    return [block for extent in extents for block in range(extent.start, extent.end)]
-
-
-class Bitmap:
-    """The naive model of a pool: one flag a block."""
-
-    def __init__(self, num_blocks: int):
-        self.used = [False] * num_blocks
-
-    def mark(self, extents, used: bool) -> None:
-        for block in blocks_of(extents):
-            self.used[block] = used
-
-    @property
-    def free_blocks(self) -> int:
-        return self.used.count(False)
-
-    @property
-    def holes(self) -> list[int]:
-        return [len(list(run)) for used, run in groupby(self.used) if not used]
-
-    def run_at(self, block: int) -> int:
-        """Free blocks from ``block`` on."""
-        end = block
-        while end < len(self.used) and not self.used[end]:
-            end += 1
-        return end - block
-
-
-@dataclass(frozen=True)
-class Case:
-    """A strategy's placement rule in the bitmap's words."""
-
-    make: Callable[[int], Allocator]
-    has_room: Callable[[Bitmap, int], bool]
-    can_extend: Callable[[Bitmap, tuple[Extent, ...], int], bool]
-    handed_out: Callable[[int, int], int] = lambda wanted, num_blocks: wanted  # blocks an allocation of so many really gets
-    one_extent: bool = True
-
-
-def has_hole(pool: Bitmap, wanted: int) -> bool:
-    return max(pool.holes, default=0) >= wanted
-
-
-def has_hole_behind(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
-    return pool.run_at(extents[-1].end) >= wanted
-
-
-def has_free_region(pool: Bitmap, wanted: int) -> bool:
-    size = min(REGION, len(pool.used))
-    regions = (pool.used[start : start + size] for start in range(0, len(pool.used) - size + 1, size))
-    return wanted <= size and any(not any(region) for region in regions)
-
-
-def power_of_two(wanted: int) -> int:
-    return 1 << (wanted - 1).bit_length()
-
-
-def has_free_buddy(pool: Bitmap, wanted: int) -> bool:
-    """An aligned run of the next power of two, anywhere in the pool."""
-    size = power_of_two(wanted)
-    return any(not any(pool.used[start : start + size]) for start in range(0, len(pool.used) - size + 1, size))
-
-
-def has_free_buddy_behind(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
-    """Doubling in place: every time the extent must be the lower half, and the upper one free and inside the pool."""
-    (extent,) = extents
-    size = extent.num_blocks
-    while size < extent.num_blocks + wanted:
-        upper = extent.start + size
-        if extent.start % (2 * size) or upper + size > len(pool.used) or any(pool.used[upper : upper + size]):
-            return False
-        size *= 2
-    return True
-
-
-CASES = {
-    "static": Case(
-        make=lambda num_blocks: make_allocator("static", num_blocks, region_blocks=REGION),
-        has_room=has_free_region,
-        can_extend=lambda pool, extents, wanted: False,
-        handed_out=lambda wanted, num_blocks: min(REGION, num_blocks),
-    ),
-    "cortexstream": Case(
-        make=lambda num_blocks: make_allocator("cortexstream", num_blocks),
-        has_room=has_hole,
-        can_extend=has_hole_behind,
-    ),
-    "first_fit": Case(
-        make=lambda num_blocks: make_allocator("first_fit", num_blocks),
-        has_room=has_hole,
-        can_extend=has_hole_behind,
-    ),
-    "best_fit": Case(
-        make=lambda num_blocks: make_allocator("best_fit", num_blocks),
-        has_room=has_hole,
-        can_extend=has_hole_behind,
-    ),
-    "segregated": Case(
-        make=lambda num_blocks: make_allocator("segregated", num_blocks),
-        has_room=has_hole,
-        can_extend=has_hole_behind,
-    ),
-    "buddy": Case(
-        make=lambda num_blocks: make_allocator("buddy", num_blocks),
-        has_room=has_free_buddy,
-        can_extend=has_free_buddy_behind,
-        handed_out=lambda wanted, num_blocks: power_of_two(wanted),
-    ),
-    "paged": Case(
-        make=lambda num_blocks: make_allocator("paged", num_blocks),
-        has_room=lambda pool, wanted: pool.free_blocks >= wanted,
-        can_extend=lambda pool, extents, wanted: pool.free_blocks >= wanted,
-        one_extent=False,
-    ),
-}
 every_strategy = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -250,65 +132,57 @@ def test_growth_overrides_a_strategys_own_and_a_factory_chains():
 
 
 class AgainstABitmap(RuleBasedStateMachine):
-    """The bitmap and the allocator always agree on who holds what and on what can still be had."""
+    """The bitmap and the allocator always agree on who holds what, on what can still be had, and on the statistics."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case):
         super().__init__()
         self.case = case
-        self.live: list[tuple[Extent, ...]] = []
 
-    @initialize(num_blocks=st.integers(1, 20))
+    @initialize(num_blocks=st.integers(1, 40))
     def make(self, num_blocks):
-        self.pool, self.model = self.case.make(num_blocks), Bitmap(num_blocks)
+        self.pair = Pair(self.case, num_blocks)
 
     @rule(wanted=st.integers(1, 8))
     def allocate(self, wanted):
-        extents = self.pool.allocate(wanted)
-        assert (extents is not None) == self.case.has_room(self.model, wanted)
-        if extents is not None:
-            self.take(extents, self.case.handed_out(wanted, len(self.model.used)))
+        self.pair.allocate(wanted)
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: self.pair.live)
     @rule(data=st.data(), wanted=st.integers(1, 4))
     def extend(self, data, wanted):
-        old = self.pick(data)
-        before = len(blocks_of(old))
-        possible = self.case.can_extend(self.model, old, wanted)
-        new = self.pool.extend(old, wanted)
-        assert (new is not None) == possible
-        if new is not None:
-            assert blocks_of(new)[:before] == blocks_of(old), "tokens keep their places"
-            self.give_up(old)
-            self.take(new, self.case.handed_out(before + wanted, len(self.model.used)))
+        self.pair.extend(self.pick(data), wanted)
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: self.pair.live)
     @rule(data=st.data())
     def free(self, data):
-        extents = self.pick(data)
-        self.pool.free(extents)
-        self.give_up(extents)
+        self.pair.free(self.pick(data))
 
-    @precondition(lambda self: len(self.live) > 1)
+    @precondition(lambda self: len(self.pair.live) > 1)
     @rule(data=st.data())
     def free_two_at_once(self, data):
-        both = [self.live.pop(data.draw(st.integers(0, len(self.live) - 1))) for _ in range(2)]
-        self.pool.free(extent for extents in both for extent in extents)
-        for extents in both:
-            self.model.mark(extents, False)
+        self.pair.free(*data.draw(st.permutations(range(len(self.pair.live))))[:2])
 
-    @rule(data=st.data(), start=st.integers(0, 22), size=st.integers(1, 5))
+    @rule(data=st.data(), start=st.integers(0, 42), size=st.integers(1, 5))
     def free_what_nobody_holds(self, data, start, size):
         """A foreign extent is refused, and so is a good one beside it."""
-        if all(self.model.used[start : start + size]) and start + size <= len(self.model.used):
+        used = self.pair.model.used
+        if all(used[start : start + size]) and start + size <= len(used):
             return
-        good = data.draw(st.sampled_from([(), *self.live]))
+        good = data.draw(st.sampled_from([(), *self.pair.live]))
         self.refused([*good, Extent(start, size)])
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: self.pair.live)
     @rule(data=st.data())
     def free_the_same_twice_in_one_call(self, data):
-        extents = self.pick(data)
+        extents = self.pair.live[self.pick(data)]
         self.refused([*extents, *extents])
+
+    @precondition(lambda self: self.pair.live)
+    @rule(data=st.data())
+    def free_a_part(self, data):
+        """Without its last block, or with a block more."""
+        *others, last = self.pair.live[self.pick(data)]
+        size = last.num_blocks + data.draw(st.sampled_from([-1, 1]))
+        self.refused([*others, Extent(last.start, size)] if size else others)
 
     @rule()
     def free_nothing(self):
@@ -316,41 +190,31 @@ class AgainstABitmap(RuleBasedStateMachine):
 
     @invariant()
     def books_agree(self):
-        self.pool.check()
-        stats, holes, free = self.pool.stats(), self.model.holes, self.model.free_blocks
-        assert (stats.free_blocks, stats.used_blocks) == (free, len(self.model.used) - free)
-        assert (stats.largest_free_run, stats.num_holes) == (max(holes, default=0), len(holes))
-        assert stats.external_fragmentation == pytest.approx(1 - max(holes) / free if free else 0)
+        self.pair.pool.check()
+        self.pair.agree()
 
-    # helpers
-
-    def pick(self, data) -> tuple[Extent, ...]:
-        return data.draw(st.sampled_from(self.live))
-
-    def take(self, extents, num_blocks: int) -> None:
-        blocks = blocks_of(extents)
-        assert len(set(blocks)) == len(blocks) == num_blocks
-        assert not any(self.model.used[block] for block in blocks), "a block was handed out twice"
-        assert merged(extents) == tuple(extents), "neighbours are one extent"
-        assert len(extents) == 1 or not self.case.one_extent
-        self.model.mark(extents, True)
-        self.live.append(extents)
-
-    def give_up(self, extents) -> None:
-        self.live.remove(extents)
-        self.model.mark(extents, False)
+    def pick(self, data) -> int:
+        return data.draw(st.integers(0, len(self.pair.live) - 1))
 
     def refused(self, extents) -> None:
-        before = self.pool.stats()
+        """Nothing changes: `books_agree` follows."""
         with pytest.raises(CortexLabError) as caught:
-            self.pool.free(extents)
+            self.pair.pool.free(extents)
         assert isinstance(caught.value, ValueError)
-        assert self.pool.stats() == before
 
 
 @every_strategy
-def test_an_allocator_never_disagrees_with_a_bitmap(case):
-    run_state_machine_as_test(lambda: AgainstABitmap(case), settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+@pytest.mark.parametrize("leaf_blocks", [4, FreeMap.LEAF_BLOCKS], ids=["many leaves", "one leaf"])
+def test_an_allocator_never_disagrees_with_a_bitmap(case, leaf_blocks, monkeypatch):
+    monkeypatch.setattr(FreeMap, "LEAF_BLOCKS", leaf_blocks)
+    run_state_machine_as_test(lambda: AgainstABitmap(case), settings=settings(max_examples=120, stateful_step_count=40, deadline=None))
+
+
+def test_the_soak_runs_every_strategy():
+    soak = Path(__file__).with_name("soak_allocators.py")
+    done = subprocess.run([sys.executable, soak, "--steps", "12000"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()][: len(STRATEGIES)] == list(STRATEGIES)
 
 
 @every_strategy
@@ -427,10 +291,34 @@ def test_a_static_region_below_one_block_is_refused_by_its_value(region):
         make_allocator("static", 8, region_blocks=region)
 
 
-@pytest.mark.parametrize(("start", "num_blocks"), [(-1, 1), (0, 0), (3, -2)])
-def test_an_extent_is_never_empty_nor_negative(start, num_blocks):
-    with pytest.raises(ValueError, match=f"{start}, {num_blocks}"):
-        Extent(start, num_blocks)
+@every_strategy
+@pytest.mark.parametrize(
+    "odd", [None, 5, [None], ["ab"], (1, 2), [(0, 1)], [Extent(-1, 1)], [Extent(0, 0)], [Extent([], 1)], [Extent("a", None)]]
+)
+def test_what_is_no_extent_is_refused_like_a_foreign_one(case, odd):
+    pool = case.make(6)
+    extents = pool.allocate(2)
+    before = pool.stats()
+    for attempt in (pool.free, lambda extents: pool.extend(extents, 1)):
+        with pytest.raises(CortexLabError):
+            attempt(odd)
+    assert pool.stats() == before
+    pool.free(list(extents))  # equal will do
+
+
+def test_a_refusal_names_the_extent():
+    pool = make_allocator("paged", 8)
+    a, b = pool.allocate(2), pool.allocate(2)
+    for wrong, named in [
+        ((*a, Extent(6, 1)), r"Extent\(start=6, num_blocks=1\) is not an extent"),
+        ((*a, *b, *a), r"Extent\(start=0, num_blocks=2\) is given twice"),
+        ((Extent(2, 1),), r"Extent\(start=2, num_blocks=1\) is not an extent .* the whole of it"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            pool.free(wrong)
+    with pytest.raises(ValueError, match="not one allocation, but 2"):
+        pool.extend((*a, *b), 1)
+    assert pool.stats().free_blocks == 4
 
 
 def test_an_unknown_placement_is_named_beside_the_known_ones():
@@ -477,3 +365,139 @@ def test_sizes_of_a_million_blocks_are_found_exactly():
     assert pool.stats().largest_free_run == 700_000
     assert pool.allocate(1025)[0] == Extent(0, 1025) and pool.allocate(1024)[0].start == kept[4][0].start
     pool.check()
+
+
+def test_a_hundred_thousand_holes_of_one_size_are_used_up_in_linear_time():
+    pool = make_allocator("best_fit", 200_000)
+    singles = [pool.allocate(1) for _ in range(200_000)]
+    for extents in singles[::2]:
+        pool.free(extents)
+    assert all(pool.allocate(1) for _ in range(100_000))  # a dict asked for its first key would take seconds
+    assert pool.allocate(1) is None
+
+
+# --- buddies ------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_buddy_pool_got_back_last_serves_next_and_is_joined_only_when_a_larger_one_is_wanted():
+    pool = make_allocator("buddy", 8)
+    a, b = pool.allocate(2), pool.allocate(2)  # a a b b . . . .
+    pool.free(a)  # a is hot
+    assert pool.stats().largest_free_run == 4 and pool.stats().num_holes == 2
+    assert pool.allocate(2) == a
+    pool.free(a)
+    pool.free(b)  # now b is, and a is put back
+    assert pool.stats().largest_free_run == 8
+    assert pool.allocate(8) == (Extent(0, 8),)  # all were joined
+
+
+def test_looking_at_a_buddy_pool_never_changes_what_comes_next():
+    looked, left = make_allocator("buddy", 64), make_allocator("buddy", 64)
+    for pool in (looked, left):
+        live = []
+        for step in range(400):
+            if step % 3 < 2 and (extents := pool.allocate(1 + step * 7 % 9)) is not None:
+                live.append(extents)
+            elif live:
+                pool.free(live.pop(step * 5 % len(live)))
+            if pool is looked:
+                pool.stats()
+        pool.history = live
+    assert looked.history == left.history
+
+
+def test_every_block_of_a_buddy_pool_of_any_size_can_be_had():
+    pool = make_allocator("buddy", 13)  # pieces of 8, 4 and 1
+    assert [pool.allocate(n) for n in (8, 4, 1)] == [(Extent(0, 8),), (Extent(8, 4),), (Extent(12, 1),)]
+    assert pool.stats().free_blocks == 0
+
+
+def test_cortexstreams_buddy_holds_7_requests_of_32_in_2048_blocks_where_64_would_fit():
+    pool = make_allocator("cortexstream_buddy", 2048)
+    sizes = []
+    while (extents := pool.allocate(32)) is not None:
+        sizes.append(extents[0].num_blocks)
+    assert sizes == [1024, 512, 256, 128, 64, 32, 32]
+    assert strategy_of("cortexstream_buddy").growth == "reserve"
+
+
+def test_cortexstreams_buddy_joins_neighbours_that_are_no_buddies():
+    pool = make_allocator("cortexstream_buddy", 8)
+    a, b, c, d = (pool.allocate(1) for _ in range(4))
+    assert (a, b, c, d) == ((Extent(0, 4),), (Extent(4, 2),), (Extent(6, 1),), (Extent(7, 1),))
+    pool.free(a)
+    e, f, g = (pool.allocate(1) for _ in range(3))  # e e f g b b c d
+    assert (e, f, g) == ((Extent(0, 2),), (Extent(2, 1),), (Extent(3, 1),))
+    pool.free(f)
+    pool.free(g)
+    pool.free(b)  # blocks 2 to 5: no buddy of 4 begins at 2
+    assert pool.allocate(4) == (Extent(2, 4),)
+
+
+def test_cortexstreams_buddy_counts_blocks_it_never_hands_out():
+    pool = make_allocator("cortexstream_buddy", 13)
+    assert pool.allocate(8) == (Extent(0, 8),) and pool.allocate(1) is None
+    assert pool.stats().free_blocks == 5
+
+
+# --- the map of free blocks ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 49), st.integers(1, 20), st.booleans()), max_size=30),
+    size=st.integers(1, 50),
+    leaf=st.integers(1, 4),
+)
+def test_a_free_map_sums_runs_as_counting_them_does(changes, size, leaf):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FreeMap, "LEAF_BLOCKS", 1 << leaf)
+        free_map, used = FreeMap(size), bytearray(size)
+    for start, num_blocks, look in changes:
+        if start >= size:
+            continue
+        state = FREE if used[start] else USED
+        end = start
+        while end < min(start + num_blocks, size) and used[end] == used[start]:
+            end += 1
+        free_map.mark([(start, end - start)], state)
+        used[start:end] = bytes([state]) * (end - start)
+        if look:
+            runs = [len(run) for run in used.split(b"\1")]
+            assert free_map.sum() == (size, runs[0], max(runs), runs[-1], sum(run > 0 for run in runs))
+            assert free_map.free_blocks == used.count(0)
+
+
+def test_sums_join_across_the_border_and_nothing_is_their_zero():
+    a, b = (4, 1, 2, 2, 2), (4, 3, 3, 0, 1)  # . x . .   . . . x
+    assert joined(a, b) == (8, 1, 5, 0, 2)
+    assert joined(a, (0,) * 5) == a == joined((0,) * 5, a)
+    assert joined((4, 4, 4, 4, 1), b) == (8, 7, 7, 0, 1)
+
+
+# --- for the eye --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_map_shows_a_letter_a_sequence_in_rows_behind_their_first_block():
+    pool = make_allocator("paged", 20)
+    tables = {"first": pool.allocate(3), "gone": pool.allocate(2), "third": pool.allocate(4)}
+    pool.free(tables.pop("gone"))
+    tables["fourth"] = pool.allocate(4)
+    assert block_map(tables, 20, width=8) == (
+        " 0 aaaccbbb\n"
+        " 8 bcc.....\n"
+        "16 ...."
+    )  # fmt: skip
+    assert block_map({}, 3) == "0 ..."
+
+
+def test_a_block_map_reuses_its_letters_and_marks_what_several_hold():
+    assert block_map({number: [Extent(number, 1)] for number in range(54)}, 60).endswith("xyzABCDEFGHIJKLMNOPQRSTUVWXYZab......")
+    assert block_map({"a": [Extent(0, 4)], "b": [Extent(2, 4)], "c": [Extent(3, 1)]}, 8) == "0 aa++bb.."
+
+
+@pytest.mark.parametrize("outside", [Extent(6, 3), Extent(-1, 2), Extent(3, 0)])
+def test_a_block_map_refuses_an_extent_outside_the_pool(outside):
+    with pytest.raises(ValueError, match=str(outside.start)):
+        block_map({"a": [outside]}, 8)
+    with pytest.raises(ValueError, match="width"):
+        block_map({}, 8, width=0)

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import BadInput, at_least, one_of
-from .base import Allocator, Extent, Stats, merged
+from .base import Allocator, Extent, Stats, block_map, merged
 from .buddy import Buddy
 from .contiguous import BestFit, FirstFit, Segregated
+from .cortexstream_buddy import CortexStreamBuddy
 from .paged import Paged
 from .static import Static
 
-__all__ = ["GROWTHS", "STRATEGIES", "Allocator", "Extent", "Stats", "Strategy", "make_allocator", "merged", "strategy_of"]
+__all__ = ["GROWTHS", "STRATEGIES", "Allocator", "Extent", "Stats", "Strategy", "block_map", "make_allocator", "merged", "strategy_of"]
 
 GROWTHS = ("reserve", "relocate", "chain")  # what happens when a sequence outgrows its extents
 DEFAULT_REGIONS = 8  # of a static pool whose region is not given
@@ -33,6 +34,7 @@ STRATEGIES = {
         Strategy("best_fit", BestFit, "relocate"),
         Strategy("segregated", Segregated, "relocate"),
         Strategy("buddy", Buddy, "relocate"),
+        Strategy("cortexstream_buddy", CortexStreamBuddy, "reserve"),
         Strategy("paged", Paged, "chain"),
     )
 }

@@ -4,23 +4,31 @@
 
 Splitting and joining take O(log n) steps. What is handed out beyond the request is the sequence's own to grow into, and is the
 scheme's internal waste: on average a quarter of what is handed out when sizes are spread evenly.
+
+Joining is *lazy* (the idea of Barkley and Lee, "A Lazy Buddy System Bounded by Two Coalescing Delays per Class", SOSP 1989): what
+was freed last of every order stays *hot*, apart and not joined, and serves the next request of that order as it is. One that is
+freed while another is hot takes its place, and the older is joined. Where no free buddy is large enough, all that are hot (at most
+one an order) are joined and the search is made again, so a request fails only when no aligned run of its size is free.
 """
 
 from collections.abc import Iterable
 
-from ..errors import BadInput, at_least
-from .base import Extent, Stats, merged, pool_stats, whole_extents
+from ..errors import at_least
+from .base import Extent, Live, Stats, allocation_in, allocations_in
+from .free_map import FREE, USED, FreeMap
 
 
 class Buddy:
-    """One extent of the next power of two. Statistics look at the pool as it lies, so they take O(free buddies)."""
+    """One extent of the next power of two. O(1) where one is hot, else O(log n)."""
 
     def __init__(self, num_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
-        self._live: dict[int, int] = {}  # first block of an extent handed out -> its size
-        self._order_at: dict[int, int] = {}  # first block of a free buddy -> k
-        self._free_of: list[dict[int, None]] = [{} for _ in range(num_blocks.bit_length())]  # k -> first blocks
-        self._orders = 0  # bit k: a free buddy of 2^k exists
+        self._live: Live = {}
+        self._hot: Live = {}  # order k -> the extents, of 2^k blocks, freed last
+        self._seen_hot = 0  # bit k: the map shows the hot one of order k as free; the others it still shows as used
+        self._map = FreeMap(num_blocks)
+        self._free_of: list[dict[int, None]] = [{} for _ in range(num_blocks.bit_length())]  # k -> first blocks, none of them hot
+        self._orders = 0  # bit k: there is one of 2^k
         start = 0
         for order in reversed(range(num_blocks.bit_length())):
             if num_blocks >> order & 1:
@@ -29,67 +37,118 @@ class Buddy:
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
         order = (at_least("num_blocks", num_blocks, 1) - 1).bit_length()
+        extents = self._hot.pop(order, None)
+        if extents is None:
+            return self._split(order)
+        if self._seen_hot >> order & 1:
+            self._seen_hot ^= 1 << order
+            self._map.mark(extents, USED)
+        self._live[extents[0].start] = extents
+        return extents
+
+    def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
+        """Join with the buddy behind, as often as it takes, when each is free and whole."""
+        (extent,) = allocation_in(self._live, extents)
+        wanted = extent.num_blocks + at_least("num_blocks", num_blocks, 1)
+        upper = self._upper_buddies(extent, wanted)
+        if upper is None and self._hot:
+            self._join_hot()
+            upper = self._upper_buddies(extent, wanted)
+        if upper is None:
+            return None
+        for start, order in upper:
+            self._take(start, order)
+        grown = (Extent(extent.start, extent.num_blocks << len(upper)),)
+        self._map.mark(((extent.end, grown[0].num_blocks - extent.num_blocks),), USED)
+        self._live[extent.start] = grown
+        return grown
+
+    def free(self, extents: Iterable[Extent]) -> None:
+        hot = self._hot
+        for whole in allocations_in(self._live, extents):
+            start, num_blocks = whole[0]
+            del self._live[start]
+            order = num_blocks.bit_length() - 1
+            if order in hot:
+                self._join(order)
+            hot[order] = whole
+
+    def stats(self) -> Stats:
+        """Looking joins nothing, so it never changes what comes next."""
+        for order, extents in self._hot.items():
+            if not self._seen_hot >> order & 1:
+                self._map.mark(extents, FREE)
+                self._seen_hot |= 1 << order
+        return self._map.stats()
+
+    def check(self) -> None:
+        joined = [(start, 1 << order) for order, starts in enumerate(self._free_of) for start in starts]
+        hot = [extents[0] for extents in self._hot.values()]
+        at = 0
+        for start, size in sorted([*joined, *hot, *(extents[0] for extents in self._live.values())]):
+            assert start == at, f"block {at} is lost or held twice"
+            assert start % size == 0 and size.bit_count() == 1, f"{size} blocks at {start} are no buddy"
+            at += size
+        assert at == self.num_blocks, f"blocks behind {at} are lost"
+        assert self._orders == sum(1 << order for order, starts in enumerate(self._free_of) if starts)
+        assert all(extents[0].num_blocks == 1 << order for order, extents in self._hot.items())
+        assert not any(start ^ size in self._free_of[size.bit_length() - 1] for start, size in joined), "two free buddies were not joined"
+        seen = [extents[0] for order, extents in self._hot.items() if self._seen_hot >> order & 1]
+        self._map.check([*joined, *seen])
+
+    # --- buddies --------------------------------------------------------------------------------------------------------------
+
+    def _split(self, order: int) -> tuple[Extent, ...] | None:
+        """One of 2^order, the lower part of the smallest there is."""
+        if not self._orders >> order and self._hot:
+            self._join_hot()
         orders = self._orders >> order
         if not orders:
             return None
         found = order + (orders & -orders).bit_length() - 1
-        start = next(iter(self._free_of[found]))
-        self._take(start)
+        start, _ = self._free_of[found].popitem()
+        if not self._free_of[found]:
+            self._orders ^= 1 << found
         while found > order:  # hand the upper half back
             found -= 1
             self._put(start + (1 << found), found)
-        self._live[start] = 1 << order
-        return (Extent(start, 1 << order),)
+        self._live[start] = extents = (Extent(start, 1 << order),)
+        self._map.mark(extents, USED)
+        return extents
 
-    def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
-        """Join with the buddy behind, as often as it takes, when each is free and whole."""
-        extent, *others = whole_extents(self._live, extents)
-        if others:
-            raise BadInput(f"a buddy allocation is one extent, not {len(others) + 1}")
-        size, wanted, joined = extent.num_blocks, extent.num_blocks + at_least("num_blocks", num_blocks, 1), []
+    def _upper_buddies(self, extent: Extent, wanted: int) -> list[tuple[int, int]] | None:
+        """The buddies (first block, order) that make ``extent`` hold ``wanted`` blocks when it is joined with one after the other."""
+        size, upper = extent.num_blocks, []
         while size < wanted:
-            buddy = extent.start + size
-            if extent.start & size or self._order_at.get(buddy) != size.bit_length() - 1:
+            order = size.bit_length() - 1
+            if extent.start & size or extent.start + size not in self._free_of[order]:
                 return None
-            joined.append(buddy)
+            upper.append((extent.start + size, order))
             size *= 2
-        for buddy in joined:
-            self._take(buddy)
-        self._live[extent.start] = size
-        return (Extent(extent.start, size),)
+        return upper
 
-    def free(self, extents: Iterable[Extent]) -> None:
-        for extent in whole_extents(self._live, extents):
-            del self._live[extent.start]
-            start, order = extent.start, extent.num_blocks.bit_length() - 1
-            while self._order_at.get(buddy := start ^ 1 << order) == order:
-                self._take(buddy)
-                start, order = min(start, buddy), order + 1
-            self._put(start, order)
+    def _join_hot(self) -> None:
+        for order in list(self._hot):
+            self._join(order)
 
-    def stats(self) -> Stats:
-        runs = merged(Extent(start, 1 << order) for start, order in sorted(self._order_at.items()))
-        sizes = [run.num_blocks for run in runs]
-        return pool_stats(self.num_blocks, sum(sizes), max(sizes, default=0), len(sizes))
-
-    def check(self) -> None:
-        pieces = sorted([*((start, 1 << order) for start, order in self._order_at.items()), *self._live.items()])
-        at = 0
-        for start, size in pieces:
-            assert start == at, f"block {at} is lost or held twice"
-            at += size
-        assert at == self.num_blocks, f"blocks behind {at} are lost"
-        for start, order in self._order_at.items():
-            assert start % (1 << order) == 0 and start in self._free_of[order] and self._orders >> order & 1
-            assert self._order_at.get(start ^ 1 << order) != order, "two free buddies were not joined"
+    def _join(self, order: int) -> None:
+        """Put the hot one of ``order`` back, joined with its buddy, and that one with its own, as far as they are free."""
+        extents = self._hot.pop(order)
+        if self._seen_hot >> order & 1:
+            self._seen_hot ^= 1 << order
+        else:
+            self._map.mark(extents, FREE)
+        start = extents[0].start
+        while (buddy := start ^ 1 << order) in self._free_of[order]:
+            self._take(buddy, order)
+            start, order = min(start, buddy), order + 1
+        self._put(start, order)
 
     def _put(self, start: int, order: int) -> None:
-        self._order_at[start] = order
         self._free_of[order][start] = None
         self._orders |= 1 << order
 
-    def _take(self, start: int) -> None:
-        order = self._order_at.pop(start)
+    def _take(self, start: int, order: int) -> None:
         del self._free_of[order][start]
         if not self._free_of[order]:
             self._orders ^= 1 << order

@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
-from ..errors import BadInput, at_least
-from .base import Extent, Stats, pool_stats, whole_extents
+from ..errors import at_least
+from .base import Extent, Live, Stats, allocation_in, allocations_in, pool_stats
 
 
 class HoleSizes:
@@ -20,7 +20,7 @@ class HoleSizes:
     def __init__(self, largest: int):
         self._sizes = [0] * ((largest >> 10) + 1)  # word w, bit b: a hole of 1024 w + b blocks exists
         self._words = 0  # bit w: word w is not zero
-        self._holes: dict[int, dict[int, None]] = {}  # size -> first blocks, in order of freeing
+        self._holes: dict[int, dict[int, None]] = {}  # size -> first blocks, in the order they became holes
 
     def add(self, start: int, size: int) -> None:
         holes = self._holes.get(size)
@@ -59,8 +59,11 @@ class HoleSizes:
         return (word << 10) + _lowest_bit(self._sizes[word])
 
     def one_of(self, size: int) -> int:
-        """First block of the hole of exactly ``size`` that has been one the longest."""
-        return next(iter(self._holes[size]))
+        """First block of the hole of exactly ``size`` that became one last. O(1): a dict finds its last key at once, its first does not."""
+        holes = self._holes[size]
+        start, _ = holes.popitem()
+        holes[start] = None
+        return start
 
 
 def _lowest_bit(bits: int) -> int:
@@ -76,7 +79,7 @@ class ContiguousAllocator(ABC):
         self._hole_at: dict[int, int] = {}  # first block of a hole -> its size
         self._hole_ending: dict[int, int] = {}  # block behind a hole -> its first block
         self._sizes = HoleSizes(self.num_blocks)
-        self._live: dict[int, int] = {}  # first block of an extent handed out -> its size
+        self._live: Live = {}
         self._add_hole(0, self.num_blocks)
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
@@ -84,22 +87,20 @@ class ContiguousAllocator(ABC):
         if start is None:
             return None
         self._take_front(start, num_blocks)
-        self._live[start] = num_blocks
-        return (Extent(start, num_blocks),)
+        self._live[start] = extents = (Extent(start, num_blocks),)
+        return extents
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Grow in place when the hole right behind is large enough."""
-        extent, *others = whole_extents(self._live, extents)
-        if others:
-            raise BadInput(f"a contiguous allocation is one extent, not {len(others) + 1}")
+        (extent,) = allocation_in(self._live, extents)
         if self._hole_at.get(extent.end, 0) < at_least("num_blocks", num_blocks, 1):
             return None
         self._take_front(extent.end, num_blocks)
-        self._live[extent.start] = extent.num_blocks + num_blocks
-        return (Extent(extent.start, extent.num_blocks + num_blocks),)
+        self._live[extent.start] = grown = (Extent(extent.start, extent.num_blocks + num_blocks),)
+        return grown
 
     def free(self, extents: Iterable[Extent]) -> None:
-        for extent in whole_extents(self._live, extents):
+        for (extent,) in allocations_in(self._live, extents):
             del self._live[extent.start]
             start, end = extent.start, extent.end
             if (before := self._hole_ending.get(start)) is not None:
@@ -115,7 +116,7 @@ class ContiguousAllocator(ABC):
         return pool_stats(self.num_blocks, self._free_blocks, self._sizes.largest(), len(self._hole_at))
 
     def check(self) -> None:
-        pieces = sorted([*self._hole_at.items(), *self._live.items()])
+        pieces = sorted([*self._hole_at.items(), *(extent for (extent,) in self._live.values())])
         at = 0
         for start, size in pieces:
             assert start == at, f"block {at} is lost or held twice"

@@ -1,11 +1,10 @@
 """Paging: any free block serves, so nothing is ever too fragmented; what it costs is the number of extents a sequence ends up in."""
 
-from collections import Counter
 from collections.abc import Iterable
-from itertools import groupby
 
-from ..errors import BadInput, at_least
-from .base import Extent, Stats, merged, pool_stats
+from ..errors import at_least
+from .base import Extent, Live, Stats, allocation_in, allocations_in
+from .free_map import FREE, USED, FreeMap
 
 
 class Paged:
@@ -16,63 +15,66 @@ class Paged:
 
     def __init__(self, num_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
-        self._free = list(range(num_blocks))[::-1]
-        self._owner: list[int | None] = [None] * num_blocks  # block -> allocation
-        self._sizes: dict[int, int] = {}  # allocation -> its blocks
-        self._next = 0
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._live: Live = {}
+        self._map = FreeMap(num_blocks)
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
-        owner = self._next
-        extents = self._take(num_blocks, owner)
+        extents = self._take(at_least("num_blocks", num_blocks, 1))
         if extents is not None:
-            self._next += 1
+            self._live[extents[0].start] = extents
         return extents
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Chain any free blocks behind ``extents``; they join the last one only when they happen to follow it."""
-        owner, *others = self._owners(self._checked(extents))
-        if others:
-            raise BadInput(f"{extents} is not one allocation, but {len(others) + 1}")
-        more = self._take(num_blocks, owner)
-        return None if more is None else merged((*extents, *more))
+        extents = allocation_in(self._live, extents)
+        more = self._take(at_least("num_blocks", num_blocks, 1))
+        if more is None:
+            return None
+        start, size = extents[-1]
+        if start + size == more[0].start:
+            more = (Extent(start, size + more[0].num_blocks), *more[1:])
+            extents = extents[:-1]
+        extents += more
+        self._live[extents[0].start] = extents
+        return extents
 
     def free(self, extents: Iterable[Extent]) -> None:
-        blocks = self._checked(extents)
-        for owner in self._owners(blocks):
-            del self._sizes[owner]
-        for block in reversed(blocks):
-            self._owner[block] = None
-            self._free.append(block)
+        for whole in reversed(allocations_in(self._live, extents)):
+            del self._live[whole[0].start]
+            self._map.mark(whole, FREE)
+            for start, size in reversed(whole):
+                self._free.extend(range(start + size - 1, start - 1, -1))
 
     def stats(self) -> Stats:
-        """O(pool): the runs of free blocks are counted along the map."""
-        runs = [sum(1 for _ in run) for free, run in groupby(self._owner, lambda owner: owner is None) if free]
-        return pool_stats(self.num_blocks, len(self._free), max(runs, default=0), len(runs))
+        return self._map.stats()
 
     def check(self) -> None:
-        assert len(set(self._free)) == len(self._free), "a block stands twice in the free list"
-        assert sorted(self._free) == [b for b, owner in enumerate(self._owner) if owner is None], "a block is lost or held twice"
-        assert self._owners(b for b, owner in enumerate(self._owner) if owner is not None) == self._sizes
+        held = [block for extents in self._live.values() for start, size in extents for block in range(start, start + size)]
+        assert sorted(held + self._free) == list(range(self.num_blocks)), "a block is lost or held twice"
+        assert all(extents[0].start == first for first, extents in self._live.items())
+        self._map.check((block, 1) for block in self._free)
 
-    def _take(self, num_blocks: int, owner: int) -> tuple[Extent, ...] | None:
-        if at_least("num_blocks", num_blocks, 1) > len(self._free):
+    def _take(self, num_blocks: int) -> tuple[Extent, ...] | None:
+        """The top of the stack, as extents."""
+        free = self._free
+        if num_blocks > len(free):
             return None
-        blocks = self._free[: -num_blocks - 1 : -1]
-        del self._free[-num_blocks:]
-        for block in blocks:
-            self._owner[block] = owner
-        self._sizes[owner] = self._sizes.get(owner, 0) + num_blocks
-        return merged(Extent(block, 1) for block in blocks)
+        extents = (Extent(free.pop(), 1),) if num_blocks == 1 else runs_of(free[: -num_blocks - 1 : -1])
+        if num_blocks > 1:
+            del free[-num_blocks:]
+        self._map.mark(extents, USED)
+        return extents
 
-    def _owners(self, blocks: Iterable[int]) -> Counter:
-        return Counter(self._owner[block] for block in blocks)
 
-    def _checked(self, extents: Iterable[Extent]) -> list[int]:
-        """The blocks of ``extents``, which must be allocations handed out, each of them whole."""
-        extents = tuple(extents)
-        blocks = [block for extent in extents for block in range(extent.start, extent.end)]
-        if not blocks or max(blocks) >= self.num_blocks:
-            raise BadInput(f"extents must be given, and lie in this pool of {self.num_blocks} blocks, not {extents}")
-        if len(set(blocks)) != len(blocks) or any(self._sizes.get(owner) != n for owner, n in self._owners(blocks).items()):
-            raise BadInput(f"{extents} is not an allocation handed out and not yet got back, or not the whole of it")
-        return blocks
+def runs_of(blocks: list[int]) -> tuple[Extent, ...]:
+    """``blocks``, at least one, in their order, neighbours that follow each other as one extent."""
+    new, extents = tuple.__new__, []
+    start = end = blocks[0]
+    for block in blocks:
+        if block != end:
+            extents.append(new(Extent, (start, end - start)))  # half the time of Extent(...)
+            start = block
+        end = block + 1
+    extents.append(new(Extent, (start, end - start)))
+    return tuple(extents)

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from ..errors import at_least
-from .base import Extent, Stats, pool_stats, whole_extents
+from .base import Extent, Live, Stats, allocation_in, allocations_in, pool_stats
+from .free_map import FREE, USED, FreeMap
 
 
 class Static:
@@ -12,40 +13,43 @@ class Static:
     def __init__(self, num_blocks: int, region_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
         self.region_blocks = min(at_least("region_blocks", region_blocks, 1), num_blocks)
-        self._free = [start for start in range(0, num_blocks - self.region_blocks + 1, self.region_blocks)][::-1]
-        self._live: dict[int, int] = {}  # first block of a region handed out -> its size
+        num_regions = num_blocks // self.region_blocks
+        self._tail = num_blocks - num_regions * self.region_blocks
+        self._free = list(range(num_regions - 1, -1, -1))
+        self._live: Live = {}
+        self._map = FreeMap(num_regions)  # of regions, not of blocks
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
         if at_least("num_blocks", num_blocks, 1) > self.region_blocks or not self._free:
             return None
-        start = self._free.pop()
-        self._live[start] = self.region_blocks
-        return (Extent(start, self.region_blocks),)
+        region = self._free.pop()
+        self._map.mark(((region, 1),), USED)
+        start = region * self.region_blocks
+        self._live[start] = extents = (Extent(start, self.region_blocks),)
+        return extents
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Never: a region has its full size from the start."""
-        whole_extents(self._live, extents)
+        allocation_in(self._live, extents)
         at_least("num_blocks", num_blocks, 1)
         return None
 
     def free(self, extents: Iterable[Extent]) -> None:
-        for extent in whole_extents(self._live, extents):
+        for (extent,) in allocations_in(self._live, extents):
             del self._live[extent.start]
-            self._free.append(extent.start)
+            region = extent.start // self.region_blocks
+            self._map.mark(((region, 1),), FREE)
+            self._free.append(region)
 
     def stats(self) -> Stats:
-        """Free blocks are those of free regions and of the tail; a free run joins neighbouring free regions (O(regions))."""
-        size, holes, at = self.region_blocks, [], 0
-        for start in [*sorted(self._live), self.num_blocks]:
-            if start > at:
-                holes.append(start - at)
-            at = start + size
-        return pool_stats(self.num_blocks, self.num_blocks - len(self._live) * size, max(holes, default=0), len(holes))
+        """Free blocks are those of free regions and of the tail; a free run joins neighbouring free regions, and the tail the last."""
+        _, _, longest, at_the_end, holes = self._map.sum()
+        size, tail = self.region_blocks, self._tail
+        free_blocks = self._map.free_blocks * size + tail
+        holes += 1 if tail and not at_the_end else 0
+        return pool_stats(self.num_blocks, free_blocks, max(longest * size, at_the_end * size + tail), holes)
 
     def check(self) -> None:
-        starts = sorted([*self._free, *self._live])
-        assert starts == [i * self.region_blocks for i in range(self._num_regions)], "a region is lost or held twice"
-
-    @property
-    def _num_regions(self) -> int:
-        return self.num_blocks // self.region_blocks
+        held = [start // self.region_blocks for start in self._live]
+        assert sorted(held + self._free) == list(range(self._map.num_blocks)), "a region is lost or held twice"
+        self._map.check((region, 1) for region in self._free)
