@@ -1,7 +1,6 @@
 """The main job: one workload, one real model, every strategy and mlx-lm's own batching, in alternating repeats."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +22,13 @@ from .engine import Engine, StepRecord, kv_shape
 from .errors import BadInput, CortexLabError, at_least, one_of, shown
 from .model import model_limits
 from .request import Request, RequestState
-from .workload import WorkItem, prompt_tokens
+from .workload import WorkItem, default_max_seq_len, pool_blocks, prompt_tokens
 
 MLX_LM = "mlx-lm"
 ALL = (*STRATEGIES, MLX_LM)
 DEFAULT = ("static", "cortexstream", "paged", MLX_LM)  # one of each family: fixed, contiguous, scattered
 WARMUP_PROMPT, WARMUP_TOKENS = 32, 4  # tokens of each warm-up request
 LATENCIES = [f"{statistic}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for statistic in ("mean", "median", "p99")]
-MAX_SHARE = 1000.0  # of the full pool
 TIMED = ("duration", "request_throughput", "output_throughput", *LATENCIES)
 
 
@@ -117,30 +115,13 @@ def full_pool(items: Sequence[WorkItem], block_size: int, batch_size: int) -> in
     return sum(blocks[:batch_size])
 
 
-def default_max_seq_len(items: Sequence[WorkItem], context: int) -> int:
-    """The longest request, rounded up to a power of two: the region of ``static``."""
-    return min(context, 1 << (max(item.total_tokens for item in items) - 1).bit_length())
-
-
-def pool_blocks(setting: Setting, items: Sequence[WorkItem], max_seq_len: int) -> int:
-    """``setting.num_blocks`` as a number; by default `full_pool`, and never less than one region of ``static``."""
+def bench_pool(setting: Setting, items: Sequence[WorkItem], max_seq_len: int) -> int:
+    """``setting.num_blocks`` as a number; by default `full_pool`. A percentage never gives less than one region of ``static``."""
     at_least("block-size", setting.block_size, 1)
     at_least("batch-size", setting.batch_size, 1)
-    given = setting.num_blocks
-    if isinstance(given, str) and given.removeprefix("-").isdecimal():
-        given = int(given)
-    if isinstance(given, int):
-        return at_least("num-blocks", given, 1)
-    share = 1.0
-    if given is not None:
-        try:
-            share = float(given.removesuffix("%")) / 100 if given.endswith("%") else math.nan
-        except ValueError:
-            share = math.nan
-        if not 0 < share <= MAX_SHARE:
-            raise BadInput(f"num-blocks must be a whole number of at least 1 or a percentage like 60%, not {shown(given)}")
-    full = full_pool(items, setting.block_size, setting.batch_size)
-    return at_least("num-blocks", max(math.ceil(share * full), -(-max_seq_len // setting.block_size)), 1)
+    given = "100%" if setting.num_blocks is None else setting.num_blocks
+    blocks = pool_blocks(given, lambda: full_pool(items, setting.block_size, setting.batch_size))
+    return max(blocks, -(-max_seq_len // setting.block_size)) if isinstance(given, str) and given.endswith("%") else blocks
 
 
 def run_bench(
@@ -167,7 +148,7 @@ def run_bench(
     at_least("repeats", repeats, 1)
     context, vocabulary = model_limits(model)
     max_seq_len = setting.max_seq_len or default_max_seq_len(items, context)
-    num_blocks = pool_blocks(setting, items, max_seq_len)
+    num_blocks = bench_pool(setting, items, max_seq_len)
     job = _Job(model, items, [], num_blocks, setting, max_seq_len, () if setting.ignore_eos else tuple(stop_token_ids), progress)
     if (needed := num_blocks * setting.block_size * job.slot_bytes) > memory_bytes():
         raise BadInput(f"num-blocks {num_blocks} needs {needed / 2**30:.1f} GiB, this machine has {memory_bytes() / 2**30:.1f} GiB")

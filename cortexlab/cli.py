@@ -12,11 +12,13 @@ from importlib import import_module
 from pathlib import Path
 
 from ._version import __version__
-from .allocators import STRATEGIES, make_allocator
+from .allocators import GROWTHS, STRATEGIES, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, at_least, one_of, shown
+from .scheduler import OOM_POLICIES
 
 NOTEBOOKS = Path("notebooks")
 DEFAULT_REQUESTS = 16
+REPLAY_REQUESTS, REPLAY_RATE = 5000, 5.0  # of a workload; requests per second
 STRATEGIES_HELP = f"comma-separated: {', '.join(STRATEGIES)}, mlx-lm, or module:Factory of your own"
 
 
@@ -70,6 +72,9 @@ def build_parser() -> Parser:
     bench = command("bench", run_bench, "run a workload on a real model under each strategy and under mlx-lm")
     add_bench_arguments(bench)
 
+    replay = command("replay", run_replay, "a workload or an hour of a trace through scheduler and allocators alone, on a virtual clock")
+    add_replay_arguments(replay)
+
     sweep = command("sweep", run_sweep, "run a notebook over a grid of parameters with papermill and collect its rows")
     sweep.add_argument("file", help="YAML: notebook, grid (parameter: list of values), optionally plot (x, lines, y)")
     sweep.add_argument("--name", help="folder under --out (default: the file's name)")
@@ -91,17 +96,47 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         help="blocks in the pool, or a percentage of what a full batch can ever use, at least one region of static (default: 100%%)",
     )
     add("--batch-size", type=int, default=8, help="requests run at once, for every strategy and for mlx-lm")
-    add("--requests", type=int, help=f"how many (default: {DEFAULT_REQUESTS}, or all of a trace)")
-    add("--workload", default="chat", help="chat, lognormal, heavy-tail or shared-prefix")
-    add("--trace", help="azure_2023_conv, mooncake_conversation, or a .csv or .jsonl file; takes the place of --workload")
-    add("--request-rate", type=_rate, default="inf", help="requests per second, inf (all at time 0) or trace (the trace's own times)")
-    add("--burstiness", type=float, default=1.0, help="shape of the gamma-distributed gaps: 1 is Poisson, smaller is burstier")
-    add("--scale-lengths", type=float, default=1.0, help="multiplies prompt and output lengths, rounded up")
+    add_workload_arguments(bench, DEFAULT_REQUESTS, "inf")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="let every request yield all of its max_tokens")
     add("--max-seq-len", type=int, help="longest request, and the region of static (default: the longest, as a power of two)")
-    add("--seed", type=int, default=0, help="of lengths, arrivals and tokens")
     add("--repeats", type=int, default=1, help="runs of every strategy, in turn; medians and 95 %% intervals are reported")
-    add("--name", help="folder under --out (default: bench-<UTC time>)")
+    add_result_arguments(bench, "bench")
+
+
+def add_replay_arguments(replay: argparse.ArgumentParser) -> None:
+    add = replay.add_argument
+    add("--strategies", default="paged", help=STRATEGIES_HELP.replace("mlx-lm, ", ""))
+    add("--block-size", default="16", help="slots a block, comma-separated for several; prefix caching wants the trace's own or a multiple")
+    add("--num-blocks", default="unlimited", help="a number, unlimited, or a percentage of what paged holds at its peak when unlimited")
+    add("--growth", choices=GROWTHS, help="what a sequence does that outgrows its blocks (default: the strategy's own)")
+    add("--oom-policy", choices=OOM_POLICIES, default="wait", help="what happens when memory is out")
+    add("--max-batch-size", type=int, default=256, help="requests run at once")
+    add("--max-seq-len", type=int, help="the region of static (default: the longest request, as a power of two)")
+    add("--prefix-caching", action="store_true", help="share prompt blocks by the trace's hashes, least recently used evicted first")
+    add("--step-time", metavar="FILE", help="step_time.json of a bench run (default: a constant of about 40 ms a step)")
+    add("--shuffle-lengths", action="store_true", help="deal prompts and outputs out anew by the seed: is a finding the trace's own?")
+    add_workload_arguments(replay, REPLAY_REQUESTS, "5", "trace")
+    add_result_arguments(replay, "replay")
+
+
+def add_workload_arguments(parser: argparse.ArgumentParser, requests: int, rate: str, trace_rate: str | None = None) -> None:
+    add = parser.add_argument
+    add("--requests", type=int, help=f"how many (default: {requests}, or all of a trace)")
+    add("--workload", default="chat", help="chat, lognormal, heavy-tail or shared-prefix")
+    add("--trace", help="azure_2023_conv, mooncake_conversation, or a .csv or .jsonl file; takes the place of --workload")
+    text = "requests per second, inf (all at time 0) or trace (the trace's own times)"
+    if trace_rate is None:
+        add("--request-rate", type=_rate, default=rate, help=text)
+    else:
+        add("--request-rate", type=_rate, help=f"{text} (default: {rate}, or {trace_rate} with a trace)")
+    add("--burstiness", type=float, default=1.0, help="shape of the gamma-distributed gaps: 1 is Poisson, smaller is burstier")
+    add("--scale-lengths", type=float, default=1.0, help="multiplies prompt and output lengths, rounded up")
+    add("--seed", type=int, default=0, help="of lengths, arrivals and tokens")
+
+
+def add_result_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    add = parser.add_argument
+    add("--name", help=f"folder under --out (default: {command}-<UTC time>)")
     add("--out", default="results", help="where results go")
     add("--overwrite", action="store_true", help="replace a result of that name")
     add("--json", action="store_true", help="print one JSON document and nothing else")
@@ -143,6 +178,40 @@ def run_bench(args) -> int:
     return 0 if bench.held else 1
 
 
+def run_replay(args) -> int:
+    from . import results
+    from .doctor import machine
+    from .replay import reference, replay
+    from .step_time import StepTime
+    from .workload import shuffled_lengths
+
+    if args.request_rate is None:
+        args.request_rate = "trace" if args.trace else REPLAY_RATE
+    strategies = [_strategy(name.strip(), ()) for name in args.strategies.split(",")]
+    block_sizes = [_whole("block-size", text) for text in args.block_size.split(",")]
+    for name, minimum in (("requests", 1), ("max_batch_size", 1), ("max_seq_len", 1), ("seed", 0)):
+        if (value := getattr(args, name)) is not None:
+            at_least(name.replace("_", "-"), value, minimum)
+    target = results.check_target(Path(args.out), args.name or results.default_name("replay"), args.overwrite)
+    step_time = StepTime.load(args.step_time) if args.step_time else reference
+    items = _workload(args, REPLAY_REQUESTS)(None)
+    if args.shuffle_lengths:
+        items = shuffled_lengths(items, args.seed)
+    options = {name: getattr(args, name) for name in ("growth", "oom_policy", "max_batch_size", "max_seq_len", "prefix_caching")}
+    with _progress(len(strategies) * len(block_sizes), "row") as advance:
+        done = replay(
+            items, strategies, block_sizes=block_sizes, num_blocks=args.num_blocks, step_time=step_time,
+            progress=lambda each: advance(1, each.row["strategy"]), **options,
+        )  # fmt: skip
+    rows, where = [each.row for each in done], machine()
+    _write_replay(target, args, done, where, step_time)
+    if args.json:
+        print(json.dumps({"environment": where, "rows": rows}, allow_nan=False))
+    else:
+        print(_replay_report(args, rows, len(items), target))
+    return 1 if any(row["failed"] for row in rows) else 0
+
+
 def run_doctor(args) -> int:
     from . import doctor
 
@@ -180,7 +249,7 @@ def run_lab(args) -> int:
 # --- helpers ------------------------------------------------------------------------------------------------------------------
 
 
-def _workload(args):
+def _workload(args, default_requests: int = DEFAULT_REQUESTS):
     """A function from the model's context to the items; a trace is read at once."""
     from . import traces, workload
 
@@ -190,7 +259,7 @@ def _workload(args):
 
         def make(context: int | None):
             return workload.make_workload(
-                args.workload, args.requests or DEFAULT_REQUESTS, seed=args.seed, context=context,
+                args.workload, args.requests or default_requests, seed=args.seed, context=context,
                 request_rate=args.request_rate, burstiness=args.burstiness, scale_lengths=args.scale_lengths,
             )  # fmt: skip
 
@@ -202,10 +271,16 @@ def _workload(args):
     return lambda context: items
 
 
-def _strategy(name: str):
+def _whole(name: str, text: str) -> int:
+    if not (text.strip().isascii() and text.strip().isdecimal()):
+        raise BadInput(f"{name} must be a whole number of at least 1, not {shown(text)}")
+    return at_least(name, int(text), 1)
+
+
+def _strategy(name: str, others: tuple[str, ...] = ("mlx-lm",)):
     """A strategy's name, or the factory that ``module:Factory`` names."""
     if ":" not in name:
-        one_of("strategy", name, (*STRATEGIES, "mlx-lm"))
+        one_of("strategy", name, (*STRATEGIES, *others))
         return name
     module, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())
@@ -220,7 +295,7 @@ def _strategy(name: str):
     return factory
 
 
-def _progress(total: int):
+def _progress(total: int, unit: str = "tok"):
     from tqdm import tqdm
 
     class Bar(tqdm):
@@ -232,7 +307,7 @@ def _progress(total: int):
             self.set_description(f"{strategy:>12}", refresh=False)
             self.update(tokens)
 
-    return Bar(total=total, unit="tok", file=sys.stderr, disable=None, leave=False, smoothing=0.05)
+    return Bar(total=total, unit=unit, file=sys.stderr, disable=None, leave=False, smoothing=0.05)
 
 
 def _write_bench(target: Path, args, bench, document: dict) -> None:
@@ -246,21 +321,54 @@ def _write_bench(target: Path, args, bench, document: dict) -> None:
 
     plots.use_style()
     tables = {"rows": pd.DataFrame(bench.rows), "requests": bench.requests(), "steps": bench.steps()}
-    run = {
-        "command": "bench",
-        "arguments": {
-            name: str(value) if value == math.inf else value
-            for name, value in vars(args).items()
-            if name not in ("command", "name_of_command", "rest")
-        },
-        "environment": document["environment"],
-        "ratios": document["ratios"],
-    }
+    run = {"command": "bench", "arguments": _arguments(args), "environment": document["environment"], "ratios": document["ratios"]}
     with results.written_atomically(target) as folder:
         results.write_tables(folder, run, **tables)
         for name, figure in plots.bench_figures(**tables).items():
             figure.savefig(folder / f"{name}.png")
             plt.close(figure)
+
+
+def _write_replay(target: Path, args, done, where: dict, step_time) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from . import plots, results
+    from .replay import tables
+
+    plots.use_style()
+    frames = tables(done)
+    run = {"command": "replay", "arguments": _arguments(args), "environment": where, "step_time": json.loads(step_time.to_json())}
+    with results.written_atomically(target) as folder:
+        results.write_tables(folder, run, **frames)
+        for name, figure in plots.replay_figures(frames["rows"], frames["steps"]).items():
+            figure.savefig(folder / f"{name}.png")
+            plt.close(figure)
+
+
+def _arguments(args) -> dict:
+    return {
+        name: str(value) if value == math.inf else value
+        for name, value in vars(args).items()
+        if name not in ("command", "name_of_command", "rest")
+    }
+
+
+def _replay_report(args, rows: list[dict], num_requests: int, target: Path) -> str:
+    from .tables import replay_table
+
+    width = min(120, shutil.get_terminal_size((120, 24)).columns)
+    source = f"trace {args.trace}" if args.trace else f"workload {args.workload}"
+    head = (
+        f"{source}, {num_requests} requests, at most {args.max_batch_size} at once, pool: {args.num_blocks}; times are the virtual clock's"
+    )
+    lines = [textwrap.fill(head, width), replay_table(rows, width)]
+    for row in rows:
+        if row["refused"]:
+            lines.append(f"{row['strategy']}, blocks of {row['block_size']}: {row['refused']} requests can never fit its pool.")
+    return "\n".join([*lines, "", f"Figures and tables: {target}/"])
 
 
 def _bench_report(args, bench, where: dict, target: Path) -> str:

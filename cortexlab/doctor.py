@@ -17,10 +17,8 @@ SLOW_SGEMM_GFLOPS = 20.0  # the reference BLAS gives 2, two old cores with OpenB
 NEEDED_MEMORY_BYTES = 3 << 30  # the float32 model, an arena, and mlx-lm's batch beside it
 
 
-def environment() -> dict:
-    """What a result must say about where it was measured."""
-    import mlx.core as mx
-
+def machine() -> dict:
+    """What a result must say about where it was made, if no tensor was."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "cortexlab_version": __version__,
@@ -30,6 +28,14 @@ def environment() -> dict:
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": memory_bytes(),
+    }
+
+
+def environment() -> dict:
+    """What a result must say about where it was measured."""
+    import mlx.core as mx
+
+    return machine() | {
         "mlx_version": metadata.version("mlx"),
         "mlx_lm_version": metadata.version("mlx-lm"),
         "device": str(mx.default_device().type).rpartition(".")[2],

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -39,6 +41,37 @@ def latency_summary(requests: Iterable[Request]) -> dict[str, float | None]:
         for statistic, of in (("mean", np.mean), ("median", np.median), ("p99", lambda v: np.percentile(v, 99))):
             summary[f"{statistic}_{name}_ms"] = float(of(values)) if len(values) else None
     return summary
+
+
+def counted_latency_summary(latency: dict[str, Counter]) -> dict[str, float | None]:
+    """`latency_summary` of nanoseconds, each with how often it occurs; the same to the last bit on any machine."""
+    summary = {}
+    for name, counted in latency.items():
+        pairs = sorted((value, n) for value, n in counted.items() if n)
+        count = sum(n for _, n in pairs)
+        mean = math.fsum(value * n for value, n in pairs) / count if count else None
+        for statistic, value in (
+            ("mean", mean),
+            ("median", counted_quantile(pairs, count, 0.5)),
+            ("p99", counted_quantile(pairs, count, 0.99)),
+        ):
+            summary[f"{statistic}_{name}_ms"] = None if value is None else value / 1e6
+    return summary
+
+
+def counted_quantile(pairs: list[tuple[float, int]], count: int, q: float) -> float | None:
+    """Of sorted ``(value, how often)`` pairs, linear between neighbours as NumPy's default."""
+    if not count:
+        return None
+    place = q * (count - 1)
+    below, seen, low = math.floor(place), 0, None
+    for value, n in pairs:
+        seen += n
+        if low is None and seen > below:
+            low = value
+        if seen > min(below + 1, count - 1):
+            return low + (value - low) * (place - below)
+    return low
 
 
 def step_shares(held: Iterable[tuple[int, int, int]], unusable_slots: int = 0) -> dict[str, int]:

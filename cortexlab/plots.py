@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from .errors import BadInput
 from .metrics import SHARES, shares
+from .theory import paged_utilization
 
 COLORS = {
     "static": "#c44e52", "cortexstream": "#dd8452", "best_fit": "#937860", "segregated": "#8c8c00", "buddy": "#8172b3",
@@ -63,8 +64,9 @@ def memory_over_time(steps: pd.DataFrame) -> list[Axes]:
         weighted = zip(part["ended_at"] - part["started_at"], part[[f"{s}_slots" for s in SHARES]].to_numpy(), strict=True)
         share = shares((seconds, dict(zip(SHARES, slots, strict=True))) for seconds, slots in weighted)["token_share"]
         panel.set_title(f"{strategy}: {share:.0%} of the memory it ties up is tokens", color=color(strategy), loc="left")
-        if "pool_slots" in part and part["pool_slots"].notna().any():
-            panel.axhline(part["pool_slots"].max(), color="#555555", linestyle="--", linewidth=1)
+        pool = part["pool_slots"].max() if "pool_slots" in part else np.nan
+        if pool <= 2 * layers.sum(axis=0).max():  # not where the pool is as good as unlimited, nor for mlx-lm, which has none
+            panel.axhline(pool, color="#555555", linestyle="--", linewidth=1)
     for panel in flat[len(strategies) :]:
         panel.remove()
     for panel in flat[max(0, len(strategies) - axes.shape[1]) : len(strategies)]:  # the lowest of each column
@@ -207,6 +209,68 @@ def bench_figures(rows: pd.DataFrame, requests: pd.DataFrame, steps: pd.DataFram
     if "extents" in steps:
         figures["block_map"] = block_map(steps)[0].figure
     return figures
+
+
+def replay_figures(rows: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Figure]:
+    """The figures of a replay by file name; over time, the smallest block size is shown."""
+    smallest = steps[steps["block_size"] == steps["block_size"].min()]
+    figures = {"memory": memory_over_time(smallest)[0].figure, "fragmentation": fragmentation_over_time(smallest)[0].figure}
+    if rows["block_size"].nunique() > 1:
+        figures["block_size"] = block_size_curves(rows)[0].figure
+    else:
+        figures["extents"] = extents_against_ttft(rows).figure
+    return figures
+
+
+def fragmentation_over_time(steps: pd.DataFrame) -> list[Axes]:
+    """External fragmentation and number of holes, a line a strategy."""
+    figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 5.2), sharex=True, layout="constrained")
+    measures = {"external_fragmentation": "1 - largest free run / free blocks", "num_holes": "number of holes"}
+    for panel, (name, words) in zip(axes, measures.items(), strict=True):
+        for strategy, part in steps.groupby("strategy", sort=False):
+            span = max(1, len(part) // 200)  # a running mean: single samples jump about
+            smooth = part[name].rolling(span, center=True, min_periods=1).mean()
+            panel.plot(part["started_at"], smooth, color=color(strategy), linewidth=1.4, label=strategy)
+        panel.set_ylabel(words)
+    axes[0].set_ylim(0, 1)
+    axes[1].set_yscale("symlog", linthresh=10)
+    axes[1].set_ylim(0)
+    axes[1].set_xlabel("virtual time (s)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
+    return list(axes)
+
+
+def extents_against_ttft(rows: pd.DataFrame) -> Axes:
+    """What decides between strategies: how many extents attention must read, against how long a request waits; a point a row."""
+    _, axes = plt.subplots(figsize=(WIDTH * 0.62, 4.2), layout="constrained")
+    for row in rows.to_dict("records"):
+        axes.plot(row["extents_per_sequence"], row["mean_ttft_ms"] / 1000, "o", markersize=9, color=color(row["strategy"]))
+        axes.annotate(row["strategy"], (row["extents_per_sequence"], row["mean_ttft_ms"] / 1000), (7, 4), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="extents a sequence has at its end", ylabel="mean time to first token (s)")
+    axes.set_xlim(0.8, axes.get_xlim()[1] * 2)
+    axes.set_title("Down and to the left is better", loc="left")
+    return axes
+
+
+def block_size_curves(rows: pd.DataFrame) -> list[Axes]:
+    """Utilization and extents over block size, a line a strategy; dashed: half a block a sequence, the loss that paging is bound to."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8), layout="constrained")
+    measures = {"utilization": "utilization (live tokens / slots held)", "extents_per_sequence": "extents a sequence has at its end"}
+    for panel, (name, words) in zip(axes, measures.items(), strict=True):
+        for strategy, part in rows.groupby("strategy", sort=False):
+            part = part.sort_values("block_size")
+            panel.plot(part["block_size"], part[name], "o-", color=color(strategy), label=strategy)
+        sizes = sorted(rows["block_size"].unique())
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
+        panel.set(xlabel="block size (slots)", ylabel=words)
+    sizes = np.array(sorted(rows["block_size"].unique()))
+    axes[0].plot(sizes, paged_utilization(rows["mean_live_tokens"].max(), sizes), "--", color="#555555", label="half a block a sequence")
+    axes[0].set_ylim(0, 1.02)
+    axes[1].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
+    return list(axes)
 
 
 def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("output_throughput", "token_share")) -> list[Axes]:

@@ -9,64 +9,29 @@ decided (an arrival, an admission, a request that needs a block or ends) all ste
                              '- one jump -'
 """
 
-import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import pairwise
 from operator import attrgetter
-from pathlib import Path
+
+import pandas as pd
 
 from .allocators import Allocator, strategy_of
 from .block_manager import BlockManager, BlockTable
-from .errors import BadInput, at_least, shown
-from .metrics import SHARES
+from .errors import BadInput, at_least
+from .metrics import SHARES, counted_latency_summary
 from .request import Request, RequestState
 from .scheduler import Chunk, Scheduler
-from .workload import WorkItem
+from .step_time import SECOND, StepTime
+from .workload import WorkItem, default_max_seq_len, pool_blocks
 
 LONG_EXTENT = 128  # tokens: from here on attention reads an extent at about the speed of one contiguous view
 MAX_BATCH_SIZE, MAX_STEP_TOKENS = 256, 2048  # vLLM's defaults for a small server
 NUM_SAMPLES = 2048  # of the pool's state, over the time in which requests arrive
-SECOND = 1_000_000_000  # in nanoseconds, the unit of the virtual clock
-FIELDS = ("base_s", "token_s", "sequence_s")
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """Seconds that a step takes: ``base_s + token_s * tokens computed + sequence_s * sequences``."""
-
-    base_s: float
-    token_s: float
-    sequence_s: float
-
-    def __post_init__(self):
-        for name in FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 3600:
-                raise BadInput(f"step time: {name} must be seconds from 0 to 3600, not {shown(value)}")
-        if not self.base_s + self.token_s + self.sequence_s >= 1e-9:
-            raise BadInput("step time: a step must take at least a nanosecond")
-
-    @property
-    def nanoseconds(self) -> tuple[int, int, int]:
-        return tuple(round(getattr(self, name) * SECOND) for name in FIELDS)
-
-    @staticmethod
-    def load(path: str | Path) -> "StepTime":
-        """From the JSON that ``cortexlab bench`` writes beside its results (``step_time.json``)."""
-        try:
-            found = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise BadInput(f"cannot read step time {shown(str(path))}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"step time {shown(str(path))} is not JSON: {error}") from None
-        if not isinstance(found, dict) or any(name not in found for name in FIELDS):
-            raise BadInput(f"step time {shown(str(path))} needs {', '.join(FIELDS)} (in seconds)")
-        return StepTime(*(found[name] for name in FIELDS))
-
 
 reference = StepTime(base_s=0.030, token_s=0.000_01, sequence_s=0.000_1)  # about 40 ms at 60 sequences and 6,000 prompt tokens a second
 
@@ -110,6 +75,7 @@ class Totals:
     external: float = 0.0
     decode_tokens: int = 0  # tokens in the cache, summed over every decode step of every request
     decode_slots: int = 0  # the same of slots held
+    decode_steps: int = 0  # of all requests
     written: int = 0  # tokens computed
     copied_tokens: int = 0
     copied_blocks: int = 0
@@ -155,6 +121,7 @@ class Replay:
         self.now = 0  # nanoseconds
         self.requests: list[Counted] = []
         self.samples: list[dict] = []
+        self.row: dict = {}
         self.totals = Totals()
         self._num_decoding = 0
         self._base_sum = 0  # of the decoding requests
@@ -187,7 +154,8 @@ class Replay:
             if self.now >= next_sample:
                 self._sample()
                 next_sample = self.now + every
-        return self._row(refused, last_arrival) | {"seconds": time.perf_counter() - started}
+        self.row = self._row(refused, last_arrival) | {"seconds": time.perf_counter() - started}
+        return self.row
 
     # --- one step, or many alike ----------------------------------------------------------------------------------------------
 
@@ -234,6 +202,7 @@ class Replay:
         totals.external += weight * unusable * blocks.block_size * steps
         totals.decode_tokens += decode_tokens
         totals.decode_slots += self._decode_slots * steps
+        totals.decode_steps += num_decoding * steps
         totals.written += num_decoding * steps + prefill_tokens
         totals.gaps[dt] += num_decoding * steps - len(resumed)
         if blocks.num_held > totals.peak_blocks:
@@ -454,19 +423,16 @@ class Replay:
         shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
         held = blocks.num_held * size
         token = self._still_tokens + self._base_sum + self._num_decoding * (self.step - 1) - shared * size
+        slots = {"token": token, "reserved": held - token - self._internal, "internal": self._internal}
         self.samples.append(
             {
-                "time_s": self.now / SECOND,
-                "token": token,
-                "reserved": held - token - self._internal,
-                "internal": self._internal,
-                "external": scheduler.unusable_blocks * size,
-                "free_blocks": blocks.free_blocks,
-                "largest_free_run": pool.largest_free_run,
-                "num_holes": pool.num_holes,
-                "external_fragmentation": pool.external_fragmentation,
+                "started_at": self.now / SECOND,
+                **{f"{name}_slots": count for name, count in slots.items()},
+                "external_slots": scheduler.unusable_blocks * size,
+                "pool_slots": blocks.num_blocks * size,
                 "num_running": len(scheduler.running),
                 "num_waiting": len(scheduler.waiting),
+                **pool,
             }
         )
 
@@ -503,9 +469,10 @@ class Replay:
             "total_output_tokens": outputs,
             "request_throughput": len(done) / duration,
             "output_throughput": outputs / duration,
-            **_latency_summary(latency),
+            **counted_latency_summary(latency),
             **{f"{name}_share": parts[name] / time_s for name in SHARES},
             "utilization": totals.decode_tokens / totals.decode_slots if totals.decode_slots else None,
+            "mean_live_tokens": totals.decode_tokens / totals.decode_steps if totals.decode_steps else None,
             "external_fragmentation": _mean_over_time(self.samples, "external_fragmentation"),
             "num_holes": _mean_over_time(self.samples, "num_holes"),
             "prefix_hit_rate": totals.prefix_hits / totals.prefix_ids if caching else None,
@@ -548,6 +515,69 @@ class Calendar:
         return self._steps[0] if self._steps else math.inf
 
 
+def replay(
+    items: Sequence[WorkItem],
+    strategies: Sequence[str | Callable[[int], Allocator]] = ("paged",),
+    *,
+    block_sizes: Sequence[int] = (16,),
+    num_blocks: int | str = "unlimited",
+    max_batch_size: int = MAX_BATCH_SIZE,
+    max_seq_len: int | None = None,
+    progress: Callable[[Replay], None] = lambda done: None,
+    **options,
+) -> list[Replay]:
+    """Every strategy at every block size on ``items``; each result is a `Replay` that has run, with its ``row``.
+
+    ``num_blocks``: a number, ``unlimited``, or a percentage of what ``paged`` holds at its peak when unlimited, at the same block
+    size. ``max_seq_len``, the region of ``static``: by default the longest request, rounded up to a power of two. ``options`` are
+    those of `Replay`. Raises `BadInput` before anything runs.
+    """
+    at_least("max-batch-size", max_batch_size, 1)
+    options |= {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len or default_max_seq_len(items)}
+    caching = options.get("prefix_caching", False)
+    replays = []
+    for block_size in block_sizes:
+        at_least("block-size", block_size, 1)
+        unlimited = unlimited_blocks(items, block_size, max_batch_size, caching)
+
+        def peak(block_size=block_size, unlimited=unlimited) -> int:
+            paged = options | {"growth": None, "oom_policy": "wait"}
+            return Replay("paged", num_blocks=unlimited, block_size=block_size, **paged).run(items)["peak_blocks"]
+
+        pool = unlimited if num_blocks == "unlimited" else pool_blocks(num_blocks, peak)
+        for strategy in strategies:
+            each = Replay(strategy, num_blocks=pool, block_size=block_size, **options)
+            each.run(items)
+            replays.append(each)
+            progress(each)
+    return replays
+
+
+def tables(replays: Sequence[Replay]) -> dict[str, pd.DataFrame]:
+    """``rows``, ``requests`` (times in seconds of the virtual clock) and ``steps`` (the pool's state, sampled) of what has run."""
+    requests, samples = [], []
+    for each in replays:
+        which = {"strategy": each.strategy.name, "block_size": each.blocks.block_size}
+        ends = [sample["started_at"] for sample in each.samples[1:]] + [each.now / SECOND]
+        samples += [which | {"repeat": 0, "ended_at": end} | sample for sample, end in zip(each.samples, ends, strict=True)]
+        requests += [which | _told(request) for request in each.requests]
+    return {"rows": pd.DataFrame([each.row for each in replays]), "requests": pd.DataFrame(requests), "steps": pd.DataFrame(samples)}
+
+
+def _told(request: Counted) -> dict:
+    stamps = {"arrived_at": request.arrived_ns, "first_token_at": request.first_ns, "finished_at": request.finished_ns}
+    return {
+        "request": request.id,
+        "state": str(request.state),
+        "prompt_tokens": len(request.prompt),
+        "output_tokens": request.output_length,
+        **{name: None if at is None else at / SECOND for name, at in stamps.items()},
+        "cached_tokens": request.cached_tokens,
+        "num_preemptions": request.num_preemptions,
+        "error": request.error,
+    }
+
+
 def unlimited_blocks(items: Sequence[WorkItem], block_size: int, max_batch_size: int, prefix_caching: bool = False) -> int:
     """Blocks that no workload's run can ever use up, whatever the placement."""
     longest = max(item.prompt_tokens + max(item.output_tokens, item.max_tokens or 0) - 1 for item in items)
@@ -558,36 +588,9 @@ def unlimited_blocks(items: Sequence[WorkItem], block_size: int, max_batch_size:
     return blocks
 
 
-def _latency_summary(latency: dict[str, Counter]) -> dict[str, float | None]:
-    """As `metrics.latency_summary`, from counted nanoseconds, and the same to the last bit on any machine."""
-    summary = {}
-    for name, counted in latency.items():
-        pairs = sorted((value, n) for value, n in counted.items() if n)
-        count = sum(n for _, n in pairs)
-        mean = math.fsum(value * n for value, n in pairs) / count if count else None
-        for statistic, value in (("mean", mean), ("median", _quantile(pairs, count, 0.5)), ("p99", _quantile(pairs, count, 0.99))):
-            summary[f"{statistic}_{name}_ms"] = None if value is None else value / 1e6
-    return summary
-
-
-def _quantile(pairs: list[tuple[float, int]], count: int, q: float) -> float | None:
-    """Of sorted ``(value, how often)`` pairs, linear between neighbours as NumPy's default."""
-    if not count:
-        return None
-    place = q * (count - 1)
-    below, seen, low = math.floor(place), 0, None
-    for value, n in pairs:
-        seen += n
-        if low is None and seen > below:
-            low = value
-        if seen > min(below + 1, count - 1):
-            return low + (value - low) * (place - below)
-    return low
-
-
 def _mean_over_time(samples: list[dict], name: str) -> float:
     """Of a sampled quantity: each value holds until the next sample."""
-    spans = [after["time_s"] - sample["time_s"] for sample, after in zip(samples, samples[1:], strict=False)]
+    spans = [after["started_at"] - sample["started_at"] for sample, after in pairwise(samples)]
     total = math.fsum(spans)
     if not total:
         return samples[-1][name]

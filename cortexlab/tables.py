@@ -29,6 +29,33 @@ BENCH_COLUMNS: Sequence[tuple[str, str, Callable, int]] = (
 )
 
 
+REPLAY_COLUMNS: Sequence[tuple[str, str, Callable, int]] = (
+    ("strategy", "strategy", str, 0),
+    ("block", "block_size", str, 0),
+    ("done in time", "done", str, 2),
+    ("TTFT s", "mean_ttft_ms", lambda v: f"{v / 1000:.3g}", 0),
+    ("TPOT ms", "median_tpot_ms", lambda v: f"{v:.0f}", 5),
+    ("token", "token_share", _percent, 0),
+    ("reserv", "reserved_share", _percent, 3),
+    ("intern", "internal_share", _percent, 0),
+    ("extern", "external_share", _percent, 0),
+    ("util", "utilization", lambda v: f"{v:.3f}", 0),
+    ("long", "long_extent_share", _percent, 0),
+    ("ext/seq", "extents_per_sequence", lambda v: f"{v:.1f}", 0),
+    ("copied", "copied_share", _percent, 1),
+    ("hits", "prefix_hit_rate", lambda v: f"{v:.2%}", 0),
+    ("peak", "peak_blocks", str, 4),
+    ("preempt", "num_preemptions", str, 6),
+    ("s", "seconds", lambda v: f"{v:.1f}", 7),
+)
+
+
+def replay_table(rows: Sequence[dict], width: int) -> str:
+    """The rows of a replay, at most ``width`` characters wide. ``done in time``: finished when the last request arrives."""
+    shown = [row | {"done": f"{row['completed_by_last_arrival'] / row['requests']:.1%}"} for row in rows]
+    return _table(REPLAY_COLUMNS, shown, width)
+
+
 def bench_table(rows: Sequence[dict], width: int) -> str:
     """The rows of a bench run, at most ``width`` characters wide. ``same``: requests with the reference's tokens, of those completed."""
     shown = []
@@ -39,7 +66,12 @@ def bench_table(rows: Sequence[dict], width: int) -> str:
             | {"output_throughput_interval": None if low is None else f"{low:.1f}-{high:.1f}"}
             | {"same": f"{row['requests_identical'] + row['requests_near_tie']}/{row['completed']}"}
         )
-    columns = [column for column in BENCH_COLUMNS if any(row[column[1]] is not None for row in shown)]
+    return _table(BENCH_COLUMNS, shown, width)
+
+
+def _table(columns: Sequence[tuple[str, str, Callable, int]], shown: Sequence[dict], width: int) -> str:
+    """Columns that nobody has a value for are left out, and those that do not fit, the least important first."""
+    columns = [column for column in columns if any(row[column[1]] is not None for row in shown)]
     left_out = []
     while True:
         cells = [[heading for heading, *_ in columns]]

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .errors import BadInput, at_least, one_of
+from .errors import BadInput, at_least, one_of, shown
 
 SHARED_PREFIX_TOKENS = 512
 MAX_SCALE, MIN_RATE = 1e6, 1e-6  # beyond these a number is a slip of the hand
 MAX_REQUESTS = 10_000_000
+MAX_POOL_SHARE = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,38 @@ def arrivals(num_requests: int, request_rate: float, burstiness: float, rng: np.
         return [0.0] * num_requests
     gaps = rng.gamma(burstiness, 1 / (request_rate * burstiness), num_requests - 1)
     return [0.0, *np.cumsum(gaps).tolist()]
+
+
+def default_max_seq_len(items: Sequence[WorkItem], context: int | None = None) -> int:
+    """The longest request, rounded up to a power of two, at most ``context``: the region of ``static``."""
+    longest = max(item.prompt_tokens + max(item.output_tokens, item.max_tokens or 0) for item in items)
+    rounded = 1 << (longest - 1).bit_length()
+    return rounded if context is None else min(context, rounded)
+
+
+def pool_blocks(given: int | str, full: Callable[[], int]) -> int:
+    """A pool as the user names it: a number of blocks, or a percentage of ``full()``, rounded up."""
+    if isinstance(given, str) and given.removeprefix("-").isdecimal():
+        given = int(given)
+    if isinstance(given, int):
+        return at_least("num-blocks", given, 1)
+    try:
+        share = float(given.removesuffix("%")) / 100 if given.endswith("%") else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= MAX_POOL_SHARE:
+        raise BadInput(f"num-blocks must be a whole number of at least 1 or a percentage like 60%, not {shown(given)}")
+    return at_least("num-blocks", math.ceil(share * full()), 1)
+
+
+def shuffled_lengths(items: Sequence[WorkItem], seed: int) -> list[WorkItem]:
+    """The same arrivals, prompts and outputs, dealt out anew: what depends on one trace's order does not survive it."""
+    rng = generator(seed)
+    prompts, outputs = rng.permutation(len(items)).tolist(), rng.permutation(len(items)).tolist()
+    return [
+        WorkItem(item.arrived_at, items[p].prompt_tokens, items[o].output_tokens)
+        for item, p, o in zip(items, prompts, outputs, strict=True)
+    ]
 
 
 def prompt_tokens(items: Sequence[WorkItem], vocabulary: int, seed: int = 0) -> list[list[int]]:

@@ -146,10 +146,10 @@ def test_an_interval_needs_two_values():
 def test_percentages_of_the_pool():
     items = [WorkItem(0.0, 30, 3), WorkItem(0.0, 60, 5), WorkItem(0.0, 10, 1)]
     assert bench.full_pool(items, block_size=16, batch_size=2) == 2 + 4
-    assert bench.pool_blocks(Setting(num_blocks="50%", batch_size=2), items, 16) == math.ceil(3)
+    assert bench.bench_pool(Setting(num_blocks="50%", batch_size=2), items, 16) == math.ceil(3)
     for bad in ("x", "x%", "-1%", "nan%", 0, -3):
         with pytest.raises(ValueError, match=r"num-blocks"):
-            bench.pool_blocks(Setting(num_blocks=bad), items, 16)
+            bench.bench_pool(Setting(num_blocks=bad), items, 16)
 
 
 def _run(name, outputs, max_tokens, finish="length"):
