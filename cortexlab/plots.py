@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import matplotlib
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -235,6 +236,7 @@ def fragmentation_over_time(steps: pd.DataFrame) -> list[Axes]:
     axes[0].set_ylim(0, 1)
     axes[1].set_yscale("symlog", linthresh=10)
     axes[1].set_ylim(0)
+    _plain_numbers(axes[1].yaxis)
     axes[1].set_xlabel("virtual time (s)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
     return list(axes)
@@ -248,6 +250,8 @@ def extents_against_ttft(rows: pd.DataFrame) -> Axes:
         axes.annotate(row["strategy"], (row["extents_per_sequence"], row["mean_ttft_ms"] / 1000), (7, 4), textcoords="offset points")
     axes.set(xscale="log", yscale="log", xlabel="extents a sequence has at its end", ylabel="mean time to first token (s)")
     axes.set_xlim(0.8, axes.get_xlim()[1] * 2)
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
     axes.set_title("Down and to the left is better", loc="left")
     return axes
 
@@ -269,8 +273,17 @@ def block_size_curves(rows: pd.DataFrame) -> list[Axes]:
     axes[0].plot(sizes, paged_utilization(rows["mean_live_tokens"].max(), sizes), "--", color="#555555", label="half a block a sequence")
     axes[0].set_ylim(0, 1.02)
     axes[1].set_yscale("log")
+    _plain_numbers(axes[1].yaxis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
     return list(axes)
+
+
+def _plain_numbers(axis) -> None:
+    """20 and 500 instead of powers of ten; on a short axis, 2 and 5 beside 1."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * max(low, 0.1) else (1,)))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("output_throughput", "token_share")) -> list[Axes]:

@@ -130,6 +130,7 @@ class Replay:
         self._internal = 0  # slots held that are never filled
         self._prefilling: dict[Counted, None] = {}
         self._crossings = Calendar()  # step before which a request needs a block
+        self._sample_every = self._next_sample = 0
         self._finishes = Calendar()  # step after which it has ended
 
     def run(self, items: Sequence[WorkItem]) -> dict:
@@ -138,9 +139,8 @@ class Replay:
         coming, refused = self._accept(items)
         self.requests = coming
         last_arrival = coming[-1].arrived_ns
-        every = max(1, last_arrival // NUM_SAMPLES, SECOND // 10)
-        next_sample, arrived = 0, 0
-        scheduler = self.scheduler
+        self._sample_every = max(last_arrival // NUM_SAMPLES, SECOND // 10)
+        arrived, scheduler = 0, self.scheduler
         while True:
             while arrived < len(coming) and coming[arrived].arrived_ns <= self.now:
                 scheduler.add(coming[arrived])
@@ -151,9 +151,6 @@ class Replay:
                 self.now = coming[arrived].arrived_ns
                 continue
             self._step(coming[arrived].arrived_ns if arrived < len(coming) else None)
-            if self.now >= next_sample:
-                self._sample()
-                next_sample = self.now + every
         self.row = self._row(refused, last_arrival) | {"seconds": time.perf_counter() - started}
         return self.row
 
@@ -194,6 +191,8 @@ class Replay:
         decode_tokens = (self._base_sum + num_decoding * step) * steps + gained
         shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
         still = (self._still_tokens - shared * blocks.block_size) * steps
+        if self.now >= self._next_sample:
+            self._sample(unusable)
         weight = dt / ((blocks.num_held + unusable) * blocks.block_size)
         totals.time += dt * steps
         totals.weight += weight * steps
@@ -417,18 +416,20 @@ class Replay:
             self.totals.copied_blocks += self.blocks.blocks_for(move.num_tokens)
         self.blocks.moves.clear()
 
-    def _sample(self) -> None:
+    def _sample(self, unusable: int) -> None:
+        """The pool as it lies in this step."""
+        self._next_sample = self.now + self._sample_every
         blocks, scheduler = self.blocks, self.scheduler
         pool, size = blocks.stats(), blocks.block_size
         shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
         held = blocks.num_held * size
-        token = self._still_tokens + self._base_sum + self._num_decoding * (self.step - 1) - shared * size
+        token = self._still_tokens + self._base_sum + self._num_decoding * self.step - shared * size
         slots = {"token": token, "reserved": held - token - self._internal, "internal": self._internal}
         self.samples.append(
             {
                 "started_at": self.now / SECOND,
                 **{f"{name}_slots": count for name, count in slots.items()},
-                "external_slots": scheduler.unusable_blocks * size,
+                "external_slots": unusable * size,
                 "pool_slots": blocks.num_blocks * size,
                 "num_running": len(scheduler.running),
                 "num_waiting": len(scheduler.waiting),
