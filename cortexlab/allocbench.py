@@ -6,7 +6,7 @@ it is as the pool grows. How:
 - *Aged pools.* A pool is filled until a request does not fit, with lognormal sizes (median ``request_blocks``), and emptied at random;
   it is then filled again, emptied to the occupancy and churned: half of its requests leave and others of their sizes come, two by two,
   and those that find no room wait. All of it scales with the pool, so one of any size is equally old. Where the request to be measured
-  finds no room, others leave until it does. ``pools`` says how full each really was; one that cannot come near the occupancy gives nulls.
+  finds no room, others leave until it does. ``pools`` says how full each really was (the median of the rounds); one that cannot come near the occupancy gives nulls.
 - *Batches of about a millisecond*, so that the clock costs nothing. A row has the median and the 99th percentile over batches of the
   time an operation took; the latter is null below 100 batches, of what is slow. The loop's and the clock's own time is subtracted.
 - *Rounds.* Sizes, occupancies and strategies take turns, so a noisy neighbour hits all of them, and every round fills, empties and
@@ -56,7 +56,7 @@ TURNOVER = "turnover"
 LARGEST_POOL = 1 << 22  # the peer takes half a kilobyte a block
 AGEING = 1  # times that a pool is filled and emptied before the first round
 ROUNDS, BATCHES = 5, 21  # of each operation, pool and occupancy: 105 batches
-BATCH_NS, ROUND_NS = 1_000_000, 250_000_000  # what a batch should take; what the batches of one round may
+BATCH_NS, ROUND_NS = 1_000_000, 150_000_000  # what a batch should take; what the batches of one round may
 FEWEST_FOR_P99 = 100
 NEAR = 0.8  # of the occupancy asked for: what a pool must reach
 WIDTH = 80
@@ -103,7 +103,7 @@ def measure(
     progress: Callable[[], object] = lambda: None,
 ) -> tuple[list[dict], list[dict]]:
     """Rows and ``pools``. `BadInput` names a strategy that raises or loses blocks."""
-    pools, new, samples, used = {}, {}, defaultdict(list), {}
+    pools, new, samples, used = {}, {}, defaultdict(list), defaultdict(list)
     for num_blocks, name in product(sizes, makers):
         with _blamed_on(name):
             pool = pools[num_blocks, name] = makers[name](num_blocks)
@@ -119,9 +119,12 @@ def measure(
             with _blamed_on(name):
                 pool.fill(request_blocks)
                 for occupancy in sorted(occupancies, reverse=True):
-                    for operation, figures in _round(pool, occupancy, request_blocks).items():
+                    pool.thin(occupancy)
+                    pool.churn()
+                    fits = pool.make_room(request_blocks)
+                    used[name, num_blocks, occupancy].append(pool.used / num_blocks)
+                    for operation, figures in (_round(pool, request_blocks) if fits else {}).items():
                         samples[name, num_blocks, occupancy, operation] += figures
-                    used[name, num_blocks, occupancy] = pool.used / num_blocks
                     progress()
                 pool.thin(0)
                 free = pool.free_blocks()
@@ -131,11 +134,14 @@ def measure(
     rows, states = [], []
     for num_blocks, name, occupancy in product(sizes, makers, occupancies):
         key = name, num_blocks, occupancy
+        if (share := median(used[key])) < NEAR * occupancy:  # not the state that was asked for
+            for operation in (*OPERATIONS, TURNOVER):
+                samples[*key, operation].clear()
         where = {"strategy": name, "num_blocks": num_blocks, "occupancy": occupancy}
         for operation in OPERATIONS:
             rows.append(where | {"request_blocks": request_blocks, "operation": operation} | _summary(samples[*key, operation]))
         turnover = {f"{TURNOVER}_{name}": value for name, value in _summary(samples[*key, TURNOVER]).items()}
-        states.append(where | {"used_share": used[key]} | turnover)
+        states.append(where | {"used_share": share} | turnover)
     return rows, states
 
 
@@ -143,12 +149,8 @@ class NoRoom(Exception):
     """An extension found no room behind it, or a strategy none for two requests where two of their sizes had just left."""
 
 
-def _round(pool: Pool, occupancy: float, request_blocks: int) -> dict[str, list[float]]:
-    """Microseconds an operation, one figure a batch; empty where the occupancy is out of reach or the request never fits."""
-    pool.thin(occupancy)
-    pool.churn()
-    if not pool.make_room(request_blocks) or pool.used < NEAR * occupancy * pool.num_blocks:
-        return {}
+def _round(pool: Pool, request_blocks: int) -> dict[str, list[float]]:
+    """Microseconds an operation, one figure a batch, of a pool in which the request fits."""
     pair, asked = _batch(_pairs, pool, request_blocks), _batch(_pairs_with_stats, pool, request_blocks)
     found = {PAIR: [pair() for _ in _turns()], STATS: [(asked() - pair()) / 2 for _ in _turns()]}
     with pool.extensible(request_blocks) as extensible, suppress(NoRoom):

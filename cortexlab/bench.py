@@ -22,6 +22,7 @@ from .engine import Engine, StepRecord, kv_shape
 from .errors import BadInput, CortexLabError, at_least, one_of, shown
 from .model import model_limits
 from .request import Request, RequestState
+from .step_time import StepTime
 from .workload import WorkItem, default_max_seq_len, pool_blocks, prompt_tokens
 
 MLX_LM = "mlx-lm"
@@ -101,6 +102,19 @@ class Bench:
                     | {"num_preemptions": request.num_preemptions, "finish_reason": request.finish_reason, "error": request.error}
                 )
         return pd.DataFrame(rows)
+
+    def step_time(self) -> tuple[StepTime, dict] | None:
+        """Seconds a step as tokens and sequences explain them, over all steps of our engine, and how well; None without any."""
+        steps = [
+            (step["ended_at"] - step["started_at"], step["num_prefill_tokens"] + step["num_decode_tokens"], step["num_running"])
+            for run in self.runs
+            if run.strategy != MLX_LM
+            for step in run.steps
+        ]
+        if not steps:
+            return None
+        fitted, r_squared = StepTime.fit(steps)
+        return fitted, {"r_squared": r_squared, "num_steps": len(steps)}
 
     def _numbered(self):
         seen: dict[str, int] = {}

@@ -324,6 +324,9 @@ def _write_bench(target: Path, args, bench, document: dict) -> None:
     run = {"command": "bench", "arguments": _arguments(args), "environment": document["environment"], "ratios": document["ratios"]}
     with results.written_atomically(target) as folder:
         results.write_tables(folder, run, **tables)
+        if fitted := bench.step_time():
+            step_time, quality = fitted
+            (folder / "step_time.json").write_text(step_time.to_json(model=args.model, **quality))
         for name, figure in plots.bench_figures(**tables).items():
             figure.savefig(folder / f"{name}.png")
             plt.close(figure)

@@ -14,19 +14,20 @@ from allocator_cases import CASES, Pair, random_step
 
 from cortexlab.allocators import STRATEGIES
 from cortexlab.allocators.free_map import FreeMap
+from cortexlab.allocators.holes import HoleAddresses
 
 STEPS_A_POOL = 5_000
 STEPS_A_CHECK = 100
-LEAF_BLOCKS = FreeMap.LEAF_BLOCKS
 
 
 def soak(strategy: str, steps: int, seed: int) -> None:
     """``steps`` random steps of ``strategy``; an `AssertionError` says where the allocator and the bitmap first disagree."""
+    before = FreeMap.LEAF_BLOCKS, HoleAddresses.STRETCH_BLOCKS
     rng = random.Random(f"{strategy} {seed}")
     step = 0
     try:
         while step < steps:
-            FreeMap.LEAF_BLOCKS = 1 << rng.randint(1, 9)
+            FreeMap.LEAF_BLOCKS = HoleAddresses.STRETCH_BLOCKS = 1 << rng.randint(1, 9)
             num_blocks = rng.choice((rng.randint(1, 20), rng.randint(1, 300)))
             largest = rng.randint(1, max(1, num_blocks // 2))
             pair = Pair(CASES[strategy], num_blocks)
@@ -40,7 +41,7 @@ def soak(strategy: str, steps: int, seed: int) -> None:
     except Exception as error:
         raise AssertionError(f"{strategy}, seed {seed}, step {step}, a pool of {num_blocks}: {error!r}") from error
     finally:
-        FreeMap.LEAF_BLOCKS = LEAF_BLOCKS
+        FreeMap.LEAF_BLOCKS, HoleAddresses.STRETCH_BLOCKS = before
 
 
 def main() -> int:

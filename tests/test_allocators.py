@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cortexlab import CortexLabError, Extent, make_allocator
 from cortexlab.allocators import STRATEGIES, block_map, merged, strategy_of
 from cortexlab.allocators.free_map import FREE, USED, FreeMap, joined
+from cortexlab.allocators.holes import HoleAddresses
 
 every_strategy = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -207,6 +208,7 @@ class AgainstABitmap(RuleBasedStateMachine):
 @pytest.mark.parametrize("leaf_blocks", [4, FreeMap.LEAF_BLOCKS], ids=["many leaves", "one leaf"])
 def test_an_allocator_never_disagrees_with_a_bitmap(case, leaf_blocks, monkeypatch):
     monkeypatch.setattr(FreeMap, "LEAF_BLOCKS", leaf_blocks)
+    monkeypatch.setattr(HoleAddresses, "STRETCH_BLOCKS", leaf_blocks)
     run_state_machine_as_test(lambda: AgainstABitmap(case), settings=settings(max_examples=120, stateful_step_count=40, deadline=None))
 
 

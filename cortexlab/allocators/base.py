@@ -117,6 +117,11 @@ def allocations_in(live: Live, extents: Iterable[Extent]) -> list[tuple[Extent, 
 
 def allocation_in(live: Live, extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """The one allocation that ``extents`` is; `BadInput` for several, and as `allocations_in`."""
+    try:
+        if live.get(extents[0][0]) is extents:
+            return extents
+    except (TypeError, LookupError):
+        pass
     found = allocations_in(live, extents)
     if len(found) > 1:
         raise BadInput(f"{shown(found[0] + found[1])} is not one allocation, but {len(found)}: extend one at a time")

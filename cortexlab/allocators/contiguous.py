@@ -5,69 +5,11 @@ size, so the largest and the smallest that is large enough are found in O(1). Wh
 """
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 from ..errors import at_least
 from .base import Extent, Live, Stats, allocation_in, allocations_in, pool_stats
-
-
-class HoleSizes:
-    """Holes by exact size, and a bitmap in two levels of the sizes there are: 1,024 words of 1,024 bits hold a million sizes."""
-
-    __slots__ = ("_holes", "_sizes", "_words")
-
-    def __init__(self, largest: int):
-        self._sizes = [0] * ((largest >> 10) + 1)  # word w, bit b: a hole of 1024 w + b blocks exists
-        self._words = 0  # bit w: word w is not zero
-        self._holes: dict[int, dict[int, None]] = {}  # size -> first blocks, in the order they became holes
-
-    def add(self, start: int, size: int) -> None:
-        holes = self._holes.get(size)
-        if holes is not None:
-            holes[start] = None
-            return
-        self._holes[size] = {start: None}
-        self._sizes[size >> 10] |= 1 << (size & 1023)
-        self._words |= 1 << (size >> 10)
-
-    def remove(self, start: int, size: int) -> None:
-        holes = self._holes[size]
-        del holes[start]
-        if not holes:
-            del self._holes[size]
-            self._sizes[size >> 10] ^= 1 << (size & 1023)
-            if not self._sizes[size >> 10]:
-                self._words ^= 1 << (size >> 10)
-
-    def largest(self) -> int:
-        word = self._words.bit_length() - 1
-        return (word << 10) + self._sizes[word].bit_length() - 1 if self._words else 0
-
-    def smallest_from(self, size: int) -> int | None:
-        """The smallest size of a hole that is at least ``size``."""
-        word = size >> 10
-        if word >= len(self._sizes):
-            return None
-        found = self._sizes[word] >> (size & 1023)
-        if found:
-            return size + _lowest_bit(found)
-        words = self._words >> (word + 1)
-        if not words:
-            return None
-        word += 1 + _lowest_bit(words)
-        return (word << 10) + _lowest_bit(self._sizes[word])
-
-    def one_of(self, size: int) -> int:
-        """First block of the hole of exactly ``size`` that became one last. O(1): a dict finds its last key at once, its first does not."""
-        holes = self._holes[size]
-        start, _ = holes.popitem()
-        holes[start] = None
-        return start
-
-
-def _lowest_bit(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
+from .holes import HoleAddresses, HoleSizes
 
 
 class ContiguousAllocator(ABC):
@@ -154,27 +96,27 @@ class ContiguousAllocator(ABC):
 
 
 class FirstFit(ContiguousAllocator):
-    """The hole with the lowest address that is large enough, as CortexStream's allocator searches. O(holes)."""
+    """The hole with the lowest address that is large enough, as CortexStream's allocator searches. O(log n), where it scans the pool."""
 
     def __init__(self, num_blocks: int):
-        self._starts: list[int] = []  # of the holes, sorted by address
+        self._addresses = HoleAddresses(at_least("num_blocks", num_blocks, 1))
         super().__init__(num_blocks)
 
     def _find(self, num_blocks: int) -> int | None:
-        sizes = self._hole_at
-        return next((start for start in self._starts if sizes[start] >= num_blocks), None)
+        return self._addresses.lowest_from(num_blocks)
 
     def _add_hole(self, start: int, size: int) -> None:
         super()._add_hole(start, size)
-        insort(self._starts, start)
+        self._addresses.add(start, size)
 
     def _remove_hole(self, start: int) -> int:
-        del self._starts[bisect_left(self._starts, start)]
-        return super()._remove_hole(start)
+        size = super()._remove_hole(start)
+        self._addresses.remove(start, size)
+        return size
 
     def check(self) -> None:
         super().check()
-        assert self._starts == sorted(self._hole_at)
+        self._addresses.check(self._hole_at)
 
 
 class BestFit(ContiguousAllocator):

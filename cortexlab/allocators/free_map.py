@@ -40,14 +40,24 @@ class FreeMap:
         blocks, changed, shift, byte = self._blocks, self._changed, self._shift, BYTE[state]
         marked = 0
         for start, num_blocks in extents:
-            first, last = start >> shift, (start + num_blocks - 1) >> shift
+            marked += num_blocks
+            if num_blocks == 1:  # most of what paging marks: a third of the time of the general way
+                blocks[start] = state
+                changed[start >> shift] = 1
+                continue
             blocks[start : start + num_blocks] = byte * num_blocks
+            first, last = start >> shift, (start + num_blocks - 1) >> shift
             if first == last:
                 changed[first] = 1
             else:
                 changed[first : last + 1] = BYTE[1] * (last + 1 - first)
-            marked += num_blocks
         self.free_blocks += marked if state == FREE else -marked
+
+    def mark_one(self, block: int, state: int) -> None:
+        """`mark` of a single block."""
+        self._blocks[block] = state
+        self._changed[block >> self._shift] = 1
+        self.free_blocks += 1 if state == FREE else -1
 
     def sum(self) -> Sum:
         """Blocks, free run at the left end, longest free run, free run at the right end, holes: of the whole pool."""
