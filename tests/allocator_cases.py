@@ -47,6 +47,7 @@ class Case:
     has_room: Callable[[Bitmap, int], bool]
     can_extend: Callable[[Bitmap, tuple[Extent, ...], int], bool]
     handed_out: Callable[[Bitmap, int], int] = lambda pool, wanted: wanted  # blocks an allocation of so many really gets
+    well_placed: Callable[[Bitmap, tuple[Extent, ...], int], bool] = lambda pool, extents, wanted: True  # asked before they are marked
     one_extent: bool = True
     model: Callable[[int], Bitmap] = Bitmap
 
@@ -143,8 +144,17 @@ class PublishedBuddy(Bitmap):
 # --- the table ----------------------------------------------------------------------------------------------------------------
 
 
-def contiguous(name: str) -> Case:
-    return Case(lambda num_blocks: make_allocator(name, num_blocks), has_hole, has_hole_behind)
+def in_the_lowest_hole(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
+    return extents[0].start == pool.used.find(bytes(wanted))
+
+
+def in_the_smallest_hole(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
+    start = extents[0].start
+    return (start == 0 or pool.used[start - 1]) and pool.run_at(start) == min(hole for hole in pool.holes if hole >= wanted)
+
+
+def contiguous(name: str, **more) -> Case:
+    return Case(lambda num_blocks: make_allocator(name, num_blocks), has_hole, has_hole_behind, **more)
 
 
 CASES = {
@@ -154,9 +164,9 @@ CASES = {
         can_extend=never,
         handed_out=lambda pool, wanted: min(REGION, len(pool.used)),
     ),
-    "first_fit": contiguous("first_fit"),
-    "cortexstream": contiguous("cortexstream"),
-    "best_fit": contiguous("best_fit"),
+    "first_fit": contiguous("first_fit", well_placed=in_the_lowest_hole),
+    "cortexstream": contiguous("cortexstream", well_placed=in_the_lowest_hole),
+    "best_fit": contiguous("best_fit", well_placed=in_the_smallest_hole),
     "segregated": contiguous("segregated"),
     "buddy": Case(
         make=lambda num_blocks: make_allocator("buddy", num_blocks),
@@ -169,6 +179,7 @@ CASES = {
         has_room=lambda pool, wanted: pool.next_extent(wanted) is not None,
         can_extend=never,
         handed_out=lambda pool, wanted: pool.next_extent(wanted).num_blocks,
+        well_placed=lambda pool, extents, wanted: extents == (pool.next_extent(wanted),),
         model=PublishedBuddy,
     ),
     "paged": Case(
@@ -195,6 +206,7 @@ class Pair:
         extents = self.pool.allocate(wanted)
         assert (extents is None) == (size is None), f"{wanted} blocks: {extents}, but {size} can be had"
         if extents is not None:
+            assert self.case.well_placed(self.model, extents, wanted), f"{wanted} blocks: {extents} is not where they belong"
             self.take(extents, size)
 
     def extend(self, number: int, wanted: int) -> None:

@@ -85,6 +85,15 @@ def test_paged_reports_neighbours_as_one_extent():
     assert pool.extend(a, 2) == (Extent(0, 4), Extent(5, 2))
 
 
+def test_paged_hands_out_what_it_got_back_last_in_the_same_order():
+    pool = make_allocator("paged", 8)
+    a, b = pool.allocate(2), pool.allocate(3)  # a a b b b . . .
+    pool.free(a)
+    pool.free(b)
+    assert pool.allocate(4) == (Extent(2, 3), Extent(0, 1))
+    assert pool.allocate(2) == (Extent(1, 1), Extent(5, 1))
+
+
 def test_static_hands_out_whole_regions_and_never_the_tail():
     pool = make_allocator("static", 8, region_blocks=3)  # two regions and a tail of two blocks
     a, b = pool.allocate(1), pool.allocate(3)
