@@ -6,7 +6,8 @@ it is as the pool grows. How:
 - *Aged pools.* A pool is filled until a request does not fit, with lognormal sizes (median ``request_blocks``), and emptied at random;
   it is then filled again, emptied to the occupancy and churned: half of its requests leave and others of their sizes come, two by two,
   and those that find no room wait. All of it scales with the pool, so one of any size is equally old. Where the request to be measured
-  finds no room, others leave until it does. ``pools`` says how full each really was (the median of the rounds); one that cannot come near the occupancy gives nulls.
+  finds no room, others leave until it does. ``pools`` says how full each really was (the median of the rounds); one that does not come
+  near the occupancy gives nulls.
 - *Batches of about a millisecond*, so that the clock costs nothing. A row has the median and the 99th percentile over batches of the
   time an operation took; the latter is null below 100 batches, of what is slow. The loop's and the clock's own time is subtracted.
 - *Rounds.* Sizes, occupancies and strategies take turns, so a noisy neighbour hits all of them, and every round fills, empties and
