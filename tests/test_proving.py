@@ -1,0 +1,136 @@
+"""`prove` passes what keeps its promises, and names the step of what does not."""
+
+import pytest
+
+from cortexlab import BadInput, Extent
+from cortexlab.allocators import STRATEGIES
+from cortexlab.allocators.contiguous import BestFit, FirstFit
+from cortexlab.allocators.paged import Paged
+from cortexlab.proving import Bitmap, has_enough, has_hole, prove
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "first_fit"])
+def test_every_strategy_of_the_package_is_proved(strategy):
+    done = prove(strategy, steps=1500, seed=3)
+    assert done.total() == 1500 and all(done[what] > 20 for what in ("allocate", "refused", "free", "misuse"))
+    assert prove(strategy, steps=1500, seed=3) == done, "the same seed, the same steps"
+    for num_blocks in (1, 2, 13):
+        prove(strategy, num_blocks=num_blocks, steps=300)
+
+
+def test_what_must_not_be_refused_is_a_rule():
+    prove("paged", has_room=has_enough)
+    for strategy in ("first_fit", "best_fit", "segregated"):
+        prove(strategy, has_room=has_hole)
+    with pytest.raises(AssertionError, match=r"step \d+, allocate \d+ .*refused, although"):
+        prove("best_fit", has_room=has_enough)
+    with pytest.raises(AssertionError, match="refused, although"):
+        prove("cortexstream_buddy", has_room=has_hole)
+
+
+class HandsOutTwice(Paged):
+    def allocate(self, n):
+        again = next((own for own in self._live.values() if len(own) == 1 and own[0].num_blocks >= n), None)
+        return again or super().allocate(n)
+
+
+class GivesAPart(FirstFit):
+    def allocate(self, n):
+        return super().allocate(max(1, n - 1))
+
+
+class MovesOnExtend(BestFit):
+    def extend(self, extents, n):
+        grown = self.allocate(sum(extent.num_blocks for extent in extents) + n)
+        if grown is not None:
+            self.free(extents)
+        return grown
+
+
+class LosesOnRefusal(Paged):
+    def allocate(self, n):
+        extents = super().allocate(n)
+        if extents is None and self._free:
+            super().allocate(1)
+        return extents
+
+
+class WrongHoles(BestFit):
+    def stats(self):
+        return super().stats() | {"num_holes": 1}
+
+
+class TakesAnything(Paged):
+    def free(self, extents):
+        try:
+            super().free(extents)
+        except BadInput:
+            return
+
+
+class HalfFrees(Paged):
+    """Frees the first of several before it sees that the others are wrong."""
+
+    def free(self, extents):
+        whole = next((own for own in self._live.values() if own == tuple(extents)[: len(own)]), None)
+        if whole is not None:
+            super().free(whole)
+            extents = tuple(extents)[len(whole) :]
+        if extents or whole is None:
+            super().free(extents)
+
+
+class LeavesThePool(Paged):
+    def extend(self, extents, n):
+        return (*extents, Extent(self.num_blocks, n))
+
+
+class GivesALists(Paged):
+    def allocate(self, n):
+        extents = super().allocate(n)
+        return extents and list(extents)
+
+
+class BreaksDown(Paged):
+    def allocate(self, n):
+        return super().allocate(n) if len(self._live) < 5 else {}[n]
+
+
+class BadBooks(Paged):
+    def check(self):
+        raise AssertionError("the books are wrong")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (HandsOutTwice, "is not free"),
+        (GivesAPart, "never a part"),
+        (MovesOnExtend, "does not begin with the blocks of"),
+        (LosesOnRefusal, "stats say free_blocks"),
+        (WrongHoles, "stats say num_holes"),
+        (TakesAnything, "must raise ValueError"),
+        (HalfFrees, "stats say"),
+        (LeavesThePool, "outside the pool"),
+        (GivesALists, "no tuple of extents"),
+        (BreaksDown, "KeyError"),
+        (BadBooks, "the books are wrong"),
+    ],
+)
+def test_a_broken_promise_is_named_with_its_step(broken, message):
+    with pytest.raises(AssertionError, match=r"^step \d+, .*\(a pool of 64, seed 0\): .*" + message):
+        prove(broken)
+
+
+def test_what_is_no_allocator_is_bad_input():
+    with pytest.raises(BadInput, match="lacks a part"):
+        prove(lambda num_blocks: object())
+    with pytest.raises(BadInput, match="nonsense"):
+        prove("nonsense")
+
+
+def test_the_bitmap_by_hand():
+    pool = Bitmap(6)
+    pool.mark((Extent(1, 2), Extent(4, 1)), True)
+    assert pool.holes == [1, 1, 1] and pool.free_blocks == 3
+    assert pool.stats == {"free_blocks": 3, "used_blocks": 3, "largest_free_run": 1, "num_holes": 3, "external_fragmentation": 1 - 1 / 3}
