@@ -365,12 +365,13 @@ def report(document: dict) -> str:
     for operation, first in product((*OPERATIONS, TURNOVER), range(0, len(occupancies), 3)):
         columns = occupancies[first : first + 3]
         lines += ["", f"{operation:<18}" + "".join(f"{f'{100 * share:.4g} % in use':>20}" for share in columns)]
-        lines.append(" " * 18 + "".join(f"{small:>7}{large:>8}{'x':>5}" for _ in columns))
+        lines.append(" " * 18 + (f"{small:>7}{large:>8}{'x':>5}" if small != large else f"{small:>20}") * len(columns))
         for name in names:
             cells = [f"{name if len(name) <= 18 else name[:17] + '…':<18}"]
             for share in columns:
                 low, high = at[name, small, share, operation], at[name, large, share, operation]
-                cells.append(f"{_short(low):>7}{_short(high):>8}{_short(_over(high, low)):>5}")
+                both = f"{_short(low):>7}{_short(high):>8}{_short(_over(high, low)):>5}"
+                cells.append(both if small != large else f"{_short(low):>20}")
             lines.append("".join(cells))
     return "\n".join([*lines, "", *(textwrap.fill(line, WIDTH) for line in _findings(document, small, large))])
 
