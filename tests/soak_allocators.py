@@ -22,12 +22,13 @@ STEPS_A_CHECK = 100
 
 def soak(strategy: str, steps: int, seed: int) -> None:
     """``steps`` random steps of ``strategy``; an `AssertionError` says where the allocator and the bitmap first disagree."""
-    before = FreeMap.LEAF_BLOCKS, HoleAddresses.STRETCH_BLOCKS
+    before = FreeMap.LEAF_BLOCKS, FreeMap.MANY_LEAVES, HoleAddresses.STRETCH_BLOCKS
     rng = random.Random(f"{strategy} {seed}")
     step = 0
     try:
         while step < steps:
             FreeMap.LEAF_BLOCKS = HoleAddresses.STRETCH_BLOCKS = 1 << rng.randint(1, 9)
+            FreeMap.MANY_LEAVES = rng.randint(1, 8)
             num_blocks = rng.choice((rng.randint(1, 20), rng.randint(1, 300)))
             largest = rng.randint(1, max(1, num_blocks // 2))
             pair = Pair(CASES[strategy], num_blocks)
@@ -41,7 +42,7 @@ def soak(strategy: str, steps: int, seed: int) -> None:
     except Exception as error:
         raise AssertionError(f"{strategy}, seed {seed}, step {step}, a pool of {num_blocks}: {error!r}") from error
     finally:
-        FreeMap.LEAF_BLOCKS, HoleAddresses.STRETCH_BLOCKS = before
+        FreeMap.LEAF_BLOCKS, FreeMap.MANY_LEAVES, HoleAddresses.STRETCH_BLOCKS = before
 
 
 def main() -> int:

@@ -217,6 +217,7 @@ class AgainstABitmap(RuleBasedStateMachine):
 @pytest.mark.parametrize("leaf_blocks", [4, FreeMap.LEAF_BLOCKS], ids=["many leaves", "one leaf"])
 def test_an_allocator_never_disagrees_with_a_bitmap(case, leaf_blocks, monkeypatch):
     monkeypatch.setattr(FreeMap, "LEAF_BLOCKS", leaf_blocks)
+    monkeypatch.setattr(FreeMap, "MANY_LEAVES", 1)
     monkeypatch.setattr(HoleAddresses, "STRETCH_BLOCKS", leaf_blocks)
     run_state_machine_as_test(lambda: AgainstABitmap(case), settings=settings(max_examples=120, stateful_step_count=40, deadline=None))
 
@@ -454,15 +455,20 @@ def test_cortexstreams_buddy_counts_blocks_it_never_hands_out():
 # --- the map of free blocks ---------------------------------------------------------------------------------------------------
 
 
+def small_map(size, leaf_blocks, many_leaves):
+    small = type("SmallMap", (FreeMap,), {"LEAF_BLOCKS": leaf_blocks, "MANY_LEAVES": many_leaves})
+    return small(size)
+
+
 @given(
-    changes=st.lists(st.tuples(st.integers(0, 49), st.integers(1, 20), st.booleans()), max_size=30),
-    size=st.integers(1, 50),
+    changes=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 100), st.booleans()), max_size=30),
+    size=st.integers(1, 100),
     leaf=st.integers(1, 4),
+    many=st.integers(1, 8),
 )
-def test_a_free_map_sums_runs_as_counting_them_does(changes, size, leaf):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FreeMap, "LEAF_BLOCKS", 1 << leaf)
-        free_map, used = FreeMap(size), bytearray(size)
+@settings(max_examples=300)
+def test_a_free_map_sums_runs_as_counting_them_does(changes, size, leaf, many):
+    free_map, used = small_map(size, 1 << leaf, many), bytearray(size)
     for start, num_blocks, look in changes:
         if start >= size:
             continue
@@ -476,6 +482,16 @@ def test_a_free_map_sums_runs_as_counting_them_does(changes, size, leaf):
             runs = [len(run) for run in used.split(b"\1")]
             assert free_map.sum() == (size, runs[0], max(runs), runs[-1], sum(run > 0 for run in runs))
             assert free_map.free_blocks == used.count(0)
+
+
+def test_a_run_of_many_leaves_and_of_many_chunks_is_summed_at_once():
+    size = 1_000_003
+    free_map = FreeMap(size)
+    free_map.mark([(1000, 900_000)], USED)
+    assert free_map.sum() == (size, 1000, size - 901_000, size - 901_000, 2)
+    free_map.mark([(1001, 700_000)], FREE)
+    assert free_map.sum() == (size, 1000, 700_000, size - 901_000, 3)
+    free_map.check([(0, 1000), (1001, 700_000), (901_000, size - 901_000)])
 
 
 def test_sums_join_across_the_border_and_nothing_is_their_zero():

@@ -1,7 +1,7 @@
 """A replica of the buddy allocator that CortexStream published, kept to show what its one missing loop costs. Not for use.
 
-Source: github.com/pythongiant/CortexStream, its fifteenth commit (3ca8007), ``src/cache/kv_cache.cpp``: ``initBuddySystem``,
-``buddyAllocate``, ``buddyCoalesce``. (At f8c8b1f, whose API this package follows, a buddy is announced in
+Source: github.com/pythongiant/CortexStream at 3ca8007, ``src/cache/kv_cache.cpp``: ``initBuddySystem``, ``buddyAllocate``,
+``buddyCoalesce``. (At f8c8b1f, whose API this package follows, a buddy is announced in
 ``docs/KV_CACHE_DESIGN.md``, "Phase 1", and the code is a linear first fit.) What it does, read there and written anew:
 
 - the pool is one piece, the largest power of two that fits; what lies behind it is counted as free and never handed out;
@@ -10,7 +10,9 @@ Source: github.com/pythongiant/CortexStream, its fifteenth commit (3ca8007), ``s
   large, is handed out whole. (A buddy system goes on splitting.) So requests of 32 out of 2,048 blocks get
   1024, 512, 256, 128, 64, 32 and 32 blocks, and the eighth gets none;
 - a freed piece is joined with a free neighbour of its size, the lower one first, and the two again with theirs. It never asks
-  whether the two are buddies, so pieces come to lie at any multiple of a smaller size.
+  whether the two are buddies, so pieces come to lie at any multiple of a smaller size. (The published code removes the pair through
+  an iterator that its first removal made void, so what a build of it does there is undefined; joined is what it means to join. With
+  that line made sound, the compiled C++ and this class agreed in 60,000 random steps.)
 """
 
 from collections.abc import Iterable

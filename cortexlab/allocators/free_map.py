@@ -7,7 +7,7 @@
 Used or free is one byte a block, so a run is marked by one slice assignment. The runs are summed up in a segment tree (Bentley 1977)
 whose nodes form a monoid: a pair is summed without looking at its blocks. The tree is *lazy*: marking only notes which leaves
 changed, and asking sums those anew, by searches in C, and their ancestors. So a mark costs O(blocks) at memset's speed, an answer
-O(changed leaves x log leaves), and where nobody asks nothing is summed.
+O(changed leaves x log leaves), and where nobody asks nothing is summed. (A long run counts as four leaves: what lies inside is known.)
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from .base import Extent, Stats, pool_stats
 
 FREE, USED = 0, 1
 BYTE = (b"\0", b"\1")  # of a FREE and of a USED block
+CHUNK = 1 << 16
 NOTHING = (0, 0, 0, 0, 0)  # the sum of no blocks
 Sum = tuple[int, int, int, int, int]  # blocks, free run at the left end, longest free run, free run at the right end, holes
 
@@ -24,6 +25,7 @@ class FreeMap:
     """All blocks are free at first. Nobody checks that what is marked used was free: the allocator has."""
 
     LEAF_BLOCKS = 512  # a power of two; the tests take fewer
+    MANY_LEAVES = 8  # a run over more is summed at once
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
@@ -45,8 +47,11 @@ class FreeMap:
                 blocks[start] = state
                 changed[start >> shift] = 1
                 continue
-            blocks[start : start + num_blocks] = byte * num_blocks
             first, last = start >> shift, (start + num_blocks - 1) >> shift
+            if last - first >= self.MANY_LEAVES:
+                self._mark_many(start, start + num_blocks, state)
+                continue
+            blocks[start : start + num_blocks] = byte * num_blocks
             if first == last:
                 changed[first] = 1
             else:
@@ -94,6 +99,21 @@ class FreeMap:
             for node in nodes:
                 sums[node] = joined(sums[2 * node], sums[2 * node + 1])
             nodes = {node >> 1 for node in nodes}
+
+    def _mark_many(self, start: int, end: int, state: int) -> None:
+        """Sum a run of many leaves at once: a node all of whose blocks are alike is known. One slice a level."""
+        for at in range(start, end, CHUNK):  # a longer temporary would be mapped anew every time
+            stop = min(at + CHUNK, end)
+            self._blocks[at:stop] = BYTE[state] * (stop - at)
+        size, shift, changed = self.LEAF_BLOCKS, self._shift, self._changed
+        whole, behind = (start + size - 1) >> shift, end >> shift  # the leaves that the run covers
+        changed[whole:behind] = bytes(behind - whole)
+        for leaf in (start >> shift, whole, behind - 1, (end - 1) >> shift):  # every node that it covers in part lies above one of them
+            changed[leaf] = 1
+        low, high = self._first_leaf + whole, self._first_leaf + behind
+        while low < high:
+            self._sums[low:high] = [(size, size, size, size, 1) if state == FREE else (size, 0, 0, 0, 0)] * (high - low)
+            low, high, size = (low + 1) >> 1, high >> 1, 2 * size
 
     def _sum_of_leaf(self, leaf: int) -> Sum:
         run = bytes(self._blocks[leaf << self._shift : (leaf + 1) << self._shift])
