@@ -9,12 +9,12 @@ decided (an arrival, an admission, a request that needs a block or ends) all ste
                              '- one jump -'
 """
 
+import gc
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
 from itertools import pairwise
 from operator import attrgetter
 
@@ -31,7 +31,8 @@ from .workload import WorkItem, default_max_seq_len, pool_blocks
 
 LONG_EXTENT = 128  # tokens: from here on attention reads an extent at about the speed of one contiguous view
 MAX_BATCH_SIZE, MAX_STEP_TOKENS = 256, 2048  # vLLM's defaults for a small server
-NUM_SAMPLES = 2048  # of the pool's state, over the time in which requests arrive
+MAX_JUMP = 256  # steps taken at once
+NUM_SAMPLES = 1000  # of the pool's state, over the time in which requests arrive
 
 reference = StepTime(base_s=0.030, token_s=0.000_01, sequence_s=0.000_1)  # about 40 ms at 60 sequences and 6,000 prompt tokens a second
 
@@ -76,7 +77,7 @@ class Totals:
     decode_tokens: int = 0  # tokens in the cache, summed over every decode step of every request
     decode_slots: int = 0  # the same of slots held
     decode_steps: int = 0  # of all requests
-    written: int = 0  # tokens computed
+    written: int = 0  # prompt tokens computed
     copied_tokens: int = 0
     copied_blocks: int = 0
     peak_blocks: int = 0
@@ -129,85 +130,67 @@ class Replay:
         self._still_tokens = 0  # in the cache, of those that do not decode
         self._internal = 0  # slots held that are never filled
         self._prefilling: dict[Counted, None] = {}
-        self._crossings = Calendar()  # step before which a request needs a block
+        self._crossings: dict[int, list[Counted]] = defaultdict(list)  # by the step before which they need a block
         self._sample_every = self._next_sample = 0
-        self._finishes = Calendar()  # step after which it has ended
+        self._finishes: dict[int, list[Counted]] = defaultdict(list)  # by the step after which they have ended
 
     def run(self, items: Sequence[WorkItem]) -> dict:
         """Serve ``items`` until the last has ended; the row of `interface.md`. ``seconds`` is the wall time it took."""
         started = time.perf_counter()
-        coming, refused = self._accept(items)
-        self.requests = coming
-        last_arrival = coming[-1].arrived_ns
+        self.requests, refused = self._accept(items)
+        last_arrival = self.requests[-1].arrived_ns
         self._sample_every = max(last_arrival // NUM_SAMPLES, SECOND // 10)
-        arrived, scheduler = 0, self.scheduler
-        while True:
-            while arrived < len(coming) and coming[arrived].arrived_ns <= self.now:
-                scheduler.add(coming[arrived])
-                arrived += 1
-            if not scheduler.running and not scheduler.waiting:
-                if arrived == len(coming):
-                    break
-                self.now = coming[arrived].arrived_ns
-                continue
-            self._step(coming[arrived].arrived_ns if arrived < len(coming) else None)
+        collecting = gc.isenabled()
+        gc.disable()  # a million tuples and no cycles: looking for some took a sixth of the time
+        try:
+            self._serve(self.requests)
+        finally:
+            if collecting:
+                gc.enable()
         self.row = self._row(refused, last_arrival) | {"seconds": time.perf_counter() - started}
         return self.row
+
+    def _serve(self, coming: list[Counted]) -> None:
+        scheduler, arrived = self.scheduler, 0
+        next_arrival = coming[0].arrived_ns
+        while True:
+            while next_arrival is not None and next_arrival <= self.now:
+                scheduler.add(coming[arrived])
+                arrived += 1
+                next_arrival = coming[arrived].arrived_ns if arrived < len(coming) else None
+            if scheduler.running or scheduler.waiting:
+                self._step(next_arrival)
+            elif next_arrival is None:
+                return
+            else:
+                self.now = next_arrival
 
     # --- one step, or many alike ----------------------------------------------------------------------------------------------
 
     def _step(self, next_arrival: int | None) -> None:
-        scheduler, blocks, totals, step = self.scheduler, self.blocks, self.totals, self.step
+        scheduler, blocks, step = self.scheduler, self.blocks, self.step
+        prefills, resumed, unusable = (), (), 0
         due = self._due()
-        prefill_tokens, prefills, resumed = 0, (), ()
-        decided = bool(due or self._prefilling or scheduler.admits or scheduler.may_resume)
-        if decided:
-            plan = scheduler.schedule(self.now / SECOND, [*due, *self._prefilling])
-            for request in (*plan.preempted, *plan.failed):
-                if request.table is not None:
-                    self._leave(request, ended=False)
-            for request in due:
-                if request in scheduler.stalled and request.base is not None:
-                    self._stall(request)
-            for request in plan.failed:
-                request.state, request.finish_reason, request.finished_ns = RequestState.FAILED, "error", self.now
-            resumed = self._decode([chunk for chunk in plan.chunks if chunk.request.state is RequestState.DECODING])
-            prefills = [chunk for chunk in plan.chunks if chunk.request.state is RequestState.PREFILLING]
-            prefill_tokens = self._prefill(prefills)
-            unusable = plan.unusable_blocks
-        else:
+        if due or self._prefilling or (scheduler.waiting and scheduler.admits) or (scheduler.stalled and scheduler.may_resume):
+            prefills, resumed, unusable = self._decide(due)
+        elif scheduler.waiting:
             unusable = scheduler.unusable_blocks
         if blocks.moves:
             self._count_moves()
-        num_decoding = self._num_decoding
-        if not num_decoding and not prefills:
+        decoding = self._num_decoding
+        if not decoding and not prefills:
             return  # nobody ran: what was wanted failed, or gave way
+        prefill_tokens = sum(stop - start for _, start, stop in prefills) if prefills else 0
         base_ns, token_ns, sequence_ns = self._nanoseconds
-        dt = base_ns + token_ns * (num_decoding + prefill_tokens) + sequence_ns * (num_decoding + len(prefills))
+        dt = base_ns + token_ns * (decoding + prefill_tokens) + sequence_ns * (decoding + len(prefills))
         steps = 1 if prefills or self._prefilling else self._alike(dt, next_arrival)
-
-        # the totals of `steps` steps in which each decoding request gains a token a step
-        gained = num_decoding * steps * (steps - 1) // 2
-        decode_tokens = (self._base_sum + num_decoding * step) * steps + gained
-        shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
-        still = (self._still_tokens - shared * blocks.block_size) * steps
         if self.now >= self._next_sample:
             self._sample(unusable)
-        weight = dt / ((blocks.num_held + unusable) * blocks.block_size)
-        totals.time += dt * steps
-        totals.weight += weight * steps
-        totals.token += weight * (decode_tokens + still)
-        totals.internal += weight * self._internal * steps
-        totals.external += weight * unusable * blocks.block_size * steps
-        totals.decode_tokens += decode_tokens
-        totals.decode_slots += self._decode_slots * steps
-        totals.decode_steps += num_decoding * steps
-        totals.written += num_decoding * steps + prefill_tokens
-        totals.gaps[dt] += num_decoding * steps - len(resumed)
-        if blocks.num_held > totals.peak_blocks:
-            totals.peak_blocks = blocks.num_held
-
+        self._add(dt, steps, unusable)
+        totals = self.totals
+        totals.written += prefill_tokens
         for request in resumed:
+            totals.gaps[dt] -= 1
             totals.gaps[self.now + dt - request.last_ns] += 1
 
         self.now += dt * steps
@@ -215,47 +198,91 @@ class Replay:
         for request, _, stop in prefills:
             if stop == request.num_tokens:
                 self._start_decoding(request)
-        for request in self._finishes.pop(last):
-            if request.base is not None and request.final_slots == request.base + last:
-                self._finish(request)
+        if last in self._finishes:
+            for request in self._finishes.pop(last):
+                if request.base is not None and request.final_slots == request.base + last:
+                    self._finish(request)
         self.step = last + 1
+
+    def _add(self, dt: int, steps: int, unusable: int) -> None:
+        """To the totals: ``steps`` steps of ``dt``, in each of which every decoding request gains a token."""
+        totals, blocks, decoding = self.totals, self.blocks, self._num_decoding
+        held, size = blocks.num_held, blocks.block_size
+        decode_tokens = (self._base_sum + decoding * self.step) * steps + decoding * steps * (steps - 1) // 2
+        still = self._still_tokens - (blocks.prefix.num_shared * size if blocks.prefix is not None else 0)
+        weight = dt / ((held + unusable) * size)
+        totals.time += dt * steps
+        totals.weight += weight * steps
+        totals.token += weight * (decode_tokens + still * steps)
+        if self._internal:
+            totals.internal += weight * self._internal * steps
+        if unusable:
+            totals.external += weight * unusable * size * steps
+        totals.decode_tokens += decode_tokens
+        totals.decode_slots += self._decode_slots * steps
+        totals.decode_steps += decoding * steps
+        totals.gaps[dt] += decoding * steps
+        if held > totals.peak_blocks:
+            totals.peak_blocks = held
 
     def _due(self) -> list[Counted]:
         """Who needs a block before this step and did not get it. The oldest is served first, as the scheduler does."""
         step = self.step
-        due = self._crossings.pop(step)
-        if not due:
-            return due
-        due = [request for request in dict.fromkeys(due) if request.base is not None and request.capacity == request.base + step - 1]
-        due.sort(key=attrgetter("admission"))
-        if not self.scheduler.stalled:  # while nobody waits for a block, growing is all that the scheduler would do
-            grow = self.blocks.grow
-            for served, request in enumerate(due):
-                if not grow(request.id, request.base + step):
-                    due = due[served:]
-                    break
-                self._grown(request)
-            else:
-                return []
+        if step not in self._crossings:
+            return []
+        full = step - 1  # a request crosses when its table is; other entries are of requests that lost their place
+        due = [request for request in self._crossings.pop(step) if request.base is not None and request.capacity == request.base + full]
+        if len(due) > 1:
+            due = sorted(dict.fromkeys(due), key=attrgetter("admission"))
         for request in due:
-            request.num_computed = request.base + step - 1
-        return due
+            request.num_computed = request.table.num_tokens = request.capacity
+        if self.scheduler.stalled:
+            return due
+        grow = self.blocks.grow  # while nobody waits for a block, growing is all that the scheduler would do
+        for served, request in enumerate(due):
+            if not grow(request.id, request.base + step):
+                return due[served:]
+            self._grown(request)
+        return []
 
     def _alike(self, dt: int, next_arrival: int | None) -> int:
         """How many steps from this one on differ in nothing but the tokens they add."""
         scheduler, step = self.scheduler, self.step
-        if scheduler.admits or scheduler.may_resume:
+        limit = MAX_JUMP
+        if scheduler.waiting:
+            if scheduler.admits:
+                return 1
+        elif next_arrival is not None:
+            limit = min(limit, -((self.now - next_arrival) // dt))  # up to the first step that starts with it there
+        if scheduler.stalled and scheduler.may_resume:
             return 1
-        steps = min(self._crossings.first() - step, self._finishes.first() - step + 1)
-        if next_arrival is not None and not scheduler.waiting:
-            steps = min(steps, -((self.now - next_arrival) // dt))  # up to the first step that starts with it there
-        return max(1, steps)
+        crossings, finishes = self._crossings, self._finishes
+        for ahead in range(1, limit):
+            if step + ahead in crossings or step + ahead - 1 in finishes:
+                return ahead
+        return max(1, limit)
+
+    def _decide(self, due: list[Counted]) -> tuple[list[Chunk], list[Counted], int]:
+        """Ask the scheduler. The prompts' chunks, who had waited for a block and got it, and the blocks free but not usable."""
+        scheduler = self.scheduler
+        plan = scheduler.schedule(self.now / SECOND, [*due, *self._prefilling])
+        for request in (*plan.preempted, *plan.failed):
+            if request.table is not None:
+                self._leave(request, ended=False)
+        for request in due:
+            if request in scheduler.stalled and request.base is not None:
+                self._stall(request)
+        for request in plan.failed:
+            request.state, request.finish_reason, request.finished_ns = RequestState.FAILED, "error", self.now
+        resumed = self._decode([chunk for chunk in plan.chunks if chunk.request.state is RequestState.DECODING])
+        prefills = [chunk for chunk in plan.chunks if chunk.request.state is RequestState.PREFILLING]
+        self._prefill(prefills)
+        return prefills, resumed, plan.unusable_blocks
 
     # --- requests -------------------------------------------------------------------------------------------------------------
 
-    def _prefill(self, chunks: Sequence[Chunk]) -> int:
-        """Take note of prompt tokens computed in this step, and of who was admitted for them; their number."""
-        tokens = 0
+    def _prefill(self, chunks: Sequence[Chunk]) -> None:
+        """Take note of prompt tokens computed in this step, and of who was admitted for them."""
         for request, start, stop in chunks:
             table = self.blocks.tables[request.id]
             if request.table is not table:  # admitted
@@ -268,8 +295,6 @@ class Replay:
                     self._count_prefix(request)
             self._still_tokens += stop - start
             request.in_cache = request.num_computed = stop
-            tokens += stop - start
-        return tokens
 
     def _start_decoding(self, request: Counted) -> None:
         """Its tokens are all computed: it has given one now, and another in each step to come."""
@@ -324,9 +349,9 @@ class Replay:
 
     def _next_event(self, request: Counted) -> None:
         if request.final_slots <= request.capacity:
-            self._finishes.add(request.final_slots - request.base, request)
+            self._finishes[request.final_slots - request.base].append(request)
         else:
-            self._crossings.add(request.capacity - request.base + 1, request)
+            self._crossings[request.capacity - request.base + 1].append(request)
 
     def _stall(self, request: Counted) -> None:
         """It stands still with what it holds until there is a block for it."""
@@ -358,7 +383,7 @@ class Replay:
         left = request.final_slots
         for _, num_blocks in extents:
             if num_blocks * slots >= LONG_EXTENT:
-                totals.long_tokens += min(left, num_blocks * slots)
+                totals.long_tokens += max(0, min(left, num_blocks * slots))  # nothing in an extent behind its last token
             left -= num_blocks * slots
         request.state, request.finish_reason, request.finished_ns = RequestState.FINISHED, "length", self.now
         self._leave(request, ended=True)
@@ -482,38 +507,9 @@ class Replay:
             "extents_per_sequence": totals.num_extents / len(done) if done else None,
             "peak_blocks": totals.peak_blocks,
             "copied_blocks": totals.copied_blocks,
-            "copied_share": totals.copied_tokens / totals.written if totals.written else None,
+            "copied_share": totals.copied_tokens / (totals.written + totals.decode_steps) if done else None,
             "num_preemptions": self.scheduler.num_preemptions,
         }
-
-
-class Calendar:
-    """Requests by the step in which something happens to them, and the first such step."""
-
-    __slots__ = ("_at", "_steps")
-
-    def __init__(self):
-        self._at: dict[int, list[Counted]] = {}
-        self._steps: list[int] = []  # a heap of the keys
-
-    def add(self, step: int, request: Counted) -> None:
-        found = self._at.get(step)
-        if found is None:
-            self._at[step] = [request]
-            heappush(self._steps, step)
-        else:
-            found.append(request)
-
-    def pop(self, step: int) -> list[Counted]:
-        """The requests of ``step``; earlier ones, left over from requests that lost their place, are dropped."""
-        while self._steps and self._steps[0] < step:
-            del self._at[heappop(self._steps)]
-        if not self._steps or self._steps[0] > step:
-            return []
-        return self._at.pop(heappop(self._steps))
-
-    def first(self) -> float:
-        return self._steps[0] if self._steps else math.inf
 
 
 def replay(
