@@ -7,7 +7,7 @@
 Used or free is one byte a block, so a run is marked by one slice assignment. The runs are summed up in a segment tree (Bentley 1977)
 whose nodes form a monoid: a pair is summed without looking at its blocks. The tree is *lazy*: marking only notes which leaves
 changed, and asking sums those anew, by searches in C, and their ancestors. So a mark costs O(blocks) at memset's speed, an answer
-O(changed leaves x log leaves), and where nobody asks nothing is summed. (A long run counts as four leaves: what lies inside is known.)
+O(changed leaves x log leaves), and where nobody asks nothing is summed. (A long run counts as two leaves: what lies inside is known.)
 """
 
 from collections.abc import Iterable
@@ -108,8 +108,7 @@ class FreeMap:
         size, shift, changed = self.LEAF_BLOCKS, self._shift, self._changed
         whole, behind = (start + size - 1) >> shift, end >> shift  # the leaves that the run covers
         changed[whole:behind] = bytes(behind - whole)
-        for leaf in (start >> shift, whole, behind - 1, (end - 1) >> shift):  # every node that it covers in part lies above one of them
-            changed[leaf] = 1
+        changed[start >> shift] = changed[(end - 1) >> shift] = 1  # every node of which the run covers a part lies above one of the two
         low, high = self._first_leaf + whole, self._first_leaf + behind
         while low < high:
             self._sums[low:high] = [(size, size, size, size, 1) if state == FREE else (size, 0, 0, 0, 0)] * (high - low)
