@@ -30,14 +30,11 @@ import argparse
 import gc
 import json
 import math
-import os
-import platform
 import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from itertools import product, repeat
@@ -47,7 +44,7 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-from . import __version__, doctor
+from . import doctor
 from .allocators import STRATEGIES, Allocator, strategy_of
 from .errors import BadInput, at_least, one_of, shown
 from .pools import PEERS, Pool, find_peer, peer_pool, pool_of
@@ -316,18 +313,8 @@ def _numbers(option: str, text: str, number: type) -> list:
 
 
 def environment(peer: ModuleType | None) -> dict:
-    """Where and with what this was measured; `doctor.environment` would load MLX."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "cortexlab_version": __version__,
-        "python_version": platform.python_version(),
-        "commit": doctor._commit(),
-        "platform": platform.platform(),
-        "processor": doctor.processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": doctor.memory_bytes(),
-        "vllm_mlx_version": _peer_version() if peer else None,
-    }
+    """Where and with what this was measured."""
+    return doctor.machine() | {"vllm_mlx_version": _peer_version() if peer else None}
 
 
 def _peer_version() -> str | None:

@@ -101,6 +101,10 @@ class BlockManager:
         self.tables: dict[str, BlockTable] = {}
         self.moves: list[Move] = []
         self.prefix = PrefixCache() if prefix_caching else None
+        if prefix_caching and (one := self._empty.allocate(1)) is not None:
+            if sum(map(_num_blocks, one)) > 1:
+                raise BadInput(f"prefix caching shares single blocks, and strategy {strategy.name!r} hands out more than one at a time")
+            self._empty.free(one)
         self.num_held = 0  # blocks of live sequences, a shared one counted once
         self.num_releases = 0  # times that blocks came back: who was refused may ask again when it has moved
 

@@ -11,6 +11,7 @@ import textwrap
 from importlib import import_module
 from pathlib import Path
 
+from . import allocbench
 from ._version import __version__
 from .allocators import GROWTHS, STRATEGIES, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, at_least, one_of, shown
@@ -74,6 +75,9 @@ def build_parser() -> Parser:
 
     replay = command("replay", run_replay, "a workload or an hour of a trace through scheduler and allocators alone, on a virtual clock")
     add_replay_arguments(replay)
+
+    text = "what bookkeeping costs: microseconds an operation, by strategy and size of pool"
+    allocbench.add_arguments(command("allocbench", run_allocbench, text))
 
     sweep = command("sweep", run_sweep, "run a notebook over a grid of parameters with papermill and collect its rows")
     sweep.add_argument("file", help="YAML: notebook, grid (parameter: list of values), optionally plot (x, lines, y)")
@@ -210,6 +214,10 @@ def run_replay(args) -> int:
     else:
         print(_replay_report(args, rows, len(items), target))
     return 1 if any(row["failed"] for row in rows) else 0
+
+
+def run_allocbench(args) -> int:
+    return allocbench.run(args, _strategy)
 
 
 def run_doctor(args) -> int:

@@ -1,7 +1,9 @@
 """Does an allocator keep the promises of `cortexlab.Allocator`? Random steps beside a bitmap, which is too simple to be wrong.
 
-prove(Mine)                        # raises AssertionError: "step 17, extend by 3 (a pool of 64, seed 0): block 12 is not free"
-prove(Mine, has_room=has_hole)     # and that it serves whatever a hole is large enough for
+    prove(Mine)                      # or AssertionError: "step 17, allocate 3 (a pool of 64, seed 0): block 12 is not free"
+    prove(Mine, has_room=has_hole)   # and it must serve whatever a hole is large enough for
+
+No placement rule is assumed unless you name one, so it is for strategies of your own too.
 """
 
 import random

@@ -183,7 +183,8 @@ class Replay:
         prefill_tokens = sum(stop - start for _, start, stop in prefills) if prefills else 0
         base_ns, token_ns, sequence_ns = self._nanoseconds
         dt = base_ns + token_ns * (decoding + prefill_tokens) + sequence_ns * (decoding + len(prefills))
-        steps = 1 if prefills or self._prefilling else self._alike(dt, next_arrival)
+        passing = unusable and not scheduler.unusable_blocks  # who was refused has failed: nobody is in the next step
+        steps = 1 if prefills or self._prefilling or passing else self._alike(dt, next_arrival)
         if self.now >= self._next_sample:
             self._sample(unusable)
         self._add(dt, steps, unusable)
@@ -199,9 +200,12 @@ class Replay:
             if stop == request.num_tokens:
                 self._start_decoding(request)
         if last in self._finishes:
-            for request in self._finishes.pop(last):
-                if request.base is not None and request.final_slots == request.base + last:
-                    self._finish(request)
+            ended = [r for r in self._finishes.pop(last) if r.base is not None and r.final_slots == r.base + last]
+            if len(ended) > 1:  # their blocks come back in the engine's order: the oldest first, who computed several tokens last
+                several = {request for request, start, stop in prefills if stop - start > 1}
+                ended.sort(key=lambda request: (request in several, request.admission))
+            for request in ended:
+                self._finish(request)
         self.step = last + 1
 
     def _add(self, dt: int, steps: int, unusable: int) -> None:
@@ -493,10 +497,10 @@ class Replay:
             "duration": duration,
             "total_input_tokens": inputs,
             "total_output_tokens": outputs,
-            "request_throughput": len(done) / duration,
-            "output_throughput": outputs / duration,
+            "request_throughput": len(done) / duration if duration else None,
+            "output_throughput": outputs / duration if duration else None,
             **counted_latency_summary(latency),
-            **{f"{name}_share": parts[name] / time_s for name in SHARES},
+            **{f"{name}_share": parts[name] / time_s if time_s else None for name in SHARES},
             "utilization": totals.decode_tokens / totals.decode_slots if totals.decode_slots else None,
             "mean_live_tokens": totals.decode_tokens / totals.decode_steps if totals.decode_steps else None,
             "external_fragmentation": _mean_over_time(self.samples, "external_fragmentation"),
@@ -585,8 +589,10 @@ def unlimited_blocks(items: Sequence[WorkItem], block_size: int, max_batch_size:
     return blocks
 
 
-def _mean_over_time(samples: list[dict], name: str) -> float:
+def _mean_over_time(samples: list[dict], name: str) -> float | None:
     """Of a sampled quantity: each value holds until the next sample."""
+    if not samples:
+        return None
     spans = [after["started_at"] - sample["started_at"] for sample, after in pairwise(samples)]
     total = math.fsum(spans)
     if not total:

@@ -1,4 +1,7 @@
-"""What theory says before anything is measured: drawn dashed beside the measurement, asserted in tests where it is a theorem."""
+"""What theory says before anything is measured: drawn dashed beside the measurement, asserted in tests where it is a theorem.
+
+L is a sequence's live tokens, B the slots of a block, and all sums are over the decode steps of all requests.
+"""
 
 from collections.abc import Iterable
 
@@ -17,14 +20,24 @@ def buddy_waste(sizes: Iterable[int]) -> float:
     return 1 - sum(sizes) / sum(map(buddy_size, sizes))
 
 
-BUDDY_WASTE_UNIFORM = 0.25
-"""`buddy_waste` of sizes spread evenly between two powers of two, in the limit (Knuth, TAOCP 1, 2.5): mean size 3/4 of the power."""
+def buddy_waste_evenly(order: int) -> float:
+    """`buddy_waste` of the sizes 2^(k-1) + 1 ... 2^k, each as often as the others, for k = ``order`` >= 1: 1/4 - 1/2^(k+1).
+
+    Each of them is handed 2^k; their mean is the mean of the first and the last, (3 * 2^(k-1) + 1) / 2 = 2^k (3/4 + 1/2^(k+1)).
+    The limit is a quarter of what is handed out, a third of what was asked for, and so it is for any mixture of large k.
+    """
+    return 1 / 4 - 1 / 2 ** (order + 1)
 
 
-def fifty_percent_rule(num_extents: ArrayLike, exact_share: float = 0.0) -> np.ndarray:
-    """Holes expected beside ``num_extents`` extents in equilibrium under first fit with coalescing (Knuth, TAOCP 1, 2.5):
-    half as many, times the share of allocations that do not fill their hole exactly."""
-    return np.asarray(num_extents) * (1 - exact_share) / 2
+def buddy_utilization(lengths: Iterable[tuple[int, int]], block_size: int) -> float:
+    """`utilization` of sequences that grow token by token in buddies, given the prompt and output tokens of each: exact.
+
+    Sum of L / sum of B * buddy_size(ceil(L / B)): a buddy that is outgrown doubles, in place or elsewhere. A request's first token
+    comes from its prompt and its last is never written, so L runs from prompt + 1 to prompt + output - 1.
+    """
+    live = np.concatenate([np.arange(prompt + 1, prompt + output) for prompt, output in lengths])
+    held = np.array([buddy_size(size) if size else 0 for size in range(-(-int(live.max()) // block_size) + 1)])
+    return float(live.sum() / (block_size * held[-(-live // block_size)].sum()))
 
 
 def paged_waste_bound(num_sequences: ArrayLike, block_size: int) -> np.ndarray:
@@ -33,5 +46,22 @@ def paged_waste_bound(num_sequences: ArrayLike, block_size: int) -> np.ndarray:
 
 
 def paged_utilization(mean_tokens: ArrayLike, block_size: ArrayLike) -> np.ndarray:
-    """Live tokens / slots held if sequences of ``mean_tokens`` leave half of their last block empty on average: (block_size - 1) / 2."""
+    """`utilization` of paging if the mean L is ``mean_tokens`` and sequences leave (B - 1) / 2 slots empty on average.
+
+    They do where L is anything modulo B equally often. A sequence that grows passes through all of it in turn, so that over any
+    number of its decode steps the empty slots add up to (B - 1) / 2 a step, give or take B^2 / 8 once: a theorem. Where outputs
+    are much longer than a block the formula is therefore nearly exact.
+    """
     return np.asarray(mean_tokens) / (np.asarray(mean_tokens) + (np.asarray(block_size) - 1) / 2)
+
+
+def fifty_percent_rule(num_allocations: ArrayLike, remainder_share: float = 1.0) -> np.ndarray:
+    """Holes to expect beside n live allocations: p n / 2 (Knuth, TAOCP 1, 2.5), p being the share of allocations that leave a remainder.
+
+    For contiguous placement at either end of a hole with immediate coalescing, in equilibrium, each live allocation being equally
+    likely to be the next one freed. Why: were a of the n between two used neighbours, b between one and a hole, c between two holes,
+    then n = a + b + c, and each hole has two sides: 2 holes = b + 2c, up to the two ends of the pool. Freeing changes the holes by
+    (a - c) / n = 1 - 2 holes / n on average, an allocation by -1 where it fills its hole exactly, so by -(1 - p); in equilibrium
+    the two cancel. It says nothing about the sizes of the holes, so it is no bound on the memory lost.
+    """
+    return np.asarray(num_allocations) * remainder_share / 2
