@@ -511,7 +511,7 @@ class Replay:
             "extents_per_sequence": totals.num_extents / len(done) if done else None,
             "peak_blocks": totals.peak_blocks,
             "copied_blocks": totals.copied_blocks,
-            "copied_share": totals.copied_tokens / (totals.written + totals.decode_steps) if done else None,
+            "copied_share": totals.copied_tokens / (totals.written + totals.decode_steps) if totals.written else None,
             "num_preemptions": self.scheduler.num_preemptions,
         }
 
