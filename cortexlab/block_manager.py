@@ -24,6 +24,7 @@ class BlockTable:
     num_tokens: int = 0  # slots that hold a token; after the sequence has ended, as many as ever did
     shared: tuple[CachedBlock, ...] = ()
     num_found: int = 0  # prefix ids that were in the cache when it was made
+    prompt_tokens: int = 0  # that the shared blocks are for
     num_blocks: int = field(init=False)
 
     def __post_init__(self):
@@ -38,10 +39,13 @@ class BlockTable:
 
     def extended(self, extents: tuple[Extent, ...]) -> int:
         """The same for what `Allocator.extend` returned: nothing but the last extent and those behind it can differ."""
-        last = len(self.extents) - 1
-        if len(extents) <= last:  # an allocator of the user's own that joins them anew
+        before = self.extents
+        if 0 < len(before) == len(extents) - 1 and extents[-2] is before[-1]:  # what `paged` does most
+            more = extents[-1][1]
+        elif len(extents) >= len(before) > 0:
+            more = sum(map(_num_blocks, extents[len(before) - 1 :])) - before[-1][1]
+        else:  # an allocator of the user's own that joins them anew
             return self.replace(extents)
-        more = sum(map(_num_blocks, extents[last:])) - (self.extents[last].num_blocks if last >= 0 else 0)
         self.extents = extents
         self.num_blocks += more
         return more
@@ -156,13 +160,15 @@ class BlockManager:
             return True
         if self.growth == "reserve":
             return False
-        if (extents := self._extend(table, missing)) is not None:
-            self.num_held += table.extended(extents)
-            return True
-        if self.growth == "relocate" and (extents := self._relocate(table, missing)) is not None:
-            self.num_held += table.replace(extents)
-            return True
-        return False
+        while True:
+            if (extents := self._extend(table, missing)) is not None:
+                self.num_held += table.extended(extents)
+                return True
+            if self.growth == "relocate" and (extents := self._relocate(table, missing)) is not None:
+                self.num_held += table.replace(extents)
+                return True
+            if not self._evict(missing):
+                return False
 
     def free(self, sequence: str) -> None:
         """Give the sequence's blocks back; its table keeps the tokens it ended with."""
@@ -172,7 +178,8 @@ class BlockManager:
             self.allocator.free(table.extents)
         self.num_held -= own
         if table.shared:
-            self.num_held -= self._release(table.shared, num_written=-(-table.num_tokens // self.block_size))
+            whole = table.num_tokens // self.block_size
+            self.num_held -= self._release(table.shared, len(table.shared) if table.num_tokens >= table.prompt_tokens else whole)
         self.num_releases += 1
 
     def stats(self) -> Stats:
@@ -206,10 +213,7 @@ class BlockManager:
     def _extend(self, table: BlockTable, missing: int) -> tuple[Extent, ...] | None:
         if not table.extents:  # all its blocks are shared ones so far
             return self._take(missing)
-        extents = self.allocator.extend(table.extents, missing)
-        while extents is None and self._evict(missing):
-            extents = self.allocator.extend(table.extents, missing)
-        return extents
+        return self.allocator.extend(table.extents, missing)
 
     def _evict(self, wanted: int) -> bool:
         """Evict one idle block; False when there is none, or when evicting all could not make ``wanted`` blocks free."""
@@ -226,19 +230,23 @@ class BlockManager:
         whole = prefix_ids[: prompt_tokens // self.block_size]
         found = self.prefix.match(prefix_ids)
         shared = found[: len(whole)]
+        if wanted - len(shared) > self.free_blocks - sum(not block.num_holders for block in shared):
+            return None
         num_idle = self.prefix.hold(shared)
         new: list[CachedBlock] = []
-        extents = None
-        if wanted - len(shared) <= self.free_blocks - num_idle:
-            for prefix_id in prefix_ids[len(found) :]:
-                new.append(self.prefix.add(prefix_id, self._take(1)))
-                self.prefix.hold(new[-1:])
+        extents: tuple[Extent, ...] | None = ()
+        for prefix_id in prefix_ids[len(found) :]:
+            if (extents := self._take(1)) is None:
+                break
+            new.append(self.prefix.add(prefix_id, extents))
+            self.prefix.hold(new[-1:])
+        else:
             own = wanted - len(shared) - len(new)
             extents = self._take(own) if own else ()
         if extents is None:
             self._release([*shared, *new], num_written=len(shared))
             return None
-        table = BlockTable(extents, self.block_size, 0, (*shared, *new), num_found=len(found))
+        table = BlockTable(extents, self.block_size, 0, (*shared, *new), len(found), prompt_tokens)
         table.num_tokens = min(len(found) * self.block_size, prompt_tokens, num_tokens - 1)
         if len(found) > len(whole):
             self.prefix.touch(found[-1])

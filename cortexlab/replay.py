@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 import pandas as pd
 
@@ -32,7 +32,7 @@ from .workload import WorkItem, default_max_seq_len, pool_blocks
 LONG_EXTENT = 128  # tokens: from here on attention reads an extent at about the speed of one contiguous view
 MAX_BATCH_SIZE, MAX_STEP_TOKENS = 256, 2048  # vLLM's defaults for a small server
 MAX_JUMP = 256  # steps taken at once
-NUM_SAMPLES = 1000  # of the pool's state, over the time in which requests arrive
+NUM_SAMPLES = 500  # of the pool's state, over the time in which requests arrive
 
 reference = StepTime(base_s=0.030, token_s=0.000_01, sequence_s=0.000_1)  # about 40 ms at 60 sequences and 6,000 prompt tokens a second
 
@@ -385,7 +385,7 @@ class Replay:
         totals.num_extents += len(extents)
         totals.final_tokens += request.final_slots
         left = request.final_slots
-        for _, num_blocks in extents:
+        for _, num_blocks in extents if max(map(itemgetter(1), extents)) * slots >= LONG_EXTENT else ():
             if num_blocks * slots >= LONG_EXTENT:
                 totals.long_tokens += max(0, min(left, num_blocks * slots))  # nothing in an extent behind its last token
             left -= num_blocks * slots
@@ -428,8 +428,9 @@ class Replay:
             raise BadInput(
                 f"block-size must be a multiple of {item.prefix_block} to share this trace's prefixes, not {self.blocks.block_size}"
             )
-        ids = item.prefix_ids
-        return ids[per_block - 1 :: per_block] + (ids[-1:] if len(ids) % per_block else ())
+        ids = item.prefix_ids[: -(-item.prompt_tokens // item.prefix_block)]
+        partial = len(ids) % per_block and len(ids) * item.prefix_block >= item.prompt_tokens  # else its last id does not reach the end
+        return ids[per_block - 1 :: per_block] + (ids[-1:] if partial else ())
 
     def _count_prefix(self, request: Counted) -> None:
         totals = self.totals

@@ -1,12 +1,16 @@
 """Paging: any free block serves, so nothing is ever too fragmented; what it costs is the number of extents a sequence ends up in."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import accumulate, compress, count, islice
+from operator import add, eq, itemgetter
 
 from ..errors import at_least
 from .base import Extent, Live, Stats, allocation_in, allocations_in
 from .free_map import FREE, USED, FreeMap
 
 NEW = tuple.__new__  # of an Extent: half the time of Extent(...)
+START, SIZE = itemgetter(0), itemgetter(1)
 
 
 class Paged:
@@ -17,7 +21,8 @@ class Paged:
 
     def __init__(self, num_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._stack: list[Extent] = []  # given back; the last one goes first, from its front
+        self._fresh = 0  # this block and those behind it were never handed out: they lie under the stack
         self._live: Live = {}
         self._map = FreeMap(num_blocks)
 
@@ -29,8 +34,10 @@ class Paged:
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Chain any free blocks behind ``extents``; they join the last one only when they happen to follow it."""
+        if num_blocks.__class__ is not int or num_blocks < 1:  # in here, since the call takes a tenth of the whole
+            at_least("num_blocks", num_blocks, 1)
         extents = allocation_in(self._live, extents)
-        more = self._take(at_least("num_blocks", num_blocks, 1))
+        more = self._take(num_blocks)
         if more is None:
             return None
         start, size = extents[-1]
@@ -43,48 +50,61 @@ class Paged:
         return extents
 
     def free(self, extents: Iterable[Extent]) -> None:
-        push, push_all = self._free.append, self._free.extend
         for whole in reversed(allocations_in(self._live, extents)):
             del self._live[whole[0][0]]
             self._map.mark(whole, FREE)
-            for start, size in reversed(whole):
-                if size == 1:
-                    push(start)
-                else:
-                    push_all(range(start + size - 1, start - 1, -1))
+            self._stack.extend(reversed(whole))
 
     def stats(self) -> Stats:
         return self._map.stats()
 
     def check(self) -> None:
-        held = [block for extents in self._live.values() for start, size in extents for block in range(start, start + size)]
-        assert sorted(held + self._free) == list(range(self.num_blocks)), "a block is lost or held twice"
+        free = [*self._stack, *([Extent(self._fresh, self.num_blocks - self._fresh)] if self._fresh < self.num_blocks else [])]
+        held = [extent for extents in self._live.values() for extent in extents]
+        at = 0
+        for start, size in sorted(free + held):
+            assert start == at, f"block {min(start, at)} is lost or held twice"
+            at += size
+        assert at == self.num_blocks, f"blocks behind {at} are lost"
         assert all(extents[0].start == first for first, extents in self._live.items())
-        self._map.check((block, 1) for block in self._free)
+        self._map.check(free)
 
     def _take(self, num_blocks: int) -> tuple[Extent, ...] | None:
         """The top of the stack, as extents."""
-        free = self._free
-        if num_blocks > len(free):
+        if num_blocks > self._map.free_blocks:
             return None
-        if num_blocks == 1:
-            block = free.pop()
-            self._map.mark_one(block, USED)
-            return (NEW(Extent, (block, 1)),)
-        extents = runs_of(free[: -num_blocks - 1 : -1])
-        del free[-num_blocks:]
+        stack = self._stack
+        if num_blocks == 1 and stack and stack[-1][1] == 1:
+            extents = (stack.pop(),)
+            self._map.mark_one(extents[0][0], USED)
+            return extents
+        top = stack[: -num_blocks - 1 : -1]
+        reached = list(accumulate(map(SIZE, top)))  # blocks in it and above it
+        if reached and reached[-1] >= num_blocks:
+            last = bisect_left(reached, num_blocks)
+            del top[last + 1 :], stack[-last - 1 :]
+            if left := reached[last] - num_blocks:
+                start, size = top[last]
+                top[last] = NEW(Extent, (start, size - left))
+                stack.append(NEW(Extent, (start + size - left, left)))
+        else:
+            stack.clear()
+            missing = num_blocks - (reached[-1] if reached else 0)
+            top.append(NEW(Extent, (self._fresh, missing)))
+            self._fresh += missing
+        extents = joined(top)
         self._map.mark(extents, USED)
         return extents
 
 
-def runs_of(blocks: list[int]) -> tuple[Extent, ...]:
-    """``blocks``, at least one, in their order, neighbours that follow each other as one extent."""
-    extents = []
-    start = end = blocks[0]
-    for block in blocks:
-        if block != end:
-            extents.append(NEW(Extent, (start, end - start)))
-            start = block
-        end = block + 1
-    extents.append(NEW(Extent, (start, end - start)))
-    return tuple(extents)
+def joined(extents: list[Extent]) -> tuple[Extent, ...]:
+    """``extents``, at least one, in their order, those that follow each other as one. The searching is done by C functions."""
+    starts, ends = map(START, islice(extents, 1, None)), map(add, map(START, extents), map(SIZE, extents))
+    at, runs = 0, []
+    for behind in compress(count(1), map(eq, ends, starts)):  # extents[behind] follows the one before it
+        if behind > at:
+            runs += extents[at:behind]
+        start, size = runs.pop()
+        runs.append(NEW(Extent, (start, size + extents[behind][1])))
+        at = behind + 1
+    return tuple(runs + extents[at:]) if runs else tuple(extents)
