@@ -1,0 +1,135 @@
+"""Figures of where KV memory goes and what that costs: of `replay`'s rows and samples, theory dashed. They never measure."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from .metrics import SHARES
+from .plots import SHARE_COLORS, SHARE_WORDS, WIDTH, color
+from .theory import fifty_percent_rule
+
+DASHED = {"color": "#333333", "linestyle": "--", "linewidth": 1.4}
+PUBLISHED_WORDS = {  # the paper's categories, its last one in the two parts that a replay can tell apart
+    "token": "token states",
+    "reserved": "reservation: filled later",
+    "internal": "internal: asked for, never filled",
+    "rounding": "rounded up by buddies",
+    "free": "free, but of use to nobody",
+}
+PUBLISHED_COLORS = SHARE_COLORS | {"rounding": "#e9909a", "free": "#d1495b", "others": "#ffffff"}
+
+
+def shares_beside_ttft(rows: pd.DataFrame) -> list[Axes]:
+    """The four shares of what a strategy ties up, a bar a row, and how long its requests wait for their first token beside them."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.3 + 0.42 * len(rows)), sharey=True, width_ratios=(2, 1), layout="constrained")
+    names = list(rows["strategy"])
+    _stack(axes[0], names, {SHARE_WORDS[share]: (100 * rows[f"{share}_share"], SHARE_COLORS[share]) for share in SHARES})
+    axes[0].set_xlabel("share of the KV memory a strategy ties up (%)")
+    seconds = rows["mean_ttft_ms"] / 1000
+    axes[1].barh(names, seconds, color=[color(name) for name in names])
+    for name, value in zip(names, seconds, strict=True):
+        axes[1].annotate(f"{value:,.{1 if value < 100 else 0}f}", (value, name), (4, 0), textcoords="offset points", va="center")
+    axes[1].set_xscale("log")
+    axes[1].set_xlim(seconds.min() / 3, seconds.max() * 4)
+    axes[1].set_xlabel("mean time to first token (s, logarithmic)")
+    axes[1].xaxis.set_major_formatter(_plain)
+    axes[0].invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=4)
+    return list(axes)
+
+
+def holes_over_time(steps: pd.DataFrame, rule_for: str) -> list[Axes]:
+    """External fragmentation and number of holes, a line a strategy; dashed: Knuth's rule for the requests ``rule_for`` runs."""
+    figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 5.4), sharex=True, layout="constrained")
+    for strategy, part in steps.groupby("strategy", sort=False):
+        for panel, name in zip(axes, ("external_fragmentation", "num_holes"), strict=True):
+            panel.plot(part["started_at"], _smooth(part[name]), color=color(strategy), linewidth=1.5, label=strategy)
+    part = steps[steps["strategy"] == rule_for]
+    rule = fifty_percent_rule(_smooth(part["num_running"]))
+    axes[1].plot(part["started_at"], rule, **DASHED, label=f"half as many holes as {rule_for} runs requests (Knuth)")
+    axes[0].set(ylabel="1 - largest hole / free", ylim=(0, 1))
+    axes[1].set(ylabel="number of holes (logarithmic)", yscale="log", xlabel="virtual time (s)")
+    axes[1].yaxis.set_major_formatter(_plain)
+    axes[1].set_ylim(0.8, None)
+    axes[1].set_xlim(0, steps.groupby("strategy")["ended_at"].max().median())  # not for as long as the slowest needs
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return list(axes)
+
+
+def empty_beside_theory(rows: pd.DataFrame, theory: Mapping[str, float]) -> Axes:
+    """What of the slots held is empty while a request decodes, a bar a row; dashed: what ``theory`` says for that strategy."""
+    _, axes = plt.subplots(figsize=(WIDTH * 0.72, 1.2 + 0.38 * len(rows)), layout="constrained")
+    names, empty = list(rows["strategy"]), 100 * (1 - rows["utilization"])
+    axes.barh(names, empty, color=[color(name) for name in names])
+    for number, (name, value) in enumerate(zip(names, empty, strict=True)):
+        at = max(value, 100 * theory.get(name, 0))
+        axes.annotate(f"{value:.1f}", (at, name), (5, 0), textcoords="offset points", va="center")
+        if name in theory:
+            (line,) = axes.plot([100 * theory[name]] * 2, [number - 0.45, number + 0.45], **DASHED)
+    if theory:
+        axes.legend([line], ["theory, from the lengths alone"], loc="lower right")
+    axes.set(xlabel="empty slots / slots held (%)", xlim=(0, 100))
+    axes.invert_yaxis()
+    return axes
+
+
+def run_length_frontier(rows: pd.DataFrame, empty: str = "empty_share") -> list[Axes]:
+    """How long runs are, against the memory left empty for them and against copying; a point a row, named by ``label``."""
+    _, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.0), sharey=True, layout="constrained")
+    words = {empty: "pool left empty while requests wait (%)", "copied_share": "tokens copied / tokens computed (%)"}
+    for panel, (name, text) in zip(axes, words.items(), strict=True):
+        for row in rows.to_dict("records"):
+            point = (100 * row[name], 100 * row["long_extent_share"])
+            panel.plot(*point, "o", markersize=8, color=color(row["strategy"]))
+            panel.annotate(row["label"], point, (7, 3), textcoords="offset points", fontsize=9)
+        panel.set_xlabel(text)
+        panel.margins(x=0.15)
+    axes[0].set(ylabel="tokens in runs of 128 or more (%)", ylim=(-3, 105))
+    return list(axes)
+
+
+def published_beside_ours(published: pd.DataFrame, ours: pd.DataFrame) -> Axes:
+    """Two bars a system (the index of both frames), each a share of the whole pool: as published, and as replayed."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.85 * len(ours)), layout="constrained")
+    at = np.arange(len(ours), dtype=float)
+    paper = {name: (100 * published[name], PUBLISHED_COLORS[name]) for name in published}
+    _stack(axes, at - 0.2, {f"_{name}": part for name, part in paper.items()}, height=0.34, edgecolor="#333333", linewidth=0.8)
+    for bar in axes.containers[-1]:  # the paper's last category, of which it prints no parts
+        bar.set(hatch="///", edgecolor=PUBLISHED_COLORS["free"])
+    axes.containers[-1].set_label("paper: external & others")
+    replayed = {words: (100 * ours[name], PUBLISHED_COLORS[name]) for name, words in PUBLISHED_WORDS.items()}
+    _stack(axes, at + 0.2, replayed, height=0.34)
+    axes.set_yticks(np.concatenate([at - 0.2, at + 0.2]), [*(f"{name}: paper" for name in published.index), *["replay"] * len(ours)])
+    axes.set(xlabel="share of the whole KV pool (%)", xlim=(0, 100))
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=3)
+    return axes
+
+
+def _stack(axes: Axes, places, parts: Mapping[str, tuple[pd.Series, str]], height: float = 0.75, **style) -> None:
+    """Horizontal bars of parts end to end; a part of 4 % or more has its number in it."""
+    left = np.zeros(len(places))
+    for label, (values, colour) in parts.items():
+        values = values.to_numpy(float)
+        axes.barh(places, values, left=left, height=height, color=colour, label=label, **style)
+        for place, start, value in zip(places, left, values, strict=True):
+            if value >= 4:
+                ink = "white" if colour in (SHARE_COLORS["token"], SHARE_COLORS["external"]) else "#222222"
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if colour == "#ffffff" else None
+                axes.text(start + value / 2, place, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=9, bbox=box)
+        left += values
+    axes.set_xlim(0, 100)
+    axes.grid(axis="y", visible=False)
+
+
+def _plain(value: float, _) -> str:
+    """1000 for ten to the third."""
+    return f"{value:g}"
+
+
+def _smooth(values: pd.Series) -> pd.Series:
+    """A running mean over a sixtieth of the time: single samples jump about."""
+    return values.rolling(max(1, len(values) // 60), center=True, min_periods=1).mean()

@@ -1,0 +1,69 @@
+"""Figures of fragmentation show the data they were given."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+
+from cortexlab import plots_fragmentation, theory
+from cortexlab.metrics import SHARES
+from cortexlab.replay import replay, tables
+from cortexlab.workload import make_workload
+
+STRATEGIES = ["cortexstream", "buddy", "paged"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    items = make_workload("lognormal", 120, seed=1, request_rate=40)
+    return tables(replay(items, STRATEGIES, num_blocks="60%"))
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    matplotlib.pyplot.close("all")
+
+
+def test_bars_are_the_shares_and_the_waiting_stands_beside_them(found):
+    rows = found["rows"]
+    shares, latency = plots_fragmentation.shares_beside_ttft(rows)
+    for bars, share in zip(shares.containers, SHARES, strict=True):
+        assert [bar.get_width() for bar in bars] == pytest.approx(100 * rows[f"{share}_share"])
+    assert [bar.get_width() for bar in latency.containers[0]] == pytest.approx(rows["mean_ttft_ms"] / 1000)
+    assert "(%)" in shares.get_xlabel() and "(s" in latency.get_xlabel()
+
+
+def test_knuths_rule_is_drawn_for_the_strategy_it_applies_to(found):
+    _, holes = plots_fragmentation.holes_over_time(found["steps"], "cortexstream")
+    *lines, rule = holes.lines
+    assert [line.get_label() for line in lines] == STRATEGIES and rule.get_linestyle() == "--"
+    part = found["steps"].query("strategy == 'cortexstream'")
+    assert np.nanmax(rule.get_ydata()) <= theory.fifty_percent_rule(part["num_running"].max())
+
+
+def test_empty_slots_stand_beside_what_theory_says(found):
+    axes = plots_fragmentation.empty_beside_theory(found["rows"], {"paged": 0.05})
+    assert [bar.get_width() for bar in axes.containers[0]] == pytest.approx(100 * (1 - found["rows"]["utilization"]))
+    (line,) = axes.lines
+    assert set(line.get_xdata()) == {5.0} and np.mean(line.get_ydata()) == pytest.approx(2), "beside the third bar"
+
+
+def test_a_frontier_is_a_point_a_row_in_both_panels():
+    columns = ("strategy", "label", "empty_share", "copied_share", "long_extent_share")
+    rows = pd.DataFrame([("paged", "paged", 0.0, 0.0, 0.1), ("runs", "runs, 5 %", 0.05, 0.01, 0.9)], columns=columns)
+    empty, copied = plots_fragmentation.run_length_frontier(rows)
+    assert [line.get_xydata()[0].tolist() for line in empty.lines] == [[0, 10], [5, 90]]
+    assert [line.get_xydata()[0].tolist() for line in copied.lines] == [[0, 10], [1, 90]]
+
+
+def test_published_and_replayed_bars_each_fill_the_pool():
+    published = pd.DataFrame({"token": [0.2, 0.9], "reserved": [0.1, 0], "internal": [0.3, 0], "others": [0.4, 0.1]}, index=["a", "b"])
+    ours = published.drop(columns="others").assign(rounding=[0.3, 0], free=[0.1, 0.1])
+    axes = plots_fragmentation.published_beside_ours(published, ours)
+    paper, replayed = axes.containers[:4], axes.containers[4:]
+    for bars in (paper, replayed):
+        assert np.sum([[bar.get_width() for bar in part] for part in bars], axis=0) == pytest.approx([100, 100])
+    assert {label.get_text() for label in axes.get_yticklabels()} == {"a: paper", "b: paper", "replay"}
