@@ -9,6 +9,7 @@ from .buddy import Buddy
 from .contiguous import BestFit, FirstFit, Segregated
 from .cortexstream_buddy import CortexStreamBuddy
 from .paged import Paged
+from .runs import Runs
 from .static import Static
 
 __all__ = ["GROWTHS", "STRATEGIES", "Allocator", "Extent", "Stats", "Strategy", "block_map", "make_allocator", "merged", "strategy_of"]
@@ -36,6 +37,7 @@ STRATEGIES = {
         Strategy("buddy", Buddy, "relocate"),
         Strategy("cortexstream_buddy", CortexStreamBuddy, "reserve"),
         Strategy("paged", Paged, "chain"),
+        Strategy("runs", Runs, "chain"),
     )
 }
 PLACEMENTS = {"first_fit": FirstFit}  # beside the strategies' own

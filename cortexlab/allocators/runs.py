@@ -1,0 +1,320 @@
+"""Runs: long runs for prompts, growth in place where it can, dust for the rest. Paged's memory at contiguous's speed.
+
+    blocks    A A A A a g . . . B B B b g C C . c A . . .      capitals: prompts; small letters: what they grew into;
+                      '-gap-- of A    '       '-hole '         g: the block each grows into next
+
+A *hole* is a maximal run of free blocks; it is a *gap* while the block before it is the last one of an allocation, which can then
+grow in place. Any n free blocks serve n, in as few extents as these rules find:
+
+- A prompt takes the smallest hole that holds it, with room to grow behind it and, in a gap, room left to the owner. Where there is
+  none it goes without, and where no hole holds it, it takes the longest ones.
+- Growth takes the block behind, else starts in another place, by the same rule; but where there is no room, in the *smallest* hole: dust
+  (holes too short for a prompt) is eaten by growth, and the long runs stay whole.
+- The room is an even share of what admissions have *left over* lately, a decaying minimum of the free blocks. Room that the next
+  prompt takes away again is worse than none: it has cut up a run. So where prompts take the last block there are no gaps, only dust.
+- `compact`, which a block manager may call before an allocation: while no hole holds it, a few used blocks between two holes move
+  into dust, preferably behind the rest of their own sequence.
+
+Holes are found by exact size (`contiguous.HoleSizes`): allocating and freeing is O(extents), whatever the pool.
+"""
+
+from collections.abc import Container, Iterable
+from itertools import islice
+
+from ..errors import at_least
+from .base import Extent, Live, Stats, allocation_in, allocations_in, merged, pool_stats
+from .contiguous import HoleSizes
+
+Place = tuple[int, int, int]  # a hole, the block to start at, how many blocks
+Moved = tuple[tuple[Extent, ...], tuple[Extent, ...], tuple[tuple[Extent, Extent], ...]]  # allocation before, after, copies in order
+Step = tuple[int, int, int]  # an allocation's first block, which of its extents moves, the hole it moves to
+
+PATIENCE = 1 / 32  # how fast what is left over is trusted again: by half in 22 admissions
+HOLES_LOOKED_AT = 64  # by `compact` for one move, the youngest first
+
+
+class Runs:
+    """``gap_blocks``: the most room a sequence is left to grow. ``max_copies``: blocks that one `compact` copies at most; 0: none.
+
+    ``max_bridge``: used blocks between two holes that are worth moving.
+    """
+
+    def __init__(self, num_blocks: int, *, gap_blocks: int = 8, max_copies: int = 4, max_bridge: int = 2):
+        self.num_blocks = at_least("num_blocks", num_blocks, 1)
+        self.gap_blocks = at_least("gap_blocks", gap_blocks, 0)
+        self.max_copies = at_least("max_copies", max_copies, 0)
+        self.max_bridge = at_least("max_bridge", max_bridge, 0)
+        self._free_blocks = num_blocks
+        self._left_over: float = num_blocks  # by the admissions of late
+        self._hole_at: dict[int, int] = {}  # first block of a hole -> its size
+        self._hole_ending: dict[int, int] = {}  # block behind a hole -> its first block
+        self._gaps = HoleSizes(num_blocks)  # the holes that start where an allocation ends
+        self._holes = HoleSizes(num_blocks)  # the others
+        self._live: Live = {}
+        self._ends: set[int] = set()  # the block behind each allocation
+        self._chained: dict[int, int] = {}  # first block of an extent that is not its allocation's first -> that one's first block
+        self._add_hole(0, num_blocks)
+
+    def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
+        if at_least("num_blocks", num_blocks, 1) > self._free_blocks:
+            return None
+        hole, start, size = self._place(num_blocks)
+        self._take(hole, start, size, ends=size == num_blocks)
+        if size == num_blocks:
+            self._live[start] = extents = (Extent(start, size),)
+        else:
+            extents = self._scatter(Extent(start, size), num_blocks - size)
+        free, left_over = self._free_blocks, self._left_over
+        self._left_over = free if free < left_over else left_over + (free - left_over) * PATIENCE
+        return extents
+
+    def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
+        """Grow in place, and where something stands behind, add an extent elsewhere."""
+        whole = allocation_in(self._live, extents)
+        if at_least("num_blocks", num_blocks, 1) > self._free_blocks:
+            return None
+        *rest, (start, size) = whole
+        first = whole[0].start
+        while num_blocks:
+            end = start + size
+            if more := min(num_blocks, self._hole_at.get(end, 0)):
+                self._grow(end, more)
+                size += more
+            else:
+                hole, at, more = self._place(num_blocks, growth=True)
+                self._take(hole, at, more)
+                self._end_moves(end, at + more)
+                rest.append(Extent(start, size))
+                self._chained[at] = first
+                start, size = at, more
+            num_blocks -= more
+        self._live[first] = grown = (*rest, Extent(start, size))
+        return grown
+
+    def free(self, extents: Iterable[Extent]) -> None:
+        for whole in allocations_in(self._live, extents):
+            del self._live[whole[0].start]
+            self._end_moves(whole[-1].end, None)
+            for start, size in whole:
+                self._give(start, size)
+            for start, _ in whole[1:]:
+                del self._chained[start]
+
+    def stats(self) -> Stats:
+        return pool_stats(self.num_blocks, self._free_blocks, self._largest(), len(self._hole_at))
+
+    def check(self) -> None:
+        at = 0
+        for start, size in sorted([*self._hole_at.items(), *(extent for whole in self._live.values() for extent in whole)]):
+            assert start == at, f"block {at} is lost or held twice"
+            at += size
+        assert at == self.num_blocks, f"blocks behind {at} are lost"
+        assert self._free_blocks == sum(self._hole_at.values())
+        assert self._hole_ending == {start + size: start for start, size in self._hole_at.items()}
+        assert not any(start in self._hole_ending for start in self._hole_at), "two neighbouring holes were not joined"
+        assert self._ends == {whole[-1].end for whole in self._live.values()}
+        assert self._chained == {extent.start: first for first, whole in self._live.items() for extent in whole[1:]}
+        assert all(merged(whole) == whole and whole[0].start == first for first, whole in self._live.items())
+        for holes, are_gaps in ((self._gaps, True), (self._holes, False)):
+            assert holes.largest() == max((size for start, size in self._hole_at.items() if (start in self._ends) == are_gaps), default=0)
+
+    # --- where to -------------------------------------------------------------------------------------------------------------
+
+    def _room(self) -> int:
+        """Blocks to leave free behind a sequence."""
+        free, left_over = self._free_blocks, self._left_over
+        room = int((free if free < left_over else left_over) / (len(self._live) + 1))
+        return room if room < self.gap_blocks else self.gap_blocks
+
+    def _place(self, num_blocks: int, growth: bool = False) -> Place:
+        """A place for ``num_blocks``, or for as many of them as the hole it has to be holds."""
+        room = self._room()
+        place = self._fit(num_blocks, room) if room else None
+        if place is None and not growth:
+            place = self._fit(num_blocks, 0)
+        if place is not None:
+            return place
+        hole, gap = self._holes, self._gaps
+        if growth and (size := hole.smallest_from(1)):
+            hole = hole.one_of(size)
+            return hole, hole, min(num_blocks, size)
+        size, gap_size = hole.largest(), gap.largest()
+        if growth:  # into somebody's gap: half of it stays the owner's
+            hole, size = gap.one_of(gap_size), min(num_blocks, gap_size)
+            return hole, hole + (gap_size - size + 1) // 2, size
+        if size >= gap_size:
+            hole = hole.one_of(size)
+            return hole, hole, size
+        hole = gap.one_of(gap_size)
+        return hole, hole, gap_size
+
+    def _fit(self, num_blocks: int, room: int) -> Place | None:
+        """The smallest hole for them with ``room`` behind and, in a gap, before them."""
+        size, gap_size = self._holes.smallest_from(num_blocks + room), self._gaps.smallest_from(num_blocks + 2 * room)
+        if size is not None and (gap_size is None or size <= gap_size):
+            hole = self._holes.one_of(size)
+            return hole, hole, num_blocks
+        if gap_size is None:
+            return None
+        hole = self._gaps.one_of(gap_size)
+        return hole, hole + (room or gap_size - num_blocks), num_blocks
+
+    def _scatter(self, extent: Extent, num_blocks: int) -> tuple[Extent, ...]:
+        """A new allocation of ``extent`` and as many places more as ``num_blocks`` take, the longest first."""
+        extents = [extent]
+        while num_blocks:
+            hole, start, size = self._place(num_blocks)
+            self._take(hole, start, size, ends=size == num_blocks)
+            extents.append(Extent(start, size))
+            num_blocks -= size
+        self._live[extent.start] = whole = merged(extents)
+        for start, _ in whole[1:]:
+            self._chained[start] = extent.start
+        return whole
+
+    # --- compaction -----------------------------------------------------------------------------------------------------------
+
+    def compact(self, num_blocks: int) -> list[Moved]:
+        """Make room for an allocation of ``num_blocks`` that would be scattered otherwise; what has moved, in the order of the copies.
+
+        An allocation moves at most once a call, and never its first extent. O(max_copies * HOLES_LOOKED_AT).
+        """
+        moved: dict[int, Moved] = {}  # by the allocation's first block
+        copies = self.max_copies if num_blocks <= self._free_blocks else 0
+        while copies > 0 and self._largest() < num_blocks:
+            bridge = self._bridge(min(copies, self.max_bridge), moved)
+            if bridge is None:
+                break
+            for first, index, target in bridge:
+                moved[first] = self._move(first, index, target)
+                copies -= moved[first][2][0][0].num_blocks
+        return list(moved.values())
+
+    def _bridge(self, most: int, skip: Container[int]) -> list[Step] | None:
+        """What to move, at most ``most`` blocks, to join two holes: the longest shorter one for a block copied."""
+        best, best_gain = None, 0.0
+        for start in islice(reversed(self._hole_at), HOLES_LOOKED_AT):
+            end = start + self._hole_at[start]
+            used = self._used_behind(end, most, skip)
+            if not used:
+                continue
+            blocks = sum(extent.num_blocks for extent in used.values())
+            gain = min(end - start, self._hole_at[end + blocks]) / blocks
+            if gain > best_gain and (steps := self._steps(used, {start, end + blocks})):
+                best, best_gain = steps, gain
+        return best
+
+    def _used_behind(self, block: int, most: int, skip: Container[int]) -> dict[int, Extent] | None:
+        """The extents from ``block`` to the next hole, by allocation; None if they are too many blocks or may not move."""
+        used: dict[int, Extent] = {}
+        while block not in self._hole_at:
+            first = self._chained.get(block)
+            if first is None or first in skip or first in used:
+                return None
+            used[first] = extent = next(extent for extent in self._live[first] if extent.start == block)
+            most -= extent.num_blocks
+            if most < 0:
+                return None
+            block = extent.end
+        return used
+
+    def _steps(self, used: dict[int, Extent], taken: set[int]) -> list[Step] | None:
+        """Where each extent goes: behind the rest of its sequence, else into the smallest hole; not into the holes ``taken``."""
+        steps = []
+        for first, extent in used.items():
+            index = self._live[first].index(extent)
+            own = self._live[first][index - 1].end
+            target = own if own not in taken and self._hole_at.get(own, 0) >= extent.num_blocks else self._dust(extent.num_blocks, taken)
+            if target is None:
+                return None
+            taken.add(target)
+            steps.append((first, index, target))
+        return steps
+
+    def _dust(self, num_blocks: int, taken: Container[int]) -> int | None:
+        for holes in (self._holes, self._gaps):
+            size = holes.smallest_from(num_blocks)
+            while size is not None:
+                if (start := holes.one_of(size)) not in taken:
+                    return start
+                size = holes.smallest_from(size + 1)
+        return None
+
+    def _move(self, first: int, index: int, target: int) -> Moved:
+        """Copy one extent to the start of the hole at ``target``."""
+        whole = self._live[first]
+        source = whole[index]
+        copy = Extent(target, source.num_blocks)
+        after = merged((*whole[:index], copy, *whole[index + 1 :]))
+        self._take(target, target, copy.num_blocks)
+        self._end_moves(whole[-1].end, after[-1].end)
+        self._give(*source)
+        for start, _ in whole[1:]:
+            del self._chained[start]
+        for start, _ in after[1:]:
+            self._chained[start] = first
+        self._live[first] = after
+        return whole, after, ((source, copy),)
+
+    # --- holes ----------------------------------------------------------------------------------------------------------------
+
+    def _largest(self) -> int:
+        return max(self._holes.largest(), self._gaps.largest())
+
+    def _add_hole(self, start: int, size: int) -> None:
+        self._hole_at[start] = size
+        self._hole_ending[start + size] = start
+        (self._gaps if start in self._ends else self._holes).add(start, size)
+
+    def _remove_hole(self, start: int) -> int:
+        size = self._hole_at.pop(start)
+        del self._hole_ending[start + size]
+        (self._gaps if start in self._ends else self._holes).remove(start, size)
+        return size
+
+    def _take(self, hole: int, start: int, num_blocks: int, ends: bool = False) -> None:
+        """Take blocks out of a hole; ``ends``: an allocation ends with them."""
+        end, hole_end = start + num_blocks, hole + self._remove_hole(hole)
+        if ends:
+            self._ends.add(end)
+        if start > hole:
+            self._add_hole(hole, start - hole)
+        if end < hole_end:
+            self._add_hole(end, hole_end - end)
+        self._free_blocks -= num_blocks
+
+    def _grow(self, end: int, num_blocks: int) -> None:
+        """The allocation ending at ``end`` takes the first blocks of its gap."""
+        size = self._remove_hole(end)
+        self._ends.remove(end)
+        self._ends.add(end + num_blocks)
+        if size > num_blocks:
+            self._add_hole(end + num_blocks, size - num_blocks)
+        self._free_blocks -= num_blocks
+
+    def _end_moves(self, old: int, new: int | None) -> None:
+        """An allocation ends elsewhere (None: nowhere): the hole behind it is no gap any more, and the one there is."""
+        if old == new:
+            return
+        if gap := old in self._hole_at:
+            size = self._remove_hole(old)
+        self._ends.remove(old)
+        if gap:
+            self._add_hole(old, size)
+        if new is not None:
+            if hole := new in self._hole_at:
+                size = self._remove_hole(new)
+            self._ends.add(new)
+            if hole:
+                self._add_hole(new, size)
+
+    def _give(self, start: int, num_blocks: int) -> None:
+        """Make blocks free, joined with the holes beside them."""
+        end = start + num_blocks
+        if (before := self._hole_ending.get(start)) is not None:
+            self._remove_hole(before)
+            start = before
+        if end in self._hole_at:
+            end += self._remove_hole(end)
+        self._add_hole(start, end - start)
+        self._free_blocks += num_blocks
