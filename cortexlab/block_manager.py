@@ -141,9 +141,9 @@ class BlockManager:
         if sequence in self.tables:
             raise BadInput(f"sequence {sequence!r} already holds blocks: free it first")
         wanted = self.blocks_wanted(num_tokens, max_tokens)
-        if self.prefix is not None and prefix_ids:
-            table = self._allocate_shared(wanted, num_tokens, prefix_ids, prompt_tokens)
-        else:
+        sharing = self.prefix is not None and prefix_ids
+        table = self._allocate_shared(wanted, num_tokens, prefix_ids, prompt_tokens) if sharing else None
+        if table is None and not (sharing and self.num_held):  # in a pool of its own, what it would share may lie in its way
             extents = self._take(wanted)
             table = None if extents is None else BlockTable(extents, self.block_size)
             self.num_held += table.num_blocks if table else 0
@@ -161,7 +161,8 @@ class BlockManager:
         if self.growth == "reserve":
             return False
         while True:
-            if (extents := self._extend(table, missing)) is not None:
+            extents = self.allocator.extend(table.extents, missing) if self.prefix is None else self._extend(table, missing)
+            if extents is not None:
                 self.num_held += table.extended(extents)
                 return True
             if self.growth == "relocate" and (extents := self._relocate(table, missing)) is not None:
@@ -178,7 +179,7 @@ class BlockManager:
             self.allocator.free(table.extents)
         self.num_held -= own
         if table.shared:
-            whole = table.num_tokens // self.block_size
+            whole = max(table.num_tokens // self.block_size, table.num_found)
             self.num_held -= self._release(table.shared, len(table.shared) if table.num_tokens >= table.prompt_tokens else whole)
         self.num_releases += 1
 
@@ -230,6 +231,7 @@ class BlockManager:
         whole = prefix_ids[: prompt_tokens // self.block_size]
         found = self.prefix.match(prefix_ids)
         shared = found[: len(whole)]
+        written = all(map(self._is_written, found[len(whole) :]))  # before what evicts it
         if wanted - len(shared) > self.free_blocks - sum(not block.num_holders for block in shared):
             return None
         num_idle = self.prefix.hold(shared)
@@ -247,13 +249,19 @@ class BlockManager:
             self._release([*shared, *new], num_written=len(shared))
             return None
         table = BlockTable(extents, self.block_size, 0, (*shared, *new), len(found), prompt_tokens)
-        table.num_tokens = min(len(found) * self.block_size, prompt_tokens, num_tokens - 1)
-        if len(found) > len(whole):
-            self.prefix.touch(found[-1])
+        partial = [block for block in found[len(whole) :] if written]
+        table.num_tokens = min((len(found[: len(whole)]) + len(partial)) * self.block_size, prompt_tokens, num_tokens - 1)
+        for block in partial:
+            self.prefix.touch(block)
             target = Extent(extents[0].start, 1)
-            self.moves.append(Move(found[-1].extents, (target,), prompt_tokens - len(whole) * self.block_size))
+            self.moves.append(Move(block.extents, (target,), prompt_tokens - len(whole) * self.block_size))
         self.num_held += table.num_blocks - len(shared) + num_idle
         return table
+
+    def _is_written(self, block: CachedBlock) -> bool:
+        """Whether a step before the coming one has computed a prompt's partial last block; if not, a copy would hold nothing."""
+        owners = (table for table in self.tables.values() if table.shared[-1:] == (block,))
+        return not block.num_holders or any(table.num_tokens >= table.prompt_tokens for table in owners)
 
     def _release(self, shared: Sequence[CachedBlock], num_written: int) -> int:
         """One holder less for each cached block; those behind the first ``num_written`` are forgotten. How many are now free."""

@@ -47,7 +47,7 @@ def counted_latency_summary(latency: dict[str, Counter]) -> dict[str, float | No
     """`latency_summary` of nanoseconds, each with how often it occurs; the same to the last bit on any machine."""
     summary = {}
     for name, counted in latency.items():
-        pairs = sorted((value, n) for value, n in counted.items() if n)
+        pairs = sorted(pair for pair in counted.items() if pair[1])
         count = sum(n for _, n in pairs)
         mean = math.fsum(value * n for value, n in pairs) / count if count else None
         for statistic, value in (

@@ -185,8 +185,8 @@ class Replay:
         dt = base_ns + token_ns * (decoding + prefill_tokens) + sequence_ns * (decoding + len(prefills))
         passing = unusable and not scheduler.unusable_blocks  # who was refused has failed: nobody is in the next step
         steps = 1 if prefills or self._prefilling or passing else self._alike(dt, next_arrival)
-        if self.now >= self._next_sample:
-            self._sample(unusable)
+        if self._next_sample <= self.now + dt * (steps - 1):
+            self._sample(unusable, dt)
         self._add(dt, steps, unusable)
         totals = self.totals
         totals.written += prefill_tokens
@@ -242,11 +242,11 @@ class Replay:
             request.num_computed = request.table.num_tokens = request.capacity
         if self.scheduler.stalled:
             return due
-        grow = self.blocks.grow  # while nobody waits for a block, growing is all that the scheduler would do
+        grow, grown = self.blocks.grow, self._grown  # while nobody waits for a block, growing is all that the scheduler would do
         for served, request in enumerate(due):
             if not grow(request.id, request.base + step):
                 return due[served:]
-            self._grown(request)
+            grown(request)
         return []
 
     def _alike(self, dt: int, next_arrival: int | None) -> int:
@@ -309,27 +309,25 @@ class Replay:
             self.totals.gaps[self.now - request.last_ns] += 1
         request.state = RequestState.DECODING
         self._join(request, request.num_tokens - self.step)
+        self._grown(request)
 
     def _decode(self, chunks: Sequence[Chunk]) -> list[Counted]:
         """Take note of decoding requests that got the block they needed; those that had been waiting for it."""
         resumed = []
         for request, _, stop in chunks:
             if request.base is None:
-                self._resize(request)
                 self._join(request, stop - self.step)
                 resumed.append(request)
-            else:
-                self._grown(request)
+            self._grown(request)
         return resumed
 
     def _join(self, request: Counted, base: int) -> None:
-        """From now on it has ``base`` + (number of the step) tokens."""
+        """From now on it has ``base`` + (number of the step) tokens. What happens to it next is for `_grown` to say."""
         self._still_tokens -= request.in_cache
         self._num_decoding += 1
         self._base_sum += base
         self._decode_slots += request.capacity
         request.base = base
-        self._next_event(request)
 
     def _part(self, request: Counted) -> None:
         """It decodes no more."""
@@ -339,23 +337,17 @@ class Replay:
         request.base = None
 
     def _grown(self, request: Counted) -> None:
-        self._decode_slots += self._resize(request)
-        self._next_event(request)
-
-    def _resize(self, request: Counted) -> int:
-        """Its table has another size; the slots gained."""
+        """It decodes, and its table may have grown: what happens to it next?"""
+        before, final = request.capacity, request.final_slots
         capacity = request.table.num_blocks * self.blocks.block_size
-        gained, final = capacity - request.capacity, request.final_slots
-        if capacity > final:
-            self._internal += capacity - max(final, request.capacity)
-        request.capacity, request.grown_at = capacity, self.totals.weight
-        return gained
-
-    def _next_event(self, request: Counted) -> None:
-        if request.final_slots <= request.capacity:
-            self._finishes[request.final_slots - request.base].append(request)
+        if capacity != before:
+            request.capacity, request.grown_at = capacity, self.totals.weight
+            self._decode_slots += capacity - before
+        if final <= capacity:
+            self._internal += capacity - max(final, before)
+            self._finishes[final - request.base].append(request)
         else:
-            self._crossings[request.capacity - request.base + 1].append(request)
+            self._crossings[capacity - request.base + 1].append(request)
 
     def _stall(self, request: Counted) -> None:
         """It stands still with what it holds until there is a block for it."""
@@ -446,18 +438,20 @@ class Replay:
             self.totals.copied_blocks += self.blocks.blocks_for(move.num_tokens)
         self.blocks.moves.clear()
 
-    def _sample(self, unusable: int) -> None:
-        """The pool as it lies in this step."""
-        self._next_sample = self.now + self._sample_every
+    def _sample(self, unusable: int, dt: int) -> None:
+        """The pool as it lies in the first of these steps of ``dt`` that starts when a sample is due, or later."""
+        ahead = max(0, -((self.now - self._next_sample) // dt))
+        at = self.now + ahead * dt
+        self._next_sample = at + self._sample_every
         blocks, scheduler = self.blocks, self.scheduler
         pool, size = blocks.stats(), blocks.block_size
         shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
         held = blocks.num_held * size
-        token = self._still_tokens + self._base_sum + self._num_decoding * self.step - shared * size
+        token = self._still_tokens + self._base_sum + self._num_decoding * (self.step + ahead) - shared * size
         slots = {"token": token, "reserved": held - token - self._internal, "internal": self._internal}
         self.samples.append(
             {
-                "started_at": self.now / SECOND,
+                "started_at": at / SECOND,
                 **{f"{name}_slots": count for name, count in slots.items()},
                 "external_slots": unusable * size,
                 "pool_slots": blocks.num_blocks * size,
