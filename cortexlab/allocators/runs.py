@@ -1,49 +1,52 @@
 """Runs: long runs for prompts, growth in place where it can, dust for the rest. Paged's memory at contiguous's speed.
 
-    blocks    A A A A a g . . . B B B b g C C . c A . . .      capitals: prompts; small letters: what they grew into;
-                      '-gap-- of A    '       '-hole '         g: the block each grows into next
+    blocks   A A A A . . B B B B b . . C C c a . . c     capitals: prompts; small letters: what they have grown into
+                     hole          gap of B    gap of A    C has no gap: its next block starts elsewhere
 
-A *hole* is a maximal run of free blocks; it is a *gap* while the block before it is the last one of an allocation, which can then
-grow in place. Any n free blocks serve n, in as few extents as these rules find:
+A *hole* is a maximal run of free blocks, and a *gap* when the block before it is the last of an allocation, which can then grow in
+place. Whatever n blocks are free serve n, in the few extents that these rules find:
 
-- A prompt takes the smallest hole that holds it, with room to grow behind it and, in a gap, room left to the owner. Where there is
-  none it goes without, and where no hole holds it, it takes the longest ones.
-- Growth takes the block behind, else starts in another place, by the same rule; but where there is no room, in the *smallest* hole: dust
-  (holes too short for a prompt) is eaten by growth, and the long runs stay whole.
-- The room is an even share of what admissions have *left over* lately, a decaying minimum of the free blocks. Room that the next
-  prompt takes away again is worse than none: it has cut up a run. So where prompts take the last block there are no gaps, only dust.
-- `compact`, which a block manager may call before an allocation: while no hole holds it, a few used blocks between two holes move
-  into dust, preferably behind the rest of their own sequence.
+- A prompt takes the smallest hole that leaves *room* to grow behind it and, in a gap, before it; else the smallest that holds it;
+  where none does, the longest holes.
+- Growth takes the block behind. Where that is used it starts elsewhere, with room too; and where there is no such place in the
+  *smallest* hole: growth eats the dust, so that long runs are left to prompts.
+- The room is an even share of what admissions have left over lately: a minimum of the free blocks that decays. Room that the next
+  prompt takes away again is worse than none, since it has cut up a run; where prompts take the last block there is no room at all.
+- `compact`, which a block manager calls before it allocates: where no hole is large enough, few used blocks between two holes make
+  way, to behind the rest of their own sequence or else into dust. What it may copy is a share of what is allocated.
 
-Holes are found by exact size (`contiguous.HoleSizes`): allocating and freeing is O(extents), whatever the pool.
+Holes are known by both ends and by exact size, as ``holes`` keeps them: whatever the pool, a call is O(extents it hands out or takes).
 """
 
 from collections.abc import Container, Iterable
 from itertools import islice
 
-from ..errors import at_least
+from ..errors import BadInput, at_least, shown
 from .base import Extent, Live, Stats, allocation_in, allocations_in, merged, pool_stats
-from .contiguous import HoleSizes
+from .holes import HoleSizes
 
 Place = tuple[int, int, int]  # a hole, the block to start at, how many blocks
 Moved = tuple[tuple[Extent, ...], tuple[Extent, ...], tuple[tuple[Extent, Extent], ...]]  # allocation before, after, copies in order
 Step = tuple[int, int, int]  # an allocation's first block, which of its extents moves, the hole it moves to
 
+MAX_COPIES = 16  # blocks that one `compact` copies at most
+MAX_BRIDGE = 2  # used blocks between two holes that are worth moving
 PATIENCE = 1 / 32  # how fast what is left over is trusted again: by half in 22 admissions
 HOLES_LOOKED_AT = 64  # by `compact` for one move, the youngest first
 
 
 class Runs:
-    """``gap_blocks``: the most room a sequence is left to grow. ``max_copies``: blocks that one `compact` copies at most; 0: none.
-
-    ``max_bridge``: used blocks between two holes that are worth moving.
+    """``gap_blocks``: the most room that a sequence is left to grow. ``copy_share``: blocks that `compact` may copy, in the long run,
+    for each block of the allocations it is called for.
     """
 
-    def __init__(self, num_blocks: int, *, gap_blocks: int = 8, max_copies: int = 4, max_bridge: int = 2):
+    def __init__(self, num_blocks: int, *, gap_blocks: int = 8, copy_share: float = 0.02):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
         self.gap_blocks = at_least("gap_blocks", gap_blocks, 0)
-        self.max_copies = at_least("max_copies", max_copies, 0)
-        self.max_bridge = at_least("max_bridge", max_bridge, 0)
+        if not (isinstance(copy_share, int | float) and 0 <= copy_share <= 1):
+            raise BadInput(f"copy_share must be a number from 0 to 1, not {shown(copy_share)}")
+        self.copy_share = copy_share
+        self._credit = 0.0  # blocks that may be copied
         self._free_blocks = num_blocks
         self._left_over: float = num_blocks  # by the admissions of late
         self._hole_at: dict[int, int] = {}  # first block of a hole -> its size
@@ -78,15 +81,15 @@ class Runs:
         while num_blocks:
             end = start + size
             if more := min(num_blocks, self._hole_at.get(end, 0)):
-                self._grow(end, more)
+                self._take(end, end, more, ends=True)
                 size += more
             else:
                 hole, at, more = self._place(num_blocks, growth=True)
-                self._take(hole, at, more)
-                self._end_moves(end, at + more)
+                self._take(hole, at, more, ends=True)
                 rest.append(Extent(start, size))
                 self._chained[at] = first
                 start, size = at, more
+            self._ends.remove(end)
             num_blocks -= more
         self._live[first] = grown = (*rest, Extent(start, size))
         return grown
@@ -94,11 +97,13 @@ class Runs:
     def free(self, extents: Iterable[Extent]) -> None:
         for whole in allocations_in(self._live, extents):
             del self._live[whole[0].start]
-            self._end_moves(whole[-1].end, None)
-            for start, size in whole:
-                self._give(start, size)
-            for start, _ in whole[1:]:
-                del self._chained[start]
+            if len(whole) > 1:
+                for start, size in whole[:-1]:
+                    self._give(start, size)
+                for start, _ in whole[1:]:
+                    del self._chained[start]
+            start, size = whole[-1]
+            self._give(start, size, ended=True)
 
     def stats(self) -> Stats:
         return pool_stats(self.num_blocks, self._free_blocks, self._largest(), len(self._hole_at))
@@ -120,44 +125,35 @@ class Runs:
 
     # --- where to -------------------------------------------------------------------------------------------------------------
 
-    def _room(self) -> int:
-        """Blocks to leave free behind a sequence."""
-        free, left_over = self._free_blocks, self._left_over
-        room = int((free if free < left_over else left_over) / (len(self._live) + 1))
-        return room if room < self.gap_blocks else self.gap_blocks
-
     def _place(self, num_blocks: int, growth: bool = False) -> Place:
         """A place for ``num_blocks``, or for as many of them as the hole it has to be holds."""
-        room = self._room()
-        place = self._fit(num_blocks, room) if room else None
-        if place is None and not growth:
+        free, left_over, gap_blocks = self._free_blocks, self._left_over, self.gap_blocks
+        room = int((free if free < left_over else left_over) / (len(self._live) + 1))
+        place = self._fit(num_blocks, room if room < gap_blocks else gap_blocks) if room or not growth else None
+        if place is None and room and not growth:
             place = self._fit(num_blocks, 0)
-        if place is not None:
-            return place
-        hole, gap = self._holes, self._gaps
-        if growth and (size := hole.smallest_from(1)):
-            hole = hole.one_of(size)
-            return hole, hole, min(num_blocks, size)
-        size, gap_size = hole.largest(), gap.largest()
-        if growth:  # into somebody's gap: half of it stays the owner's
-            hole, size = gap.one_of(gap_size), min(num_blocks, gap_size)
-            return hole, hole + (gap_size - size + 1) // 2, size
-        if size >= gap_size:
-            hole = hole.one_of(size)
-            return hole, hole, size
-        hole = gap.one_of(gap_size)
-        return hole, hole, gap_size
+        return place or self._part(num_blocks, growth)
 
     def _fit(self, num_blocks: int, room: int) -> Place | None:
-        """The smallest hole for them with ``room`` behind and, in a gap, before them."""
+        """In the smallest hole that has ``room`` behind them and, when it is a gap, before them."""
         size, gap_size = self._holes.smallest_from(num_blocks + room), self._gaps.smallest_from(num_blocks + 2 * room)
-        if size is not None and (gap_size is None or size <= gap_size):
+        if gap_size is None or (size is not None and size <= gap_size):
+            if size is None:
+                return None
             hole = self._holes.one_of(size)
             return hole, hole, num_blocks
-        if gap_size is None:
-            return None
         hole = self._gaps.one_of(gap_size)
         return hole, hole + (room or gap_size - num_blocks), num_blocks
+
+    def _part(self, num_blocks: int, growth: bool) -> Place:
+        """Where nothing fits: prompts take the longest hole, growth the smallest, and the half of a gap when there are but gaps."""
+        holes, gaps = self._holes, self._gaps
+        size, gap_size = holes.smallest_from(1) if growth else holes.largest(), gaps.largest()
+        if size and (growth or size >= gap_size):
+            hole = holes.one_of(size)
+            return hole, hole, min(num_blocks, size)
+        hole, size = gaps.one_of(gap_size), min(num_blocks, gap_size)
+        return hole, hole + (gap_size - size + 1) // 2, size
 
     def _scatter(self, extent: Extent, num_blocks: int) -> tuple[Extent, ...]:
         """A new allocation of ``extent`` and as many places more as ``num_blocks`` take, the longest first."""
@@ -177,17 +173,19 @@ class Runs:
     def compact(self, num_blocks: int) -> list[Moved]:
         """Make room for an allocation of ``num_blocks`` that would be scattered otherwise; what has moved, in the order of the copies.
 
-        An allocation moves at most once a call, and never its first extent. O(max_copies * HOLES_LOOKED_AT).
+        An allocation moves at most once a call, and never its first extent. At most MAX_COPIES blocks, in O(MAX_COPIES * HOLES_LOOKED_AT).
         """
         moved: dict[int, Moved] = {}  # by the allocation's first block
-        copies = self.max_copies if num_blocks <= self._free_blocks else 0
-        while copies > 0 and self._largest() < num_blocks:
-            bridge = self._bridge(min(copies, self.max_bridge), moved)
-            if bridge is None:
+        if num_blocks > self._free_blocks:
+            return []
+        self._credit = min(MAX_COPIES, self._credit + num_blocks * self.copy_share)
+        while self._credit >= 1 and self._largest() < num_blocks:
+            steps = self._bridge(min(int(self._credit), MAX_BRIDGE), moved)
+            if steps is None:
                 break
-            for first, index, target in bridge:
+            for first, index, target in steps:
+                self._credit -= self._live[first][index].num_blocks
                 moved[first] = self._move(first, index, target)
-                copies -= moved[first][2][0][0].num_blocks
         return list(moved.values())
 
     def _bridge(self, most: int, skip: Container[int]) -> list[Step] | None:
@@ -211,7 +209,7 @@ class Runs:
             first = self._chained.get(block)
             if first is None or first in skip or first in used:
                 return None
-            used[first] = extent = next(extent for extent in self._live[first] if extent.start == block)
+            used[first] = extent = next(extent for extent in reversed(self._live[first]) if extent[0] == block)  # mostly of the last
             most -= extent.num_blocks
             if most < 0:
                 return None
@@ -246,9 +244,9 @@ class Runs:
         source = whole[index]
         copy = Extent(target, source.num_blocks)
         after = merged((*whole[:index], copy, *whole[index + 1 :]))
-        self._take(target, target, copy.num_blocks)
-        self._end_moves(whole[-1].end, after[-1].end)
-        self._give(*source)
+        last = index == len(whole) - 1
+        self._take(target, target, copy.num_blocks, ends=last)
+        self._give(*source, ended=last)
         for start, _ in whole[1:]:
             del self._chained[start]
         for start, _ in after[1:]:
@@ -283,38 +281,15 @@ class Runs:
             self._add_hole(end, hole_end - end)
         self._free_blocks -= num_blocks
 
-    def _grow(self, end: int, num_blocks: int) -> None:
-        """The allocation ending at ``end`` takes the first blocks of its gap."""
-        size = self._remove_hole(end)
-        self._ends.remove(end)
-        self._ends.add(end + num_blocks)
-        if size > num_blocks:
-            self._add_hole(end + num_blocks, size - num_blocks)
-        self._free_blocks -= num_blocks
-
-    def _end_moves(self, old: int, new: int | None) -> None:
-        """An allocation ends elsewhere (None: nowhere): the hole behind it is no gap any more, and the one there is."""
-        if old == new:
-            return
-        if gap := old in self._hole_at:
-            size = self._remove_hole(old)
-        self._ends.remove(old)
-        if gap:
-            self._add_hole(old, size)
-        if new is not None:
-            if hole := new in self._hole_at:
-                size = self._remove_hole(new)
-            self._ends.add(new)
-            if hole:
-                self._add_hole(new, size)
-
-    def _give(self, start: int, num_blocks: int) -> None:
-        """Make blocks free, joined with the holes beside them."""
-        end = start + num_blocks
-        if (before := self._hole_ending.get(start)) is not None:
-            self._remove_hole(before)
-            start = before
+    def _give(self, start: int, num_blocks: int, ended: bool = False) -> None:
+        """Make blocks free, joined with the holes beside them; ``ended``: their allocation ended with them."""
+        end = hole_end = start + num_blocks
         if end in self._hole_at:
-            end += self._remove_hole(end)
-        self._add_hole(start, end - start)
+            hole_end += self._remove_hole(end)
+        if ended:
+            self._ends.remove(end)
+        if start in self._hole_ending:
+            start = self._hole_ending[start]
+            self._remove_hole(start)
+        self._add_hole(start, hole_end - start)
         self._free_blocks += num_blocks
