@@ -10,12 +10,13 @@ from . import blas
 from ._version import __version__
 from .allocators import Allocator, Extent, Stats, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, NotContiguous
+from .physical import KVBlockAllocator, KVHandle
 from .request import Request, RequestState, TokenEvent
 
 _NEED_MLX = {"Engine": ".engine", "KVCache": ".kv_cache", "load_model": ".model"}
 
 __all__ = [
-    "Allocator", "BadInput", "CortexLabError", "Engine", "Extent", "KVCache", "ModelError", "NotContiguous", "Request",
+    "Allocator", "BadInput", "CortexLabError", "Engine", "Extent", "KVBlockAllocator", "KVCache", "KVHandle", "ModelError", "NotContiguous", "Request",
     "RequestState", "Stats", "TokenEvent", "__version__", "blas", "load_model", "make_allocator",
 ]  # fmt: skip
 

@@ -16,10 +16,10 @@ from .metrics import SHARES, shares
 from .theory import paged_utilization
 
 COLORS = {
-    "static": "#c44e52", "cortexstream": "#dd8452", "best_fit": "#937860", "segregated": "#8c8c00", "buddy": "#8172b3",
+    "static": "#c44e52", "cortexstream": "#dd8452", "cortexstream_buddy": "#c79fef", "best_fit": "#937860", "segregated": "#8c8c00", "buddy": "#8172b3",
     "paged": "#4c72b0", "runs": "#2a8c5a", "mlx-lm": "#8a8a8a",
 }  # fmt: skip
-SPARE_COLORS = ("#da8bc3", "#64b5cd", "#ccb974", "#2f4b7c", "#7a5195")  # for strategies of one's own, in order of name
+SPARE_COLORS = ("#da8bc3", "#64b5cd", "#ccb974", "#e377c2", "#7a5195")  # for strategies of one's own, in order of name
 SHARE_COLORS = {"token": "#2a6f97", "reserved": "#a9d6e5", "internal": "#f4a261", "external": "#d1495b"}
 SHARE_WORDS = {
     "token": "token: holds a token",
@@ -236,7 +236,7 @@ def fragmentation_over_time(steps: pd.DataFrame) -> list[Axes]:
     axes[0].set_ylim(0, 1)
     axes[1].set_yscale("symlog", linthresh=10)
     axes[1].set_ylim(0)
-    _plain_numbers(axes[1].yaxis)
+    plain_numbers(axes[1].yaxis)
     axes[1].set_xlabel("virtual time (s)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
     return list(axes)
@@ -250,8 +250,8 @@ def extents_against_ttft(rows: pd.DataFrame) -> Axes:
         axes.annotate(row["strategy"], (row["extents_per_sequence"], row["mean_ttft_ms"] / 1000), (7, 4), textcoords="offset points")
     axes.set(xscale="log", yscale="log", xlabel="extents a sequence has at its end", ylabel="mean time to first token (s)")
     axes.set_xlim(0.8, axes.get_xlim()[1] * 2)
-    _plain_numbers(axes.xaxis)
-    _plain_numbers(axes.yaxis)
+    plain_numbers(axes.xaxis)
+    plain_numbers(axes.yaxis)
     axes.set_title("Down and to the left is better", loc="left")
     return axes
 
@@ -273,12 +273,12 @@ def block_size_curves(rows: pd.DataFrame) -> list[Axes]:
     axes[0].plot(sizes, paged_utilization(rows["mean_live_tokens"].max(), sizes), "--", color="#555555", label="half a block a sequence")
     axes[0].set_ylim(0, 1.02)
     axes[1].set_yscale("log")
-    _plain_numbers(axes[1].yaxis)
+    plain_numbers(axes[1].yaxis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
     return list(axes)
 
 
-def _plain_numbers(axis) -> None:
+def plain_numbers(axis) -> None:
     """20 and 500 instead of powers of ten; on a short axis, 2 and 5 beside 1."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * max(low, 0.1) else (1,)))

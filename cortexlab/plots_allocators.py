@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .plots import WIDTH, _plain_numbers, color
+from .plots import WIDTH, plain_numbers, color
 from .toy import Toy
 
 FREE = "#ededed"
@@ -91,6 +91,6 @@ def cost_by_pool_size(rows: pd.DataFrame, operations: Sequence[str], bound_us: f
     low, high = axes[0][0].get_ylim()
     axes[0][0].set_ylim(min(low, 0.5), max(high, 10))
     axes[0][0].set_ylabel("median time (µs)")
-    _plain_numbers(axes[0][0].yaxis)
+    plain_numbers(axes[0][0].yaxis)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
     return list(axes[0])

@@ -13,7 +13,7 @@ import cortexlab as cl
 from cortexlab import blas, model
 
 ROOT = Path(__file__).parent.parent
-BOOKKEEPING = "request workload traces allocators block_manager scheduler metrics results tables"
+BOOKKEEPING = "request workload traces allocators physical prefix block_manager scheduler step_time replay theory proving metrics results tables allocbench"
 
 
 def python(code: str, **environment) -> subprocess.CompletedProcess:
