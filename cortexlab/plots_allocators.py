@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .plots import WIDTH, plain_numbers, color
+from .plots import WIDTH, color, plain_numbers
 from .toy import Toy
 
 FREE = "#ededed"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cortexlab import allocators, cli, results
+from cortexlab import allocators, cli, proving, results
 
 STRATEGIES = ["static", "cortexstream", "paged", "mlx-lm"]
 ROW = [
@@ -459,18 +459,21 @@ def test_doctor_calls_a_damaged_model_a_problem(run, tmp_path, monkeypatch):
 
 def readme_strategy() -> str:
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    return next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Mine" in block)
+    return next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Tidy" in block)
 
 
 def test_the_readmes_own_strategy_runs_and_one_that_raises_is_one_line(tmp_path):
     (tmp_path / "mine.py").write_text(readme_strategy())
     (tmp_path / "bad.py").write_text(readme_strategy().replace("def allocate(self, n):", "def allocate(self, n):\n        n < 2 or 1 / 0"))
     command = [sys.executable, "-m", "cortexlab.cli", "bench", "--model", "tiny", "--requests", "4", "--workload", "lognormal", "--json"]
-    good = subprocess.run([*command, "--strategies", "mine:Mine,paged"], cwd=tmp_path, capture_output=True, text=True)
+    good = subprocess.run([*command, "--strategies", "mine:Tidy,paged"], cwd=tmp_path, capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
     rows = json.loads(good.stdout)["rows"]
-    assert [row["strategy"] for row in rows] == ["Mine", "paged"] and rows[0]["tokens_sha256"] == rows[1]["tokens_sha256"]
-    bad = subprocess.run([*command, "--strategies", "bad:Mine"], cwd=tmp_path, capture_output=True, text=True)
+    assert [row["strategy"] for row in rows] == ["Tidy", "paged"] and rows[0]["tokens_sha256"] == rows[1]["tokens_sha256"]
+    namespace = {}
+    exec(readme_strategy(), namespace)
+    proving.prove(namespace["Tidy"], has_room=proving.has_enough)
+    bad = subprocess.run([*command, "--strategies", "bad:Tidy"], cwd=tmp_path, capture_output=True, text=True)
     assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and "ZeroDivisionError" in bad.stderr
 
 
