@@ -1,0 +1,450 @@
+"""Prefix sharing: which blocks the cache forgets first, and what the block manager shares, copies, evicts and gives back."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cortexlab import Extent, Request, RequestState
+from cortexlab.allocators import STRATEGIES, strategy_of
+from cortexlab.block_manager import BlockManager, Move
+from cortexlab.prefix import PrefixCache
+from cortexlab.scheduler import OOM_POLICIES, Scheduler
+
+
+def ids_of(blocks) -> list[int]:
+    return [block.prefix_id for block in blocks]
+
+
+# --- the cache by itself ----------------------------------------------------------------------------------------------------------
+
+
+def cached(*prefix_ids: int) -> PrefixCache:
+    """Idle blocks, the first one unused the longest."""
+    cache = PrefixCache()
+    for prefix_id in prefix_ids:
+        cache.add(prefix_id, (Extent(prefix_id, 1),))
+    return cache
+
+
+def evicted(cache: PrefixCache) -> list[int]:
+    return [cache.evict().prefix_id for _ in range(cache.num_idle)]
+
+
+def test_a_match_ends_at_the_first_block_that_is_not_there():
+    cache = cached(1, 2, 4)
+    assert ids_of(cache.match([1, 2, 3, 4])) == [1, 2]
+    assert cache.match([3, 1]) == cache.match([]) == []
+
+
+def test_the_longest_unused_goes_first():
+    assert evicted(cached(1, 2, 3)) == [1, 2, 3]
+
+
+def test_use_makes_a_block_the_last_to_go():
+    cache = cached(1, 2, 3)
+    held = cache.match([1])
+    cache.hold(held)
+    cache.release(held)
+    assert evicted(cache) == [2, 3, 1]
+
+
+def test_a_block_that_is_read_but_not_held_is_used_too():
+    cache = cached(1, 2)
+    cache.touch(cache.match([1])[0])
+    assert evicted(cache) == [2, 1]
+
+
+def test_of_one_prompt_the_last_block_goes_before_the_first():
+    cache = cached(1, 2, 3)
+    prompt = cache.match([1, 2, 3])
+    cache.hold(prompt)
+    cache.release(prompt)
+    assert evicted(cache) == [3, 2, 1]
+
+
+def test_a_held_block_is_never_evicted_however_long_unused():
+    cache = cached(1, 2)
+    first = cache.match([1])
+    assert (cache.hold(first), cache.hold(first), cache.num_shared) == (1, 0, 1)  # idle before, then not
+    assert evicted(cache) == [2]
+    with pytest.raises(KeyError):
+        cache.evict()
+    assert (cache.release(first), cache.num_idle) == (0, 0), "somebody still holds it"
+    assert (cache.release(first), cache.num_idle, cache.num_shared) == (1, 1, 0)
+    assert evicted(cache) == [1]
+
+
+def test_an_evicted_or_forgotten_block_is_found_no_more():
+    cache = cached(1, 2, 3)
+    assert cache.evict().extents == (Extent(1, 1),)
+    cache.forget(cache.match([2]))
+    assert (len(cache), cache.match([1]), cache.match([2]), ids_of(cache.match([3]))) == (1, [], [], [3])
+    cache.check()
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Beside it a list of ids in order of use and a count of holders: what is idle is what nobody holds, the longest unused first."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache, self.order, self.holders, self.prompts = PrefixCache(), [], Counter(), []
+
+    @rule(prefix_id=st.integers(0, 9))
+    def add(self, prefix_id):
+        if prefix_id not in self.order:
+            self.cache.add(prefix_id, (Extent(prefix_id, 1),))
+            self.order.append(prefix_id)
+
+    @rule(prompt=st.lists(st.integers(0, 9), unique=True, max_size=5))
+    def hold(self, prompt):
+        found = self.cache.match(prompt)
+        length = next((n for n, i in enumerate(prompt) if i not in self.order), len(prompt))
+        assert ids_of(found) == prompt[:length]
+        assert self.cache.hold(found) == sum(not self.holders[i] for i in prompt[:length])
+        self.holders.update(prompt[:length])
+        self.prompts.append(found)
+
+    @precondition(lambda self: self.prompts)
+    @rule(data=st.data())
+    def release(self, data):
+        prompt = self.prompts.pop(data.draw(st.integers(0, len(self.prompts) - 1)))
+        self.holders.subtract(ids_of(prompt))
+        idle = [i for i in reversed(ids_of(prompt)) if not self.holders[i]]
+        self.order = [i for i in self.order if i not in idle] + idle
+        assert self.cache.release(prompt) == len(idle)
+
+    @rule(prefix_id=st.integers(0, 9))
+    def touch(self, prefix_id):
+        for block in self.cache.match([prefix_id]):
+            self.cache.touch(block)
+            if not self.holders[prefix_id]:
+                self.order.remove(prefix_id)
+                self.order.append(prefix_id)
+
+    @rule()
+    def evict(self):
+        idle = self.idle()
+        if not idle:
+            with pytest.raises(KeyError):
+                self.cache.evict()
+            return
+        assert self.cache.evict().prefix_id == idle[0]
+        self.order.remove(idle[0])
+
+    @rule(data=st.data())
+    def forget(self, data):
+        gone = data.draw(st.lists(st.sampled_from(self.idle()), unique=True)) if self.idle() else []
+        self.cache.forget([block for i in gone for block in self.cache.match([i])])
+        self.order = [i for i in self.order if i not in gone]
+
+    def idle(self) -> list[int]:
+        return [i for i in self.order if not self.holders[i]]
+
+    @invariant()
+    def agree(self):
+        self.cache.check()
+        assert (len(self.cache), self.cache.num_idle) == (len(self.order), len(self.idle()))
+        assert self.cache.num_shared == sum(max(0, n - 1) for n in self.holders.values())
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+# --- the block manager: stories, blocks of two slots ------------------------------------------------------------------------------
+
+
+def manager(strategy: str = "paged", num_blocks: int = 8, block_size: int = 2, growth: str | None = None, **options) -> BlockManager:
+    return BlockManager(strategy_of(strategy, growth), num_blocks, block_size, prefix_caching=True, **options)
+
+
+def admit(blocks: BlockManager, sequence: str, prompt_tokens: int, *prefix_ids: int, written: int | None = None, max_tokens: int = 0):
+    """A sequence whose prompt is computed, or only its first ``written`` tokens."""
+    assert blocks.allocate(sequence, prompt_tokens, max_tokens or prompt_tokens, prefix_ids, prompt_tokens)
+    table = blocks.tables[sequence]
+    found, table.num_tokens = table.num_tokens, prompt_tokens if written is None else written
+    blocks.check()
+    return table, found
+
+
+def cached_in(blocks: BlockManager) -> list[int]:
+    """Ids that would be found, by asking for each by itself."""
+    return [i for i in range(20) if blocks.prefix.match([i])]
+
+
+def test_two_sequences_hold_the_blocks_of_their_common_prefix_once():
+    """1 2 | 3 of a and 1 2 | 4 of b: four blocks, not six."""
+    blocks = manager()
+    a, found = admit(blocks, "a", 6, 1, 2, 3)
+    assert (found, blocks.num_held) == (0, 3)
+    b, found = admit(blocks, "b", 6, 1, 2, 4)
+    assert (found, b.num_found, blocks.num_held, blocks.free_blocks) == (4, 2, 4, 4)
+    assert list(a.runs(0, 4)) == list(b.runs(0, 4)) == [(0, 4)]
+    assert (list(a.runs(4, 6)), list(b.runs(4, 6))) == ([(4, 6)], [(6, 8)])
+    blocks.free("a")
+    blocks.check()
+    assert (blocks.num_held, cached_in(blocks)) == (3, [1, 2, 3, 4])
+
+
+def test_a_prompt_that_is_found_whole_computes_its_last_token_again():
+    """There is nothing to sample from otherwise."""
+    blocks = manager()
+    admit(blocks, "a", 4, 1, 2)
+    b, found = admit(blocks, "b", 4, 1, 2)
+    assert (found, b.num_found, blocks.num_held) == (3, 2, 2)
+
+
+def test_idle_blocks_are_free_and_stay_until_they_are_wanted():
+    blocks = manager(num_blocks=4)
+    admit(blocks, "a", 6, 1, 2, 3)
+    blocks.free("a")
+    assert (blocks.free_blocks, blocks.stats().free_blocks, cached_in(blocks)) == (4, 1, [1, 2, 3])
+    admit(blocks, "b", 2, 9)
+    assert cached_in(blocks) == [1, 2, 3, 9], "the fourth block was free"
+    admit(blocks, "c", 2, 8)
+    assert cached_in(blocks) == [1, 2, 8, 9], "one block had to go: the last of the prompt that is not in use"
+    assert blocks.allocate("d", 4, 4)
+    assert (cached_in(blocks), blocks.free_blocks) == ([8, 9], 0)
+    assert not blocks.allocate("e", 1, 1), "what is held is not evicted"
+    blocks.check()
+
+
+def test_growing_evicts_too_and_only_as_much_as_it_needs():
+    blocks = manager(num_blocks=4)
+    admit(blocks, "a", 6, 1, 2, 3)
+    blocks.free("a")
+    admit(blocks, "b", 2, 9)
+    assert blocks.grow("b", 4)
+    assert (cached_in(blocks), blocks.free_blocks) == ([1, 2, 9], 2)
+    blocks.check()
+
+
+def test_moving_to_a_free_place_comes_before_evicting():
+    """x x x b z . . .   b wants another block; x's are cached and idle, but there is room behind z."""
+    blocks = manager("best_fit", block_size=1)
+    admit(blocks, "x", 3, 1, 2, 3)
+    assert blocks.allocate("b", 1, 1) and blocks.allocate("z", 1, 1)
+    blocks.tables["b"].num_tokens = 1
+    blocks.free("x")
+    assert blocks.grow("b", 2)
+    assert (cached_in(blocks), blocks.tables["b"].extents) == ([1, 2, 3], (Extent(5, 2),))
+    blocks.check()
+
+
+def test_a_partial_last_block_is_copied_not_shared():
+    """a writes its answer behind its prompt's fifth token, so b takes a copy of that token and writes behind its own."""
+    blocks = manager()
+    a, _ = admit(blocks, "a", 5, 1, 2, 3)
+    b, found = admit(blocks, "b", 5, 1, 2, 3)
+    assert (found, b.num_found) == (4, 3)
+    assert (list(a.runs(4, 6)), list(b.runs(4, 6))) == ([(4, 6)], [(6, 8)])
+    assert blocks.moves == [Move((Extent(2, 1),), (Extent(3, 1),), num_tokens=1)]
+    assert blocks.num_held == 4
+
+
+def test_a_partial_block_that_is_not_yet_written_is_not_copied():
+    """b is admitted in the very step in which a's prompt is computed: a copy made before that step holds nothing of it."""
+    blocks = manager()
+    admit(blocks, "a", 1, 1, written=0)
+    _, found = admit(blocks, "b", 1, 1)
+    assert (found, blocks.moves) == (0, [])
+
+
+def test_the_copy_of_a_partial_block_needs_no_room_beside_it():
+    """The pool is full but for one block; the source is idle and may be overwritten once it is copied."""
+    blocks = manager(num_blocks=2)
+    admit(blocks, "a", 1, 1)
+    blocks.free("a")
+    admit(blocks, "b", 1, 1)
+    assert [move.source for move in blocks.moves] == [(Extent(0, 1),)]
+    assert blocks.num_held == 1
+
+
+@pytest.mark.parametrize(("prompt", "written", "kept"), [(6, 6, [1, 2, 3]), (6, 5, [1, 2]), (6, 4, [1, 2]), (6, 0, []), (5, 5, [1, 2, 3]),
+                                                         (5, 4, [1, 2]), (5, 3, [1])])  # fmt: skip
+def test_blocks_that_were_not_written_to_their_end_are_forgotten(prompt, written, kept):
+    """A sequence sent back in the middle of its prompt leaves only blocks that hold what their ids say."""
+    blocks = manager()
+    admit(blocks, "a", prompt, 1, 2, 3, written=written)
+    blocks.free("a")
+    blocks.check()
+    assert (cached_in(blocks), blocks.stats().used_blocks, blocks.free_blocks) == (kept, len(kept), 8)
+
+
+def test_what_somebody_else_holds_is_not_forgotten():
+    blocks = manager()
+    admit(blocks, "a", 4, 1, 2)
+    admit(blocks, "b", 6, 1, 2, 3, written=4)
+    blocks.free("b")
+    assert cached_in(blocks) == [1, 2]
+    blocks.free("a")
+    assert cached_in(blocks) == [1, 2]
+
+
+def snapshot(blocks: BlockManager):
+    held = {name: (table.extents, tuple(table.shared), table.num_tokens) for name, table in blocks.tables.items()}
+    return held, list(blocks.moves), blocks.num_held, blocks.num_releases, blocks.stats(), cached_in(blocks), blocks.prefix.num_idle
+
+
+def test_a_refused_sequence_leaves_books_and_cache_as_they_were():
+    """Two of its blocks are cached and idle, two more are free, and it wants five."""
+    blocks = manager(num_blocks=5, block_size=1)
+    admit(blocks, "a", 3, 1, 2, 3)
+    assert blocks.allocate("b", 1, 1)
+    blocks.free("a")
+    before = snapshot(blocks)
+    assert not blocks.allocate("c", 5, 5, (1, 2, 7, 8, 9), 5)
+    assert snapshot(blocks) == before
+    assert [blocks.prefix.evict().prefix_id for _ in range(3)] == [3, 2, 1], "asking in vain is no use"
+
+
+def test_a_prompt_that_fits_an_empty_pool_is_served_whatever_lies_idle_in_it():
+    """. . . 1 . .   with block 1 in its prompt, the five others are not together, but nobody is there to wait for."""
+    blocks = BlockManager(strategy_of("cortexstream"), 6, 1, prefix_caching=True)
+    scheduler = Scheduler(blocks, max_batch_size=1, max_step_tokens=99)
+    blocks.allocate("x", 3, 3)
+    admit(blocks, "y", 1, 1)
+    blocks.free("x")
+    blocks.free("y")
+    scheduler.add(Request("a", tuple(range(2)), 5, prefix_ids=(1, 2)))
+    step = scheduler.schedule(0.0)
+    assert (step.failed, [chunk.request.id for chunk in step.chunks]) == ([], ["a"])
+
+
+@pytest.mark.parametrize(("strategy", "max_seq_len"), [("static", 4), ("cortexstream_buddy", None)])
+def test_a_strategy_that_hands_out_more_than_a_block_cannot_share(strategy, max_seq_len):
+    with pytest.raises(ValueError, match=f"prefix caching.*'{strategy}'"):
+        manager(strategy, num_blocks=8, max_seq_len=max_seq_len)
+
+
+# --- nothing is lost --------------------------------------------------------------------------------------------------------------
+
+SHARING = sorted(set(STRATEGIES) - {"static", "cortexstream_buddy"})  # those that hand out single blocks
+
+
+def prompt_ids(letters: str, block_size: int) -> tuple[int, ...]:
+    """An id a block that stands for everything up to its end, as in Mooncake's trace."""
+    return tuple(known_ids.setdefault(letters[: at + block_size], len(known_ids)) for at in range(0, len(letters), block_size))
+
+
+known_ids: dict[str, int] = {}
+
+
+class Content:
+    """What the arena would hold: for every slot the text up to and with its token. A sequence must find its own in every slot."""
+
+    def __init__(self, blocks: BlockManager):
+        self.blocks, self.slots = blocks, {}
+
+    def follow(self) -> None:
+        size = self.blocks.block_size
+        for move in self.blocks.moves:
+            source, target = ([s for e in extents for s in range(e.start * size, e.end * size)] for extents in (move.source, move.target))
+            taken = [self.slots.get(slot) for slot in source[: move.num_tokens]]
+            self.slots.update(zip(target, taken, strict=False))
+        self.blocks.moves.clear()
+
+    def write(self, sequence: str, text: str, start: int, stop: int) -> None:
+        for token, slot in enumerate(self.places(sequence, stop)):
+            if token >= start:
+                self.slots[slot] = text[: token + 1]
+
+    def check(self, sequence: str, text: str, stop: int) -> None:
+        assert [self.slots.get(slot) for slot in self.places(sequence, stop)] == [text[: n + 1] for n in range(stop)], sequence
+
+    def places(self, sequence: str, stop: int) -> list[int]:
+        return [slot for run in self.blocks.tables[sequence].runs(0, stop) for slot in range(*run)]
+
+
+@pytest.mark.parametrize("growth", [None, "reserve", "chain", "relocate"])
+@pytest.mark.parametrize("strategy", SHARING)
+def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, growth):
+    """Admitted, computed in parts, grown, sent back in the middle, in a pool too small for all: `check()` after each."""
+    for seed in range(12):
+        rng = random.Random(f"{strategy} {growth} {seed}")
+        size = rng.randint(1, 3)
+        blocks = manager(strategy, rng.randint(4, 14), size, growth)
+        content, texts, longest = Content(blocks), {}, {}
+        for _ in range(120):
+            name = rng.choice("abcd")
+            action = rng.random()
+            if name not in texts:
+                text = "".join(rng.choice("01") for _ in range(rng.randint(1, 3) * size + rng.randint(0, 2)))
+                more = rng.randint(0, 5)
+                before = snapshot(blocks)
+                admitted = blocks.allocate(name, len(text), len(text) + more, prompt_ids(text, size), len(text))
+                if not admitted:
+                    after = snapshot(blocks)
+                    assert after[:4] == before[:4]
+                    assert set(after[5]) <= set(before[5]) and (strategy != "paged" or after == before)
+                else:
+                    content.follow()
+                    texts[name], longest[name] = text, len(text) + more
+                    computed = blocks.tables[name].num_tokens
+                    assert computed < len(text)
+                    content.check(name, text, computed)
+                    stop = len(text) if rng.random() < 0.8 else rng.randint(computed, len(text) - 1)
+                    content.write(name, text, computed, stop)
+                    blocks.tables[name].num_tokens = stop
+                    if stop < len(text):  # sent back in the middle of its prompt, before anybody else is admitted
+                        blocks.free(name)
+                        del texts[name]
+            elif action < 0.7 and len(texts[name]) < longest[name] + 4:
+                text = texts[name] + rng.choice("01")
+                idle = blocks.prefix.num_idle
+                if blocks.grow(name, len(text)):
+                    content.follow()
+                    content.write(name, text, len(text) - 1, len(text))
+                    texts[name], blocks.tables[name].num_tokens = text, len(text)
+                else:
+                    assert not blocks.moves and blocks.prefix.num_idle <= idle
+            else:
+                blocks.free(name)
+                del texts[name]
+            blocks.check()
+            idle = blocks.prefix.num_idle
+            assert blocks.free_blocks == blocks.stats().free_blocks + idle, "idle cached blocks are free"
+            for other, text in texts.items():
+                content.check(other, text, len(text))
+        for name in texts:
+            blocks.free(name)
+        blocks.check()
+        assert blocks.free_blocks == blocks.num_blocks
+
+
+@pytest.mark.parametrize("oom_policy", OOM_POLICIES)
+def test_a_scheduled_step_never_reads_what_no_earlier_step_wrote(oom_policy):
+    """Small budgets, a small pool, and prompts with much in common: blocks found are blocks written, in order of the chunks."""
+    for seed in range(60):
+        rng = random.Random(f"{oom_policy} {seed}")
+        size = rng.randint(1, 3)
+        blocks = manager("paged", rng.randint(6, 16), size)
+        scheduler = Scheduler(blocks, max_batch_size=3, max_step_tokens=rng.randint(3, 9), oom_policy=oom_policy)
+        content, texts = Content(blocks), {}
+        for n in range(12):
+            text = "".join(rng.choice("01") for _ in range(size)) * rng.randint(1, 2) + "1" * rng.randint(0, size)
+            request = Request(f"r{n}", tuple(range(len(text))), rng.randint(1, 6), prefix_ids=prompt_ids(text, size))
+            if blocks.could_ever_hold(request.max_slots):
+                texts[request.id] = text + "x" * request.max_tokens
+                scheduler.add(request)
+        for _ in range(500):
+            step = scheduler.schedule(0.0)
+            blocks.check()
+            content.follow()
+            for request, start, stop in step.chunks:
+                content.write(request.id, texts[request.id], start, stop)
+            for request, _, stop in step.chunks:
+                content.check(request.id, texts[request.id], stop)
+                done = stop == request.num_tokens
+                request.num_computed = stop
+                if done:
+                    request.output_tokens.append(0)
+                    request.state = RequestState.DECODING
+                    if len(request.output_tokens) == request.max_tokens:
+                        scheduler.remove(request)
+        assert not scheduler.running and not scheduler.waiting
+        assert blocks.free_blocks == blocks.num_blocks
