@@ -16,8 +16,8 @@ from .request import Request, RequestState, TokenEvent
 _NEED_MLX = {"Engine": ".engine", "KVCache": ".kv_cache", "load_model": ".model"}
 
 __all__ = [
-    "Allocator", "BadInput", "CortexLabError", "Engine", "Extent", "KVBlockAllocator", "KVCache", "KVHandle", "ModelError", "NotContiguous", "Request",
-    "RequestState", "Stats", "TokenEvent", "__version__", "blas", "load_model", "make_allocator",
+    "Allocator", "BadInput", "CortexLabError", "Engine", "Extent", "KVBlockAllocator", "KVCache", "KVHandle", "ModelError",
+    "NotContiguous", "Request", "RequestState", "Stats", "TokenEvent", "__version__", "blas", "load_model", "make_allocator",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from . import allocbench
 from ._version import __version__
 from .allocators import GROWTHS, STRATEGIES, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, at_least, one_of, shown
-from .scheduler import OOM_POLICIES
+from .scheduler import OOM_POLICIES, WATERMARK
 
 NOTEBOOKS = Path("notebooks")
 DEFAULT_REQUESTS = 16
@@ -114,6 +114,7 @@ def add_replay_arguments(replay: argparse.ArgumentParser) -> None:
     add("--num-blocks", default="unlimited", help="a number, unlimited, or a percentage of what paged holds at its peak when unlimited")
     add("--growth", choices=GROWTHS, help="what a sequence does that outgrows its blocks (default: the strategy's own)")
     add("--oom-policy", choices=OOM_POLICIES, default="wait", help="what happens when memory is out")
+    add("--watermark", type=float, default=WATERMARK, help="share of the pool that admissions leave free for growth")
     add("--max-batch-size", type=int, default=256, help="requests run at once")
     add("--max-seq-len", type=int, help="the region of static (default: the longest request, as a power of two)")
     add("--prefix-caching", action="store_true", help="share prompt blocks by the trace's hashes, least recently used evicted first")
@@ -201,7 +202,9 @@ def run_replay(args) -> int:
     items = _workload(args, REPLAY_REQUESTS)(None)
     if args.shuffle_lengths:
         items = shuffled_lengths(items, args.seed)
-    options = {name: getattr(args, name) for name in ("growth", "oom_policy", "max_batch_size", "max_seq_len", "prefix_caching")}
+    options = {
+        name: getattr(args, name) for name in ("growth", "oom_policy", "watermark", "max_batch_size", "max_seq_len", "prefix_caching")
+    }
     with _progress(len(strategies) * len(block_sizes), "row") as advance:
         done = replay(
             items, strategies, block_sizes=block_sizes, num_blocks=args.num_blocks, step_time=step_time,

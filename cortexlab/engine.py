@@ -22,7 +22,7 @@ from .hook import LayerCache, attention_modules, attention_over_extents, with_la
 from .kv_cache import KVCache
 from .model import model_limits
 from .request import Request, RequestState, TokenEvent
-from .scheduler import Chunk, Scheduler
+from .scheduler import WATERMARK, Chunk, Scheduler
 
 DEFAULT_STEP_TOKENS = 512
 PROBE_SLOTS = 16
@@ -63,7 +63,7 @@ class Engine:
       ``static`` (default: the model's context, or the pool where that is smaller).
     - ``max_batch_size`` requests run at once; a step computes at most ``max_step_tokens`` tokens (default: 512, or the batch size
       where that is more), prompts in chunks if need be.
-    - ``oom_policy``: ``wait``, ``fail`` or ``preempt`` (`cortexlab.scheduler`).
+    - ``oom_policy``: ``wait``, ``fail`` or ``preempt``; ``watermark``: the share of the pool kept free for growth (`Scheduler`).
     - ``attention``: ``views``, ``windows``, ``gather`` (`cortexlab.attention`), or ``auto``, the default: windows from eight
       decoding sequences on or where one lies in several extents, else views.
     - ``on_step`` is called with a `StepRecord` after every step; ``clock`` gives seconds.
@@ -86,6 +86,7 @@ class Engine:
         max_seq_len: int | None = None,
         max_step_tokens: int | None = None,
         oom_policy: str = "wait",
+        watermark: float = WATERMARK,
         attention: str = "auto",
         on_step: Callable[[StepRecord], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -103,7 +104,7 @@ class Engine:
         at_least("max_batch_size", max_batch_size, 1)
         step_tokens = max(DEFAULT_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
         self.scheduler = Scheduler(
-            self.cache.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy
+            self.cache.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy, watermark=watermark
         )  # fmt: skip
         self.attention = attention
         self.clock = clock

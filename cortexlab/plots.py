@@ -16,8 +16,8 @@ from .metrics import SHARES, shares
 from .theory import paged_utilization
 
 COLORS = {
-    "static": "#c44e52", "cortexstream": "#dd8452", "cortexstream_buddy": "#c79fef", "best_fit": "#937860", "segregated": "#8c8c00", "buddy": "#8172b3",
-    "paged": "#4c72b0", "runs": "#2a8c5a", "mlx-lm": "#8a8a8a",
+    "static": "#c44e52", "cortexstream": "#dd8452", "cortexstream_buddy": "#c79fef", "best_fit": "#937860", "segregated": "#8c8c00",
+    "buddy": "#8172b3", "paged": "#4c72b0", "runs": "#2a8c5a", "mlx-lm": "#8a8a8a",
 }  # fmt: skip
 SPARE_COLORS = ("#da8bc3", "#64b5cd", "#ccb974", "#e377c2", "#7a5195")  # for strategies of one's own, in order of name
 SHARE_COLORS = {"token": "#2a6f97", "reserved": "#a9d6e5", "internal": "#f4a261", "external": "#d1495b"}

@@ -25,7 +25,7 @@ from .block_manager import BlockManager, BlockTable
 from .errors import BadInput, at_least
 from .metrics import SHARES, counted_latency_summary
 from .request import Request, RequestState
-from .scheduler import Chunk, Scheduler
+from .scheduler import WATERMARK, Chunk, Scheduler
 from .step_time import SECOND, StepTime
 from .workload import WorkItem, default_max_seq_len, pool_blocks
 
@@ -81,6 +81,8 @@ class Totals:
     copied_tokens: int = 0
     copied_blocks: int = 0
     peak_blocks: int = 0
+    queued: int = 0  # nanoseconds of steps in which somebody waits
+    queued_free: int = 0  # of time * free blocks in them
     prefix_ids: int = 0
     prefix_hits: int = 0
     hit_tokens: int = 0
@@ -110,13 +112,16 @@ class Replay:
         max_step_tokens: int | None = None,
         max_seq_len: int | None = None,
         prefix_caching: bool = False,
+        watermark: float = WATERMARK,
         step_time: StepTime = reference,
     ):
         at_least("max-batch-size", max_batch_size, 1)
         step_tokens = max(MAX_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
         self.strategy = strategy_of(strategy, growth)
         self.blocks = BlockManager(self.strategy, num_blocks, block_size, max_seq_len, prefix_caching)
-        self.scheduler = Scheduler(self.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy)
+        self.scheduler = Scheduler(
+            self.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy, watermark=watermark
+        )
         self._nanoseconds = step_time.nanoseconds
         self.step = 0
         self.now = 0  # nanoseconds
@@ -228,6 +233,9 @@ class Replay:
         totals.gaps[dt] += decoding * steps
         if held > totals.peak_blocks:
             totals.peak_blocks = held
+        if self.scheduler.waiting:
+            totals.queued += dt * steps
+            totals.queued_free += dt * steps * (blocks.num_blocks - held)
 
     def _due(self) -> list[Counted]:
         """Who needs a block before this step and did not get it. The oldest is served first, as the scheduler does."""
@@ -505,6 +513,7 @@ class Replay:
             "long_extent_share": totals.long_tokens / totals.final_tokens if done else None,
             "extents_per_sequence": totals.num_extents / len(done) if done else None,
             "peak_blocks": totals.peak_blocks,
+            "empty_share": totals.queued_free / totals.queued / blocks.num_blocks if totals.queued else None,
             "copied_blocks": totals.copied_blocks,
             "copied_share": totals.copied_tokens / (totals.written + totals.decode_steps) if totals.written else None,
             "num_preemptions": self.scheduler.num_preemptions,

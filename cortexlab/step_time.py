@@ -27,7 +27,7 @@ class StepTime:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 3600:
                 raise BadInput(f"step time: {name} must be seconds from 0 to 3600, not {shown(value)}")
-        if not self.base_s + self.token_s + self.sequence_s >= 1e-9:
+        if not any(self.nanoseconds):
             raise BadInput("step time: a step must take at least a nanosecond")
 
     @property

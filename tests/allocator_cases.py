@@ -188,6 +188,12 @@ CASES = {
         can_extend=lambda pool, extents, wanted: has_enough(pool, wanted),
         one_extent=False,
     ),
+    "runs": Case(
+        make=lambda num_blocks: make_allocator("runs", num_blocks),
+        has_room=has_enough,
+        can_extend=lambda pool, extents, wanted: has_enough(pool, wanted),
+        one_extent=False,
+    ),
 }
 
 
