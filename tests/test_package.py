@@ -13,7 +13,10 @@ import cortexlab as cl
 from cortexlab import blas, model
 
 ROOT = Path(__file__).parent.parent
-BOOKKEEPING = "request workload traces allocators physical prefix block_manager scheduler step_time replay theory proving metrics results tables allocbench"
+BOOKKEEPING = (
+    "request workload traces allocators physical prefix block_manager scheduler step_time replay theory proving claims toy metrics results "
+    "tables pools allocbench"
+)
 
 
 def python(code: str, **environment) -> subprocess.CompletedProcess:

@@ -145,8 +145,11 @@ def test_bad_input_is_one_line_that_names_it(words, named, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"base_s": 1}', '{"base_s": -1, "token_s": 0, "sequence_s": 0}',
-                                  '{"base_s": "1", "token_s": 0, "sequence_s": 0}', '{"base_s": 0, "token_s": 0, "sequence_s": 0}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"base_s": 1}', '{"base_s": -1, "token_s": 0, "sequence_s": 0}', '{"base_s": "1", "token_s": 0, "sequence_s": 0}',
+     '{"base_s": 0, "token_s": 0, "sequence_s": 0}'],
+)  # fmt: skip
 def test_a_step_time_that_makes_no_sense_is_refused(text, run, tmp_path):
     file = tmp_path / "step_time.json"
     file.write_text(text)
@@ -170,10 +173,10 @@ def test_prefix_caching_and_a_strategy_that_hands_out_regions(run, tmp_path):
 
 
 def test_allocbench_is_a_command(run):
-    code, stdout, stderr = run(*"allocbench --strategies segregated --num-blocks 256 --occupancy 0.5 --request-blocks 4 --json".split())
+    code, stdout, stderr = run("allocbench", "--strategies", "segregated", "--num-blocks", "256", "--request-blocks", "4", "--json")
     assert (code, stderr) == (0, "")
     assert {row["operation"] for row in strict(stdout)["rows"]} == {"allocate+free", "extend", "stats"}
-    code, stdout, stderr = run(*"allocbench --num-blocks 0".split())
+    code, stdout, stderr = run("allocbench", "--num-blocks", "0")
     assert (code, stdout) == (2, "") and "num-blocks" in stderr
 
 

@@ -32,7 +32,7 @@ Step = tuple[int, int, int]  # an allocation's first block, which of its extents
 MAX_COPIES = 16  # blocks that one `compact` copies at most
 MAX_BRIDGE = 2  # used blocks between two holes that are worth moving
 PATIENCE = 1 / 32  # how fast what is left over is trusted again: by half in 22 admissions
-HOLES_LOOKED_AT = 64  # by `compact` for one move, the youngest first
+HOLES_LOOKED_AT = 16  # by `compact` for one move, the youngest first
 
 
 class Runs:
@@ -55,7 +55,9 @@ class Runs:
         self._holes = HoleSizes(num_blocks)  # the others
         self._live: Live = {}
         self._ends: set[int] = set()  # the block behind each allocation
-        self._chained: dict[int, int] = {}  # first block of an extent that is not its allocation's first -> that one's first block
+        self._chained: dict[
+            int, tuple[int, int]
+        ] = {}  # first block of an extent -> its allocation's, and its place in it; but for first ones
         self._add_hole(0, num_blocks)
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
@@ -87,7 +89,7 @@ class Runs:
                 hole, at, more = self._place(num_blocks, growth=True)
                 self._take(hole, at, more, ends=True)
                 rest.append(Extent(start, size))
-                self._chained[at] = first
+                self._chained[at] = first, len(rest)
                 start, size = at, more
             self._ends.remove(end)
             num_blocks -= more
@@ -118,7 +120,8 @@ class Runs:
         assert self._hole_ending == {start + size: start for start, size in self._hole_at.items()}
         assert not any(start in self._hole_ending for start in self._hole_at), "two neighbouring holes were not joined"
         assert self._ends == {whole[-1].end for whole in self._live.values()}
-        assert self._chained == {extent.start: first for first, whole in self._live.items() for extent in whole[1:]}
+        chained = {extent.start: (first, index) for first, whole in self._live.items() for index, extent in enumerate(whole) if index}
+        assert self._chained == chained
         assert all(merged(whole) == whole and whole[0].start == first for first, whole in self._live.items())
         for holes, are_gaps in ((self._gaps, True), (self._holes, False)):
             assert holes.largest() == max((size for start, size in self._hole_at.items() if (start in self._ends) == are_gaps), default=0)
@@ -164,9 +167,12 @@ class Runs:
             extents.append(Extent(start, size))
             num_blocks -= size
         self._live[extent.start] = whole = merged(extents)
-        for start, _ in whole[1:]:
-            self._chained[start] = extent.start
+        self._chain(whole)
         return whole
+
+    def _chain(self, whole: tuple[Extent, ...]) -> None:
+        for index, (start, _) in enumerate(whole[1:], 1):
+            self._chained[start] = whole[0].start, index
 
     # --- compaction -----------------------------------------------------------------------------------------------------------
 
@@ -206,10 +212,10 @@ class Runs:
         """The extents from ``block`` to the next hole, by allocation; None if they are too many blocks or may not move."""
         used: dict[int, Extent] = {}
         while block not in self._hole_at:
-            first = self._chained.get(block)
+            first, index = self._chained.get(block, (None, 0))
             if first is None or first in skip or first in used:
                 return None
-            used[first] = extent = next(extent for extent in reversed(self._live[first]) if extent[0] == block)  # mostly of the last
+            used[first] = extent = self._live[first][index]
             most -= extent.num_blocks
             if most < 0:
                 return None
@@ -220,7 +226,7 @@ class Runs:
         """Where each extent goes: behind the rest of its sequence, else into the smallest hole; not into the holes ``taken``."""
         steps = []
         for first, extent in used.items():
-            index = self._live[first].index(extent)
+            index = self._chained[extent.start][1]
             own = self._live[first][index - 1].end
             target = own if own not in taken and self._hole_at.get(own, 0) >= extent.num_blocks else self._dust(extent.num_blocks, taken)
             if target is None:
@@ -249,8 +255,7 @@ class Runs:
         self._give(*source, ended=last)
         for start, _ in whole[1:]:
             del self._chained[start]
-        for start, _ in after[1:]:
-            self._chained[start] = first
+        self._chain(after)
         self._live[first] = after
         return whole, after, ((source, copy),)
 
