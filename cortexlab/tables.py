@@ -33,7 +33,7 @@ REPLAY_COLUMNS: Sequence[tuple[str, str, Callable, int]] = (
     ("strategy", "strategy", str, 0),
     ("block", "block_size", str, 0),
     ("done in time", "done", str, 2),
-    ("TTFT s", "mean_ttft_ms", lambda v: f"{v / 1000:.3g}", 0),
+    ("TTFT s", "mean_ttft_ms", lambda v: f"{v / 1000:.3g}" if v < 1e5 else f"{v / 1000:,.0f}", 0),
     ("TPOT ms", "median_tpot_ms", lambda v: f"{v:.0f}", 5),
     ("token", "token_share", _percent, 0),
     ("reserv", "reserved_share", _percent, 3),
