@@ -28,6 +28,9 @@ class Extent(NamedTuple):
         return self.start + self.num_blocks
 
 
+NEW = tuple.__new__  # NEW(Extent, (start, num_blocks)) takes half the time of Extent(start, num_blocks)
+
+
 class Stats(dict):
     """A dict whose keys are also attributes, so that ``stats["free_blocks"]`` and ``stats.free_blocks`` both read well."""
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from ..errors import at_least
-from .base import Extent, Live, Stats, allocation_in, allocations_in, pool_stats
+from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, pool_stats
 from .holes import HoleAddresses, HoleSizes
 
 
@@ -22,37 +22,45 @@ class ContiguousAllocator(ABC):
         self._hole_ending: dict[int, int] = {}  # block behind a hole -> its first block
         self._sizes = HoleSizes(self.num_blocks)
         self._live: Live = {}
-        self._add_hole(0, self.num_blocks)
+        self._hole_at[0], self._hole_ending[num_blocks] = num_blocks, 0
+        self._put(0, num_blocks)
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
-        start = self._find(at_least("num_blocks", num_blocks, 1))
+        if num_blocks.__class__ is not int or num_blocks < 1:  # in here, since the call takes a tenth of the whole
+            at_least("num_blocks", num_blocks, 1)
+        start = self._pop(num_blocks)
         if start is None:
             return None
-        self._take_front(start, num_blocks)
-        self._live[start] = extents = (Extent(start, num_blocks),)
+        self._cut(start, num_blocks)
+        self._live[start] = extents = (NEW(Extent, (start, num_blocks)),)
         return extents
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Grow in place when the hole right behind is large enough."""
-        (extent,) = allocation_in(self._live, extents)
-        if self._hole_at.get(extent.end, 0) < at_least("num_blocks", num_blocks, 1):
+        ((start, size),) = allocation_in(self._live, extents)
+        behind = self._hole_at.get(start + size, 0)
+        if behind < at_least("num_blocks", num_blocks, 1):
             return None
-        self._take_front(extent.end, num_blocks)
-        self._live[extent.start] = grown = (Extent(extent.start, extent.num_blocks + num_blocks),)
+        self._drop(start + size, behind)
+        self._cut(start + size, num_blocks)
+        self._live[start] = grown = (NEW(Extent, (start, size + num_blocks)),)
         return grown
 
     def free(self, extents: Iterable[Extent]) -> None:
-        for (extent,) in allocations_in(self._live, extents):
-            del self._live[extent.start]
-            start, end = extent.start, extent.end
-            if (before := self._hole_ending.get(start)) is not None:
-                self._remove_hole(before)
+        hole_at, hole_ending = self._hole_at, self._hole_ending
+        for ((start, size),) in allocations_in(self._live, extents):
+            del self._live[start]
+            self._free_blocks += size
+            end = start + size
+            if (before := hole_ending.pop(start, None)) is not None:
+                self._drop(before, start - before)
                 start = before
-            if (behind := self._hole_at.get(end)) is not None:
-                self._remove_hole(end)
+            if (behind := hole_at.pop(end, None)) is not None:
+                self._drop(end, behind)
                 end += behind
-            self._add_hole(start, end - start)
-            self._free_blocks += extent.num_blocks
+            hole_at[start] = end - start
+            hole_ending[end] = start
+            self._put(start, end - start)
 
     def stats(self) -> Stats:
         return pool_stats(self.num_blocks, self._free_blocks, self._sizes.largest(), len(self._hole_at))
@@ -69,30 +77,31 @@ class ContiguousAllocator(ABC):
         assert self._hole_ending == {start + size: start for start, size in self._hole_at.items()}
         assert not any(start in self._hole_ending for start in self._hole_at), "two neighbouring holes were not joined"
 
-    # --- what a placement adds ------------------------------------------------------------------------------------------------
+    def _cut(self, start: int, num_blocks: int) -> None:
+        """Take the front of a hole that the placement has let go of."""
+        end = start + self._hole_at.pop(start)
+        self._free_blocks -= num_blocks
+        start += num_blocks
+        if start < end:
+            self._hole_at[start] = end - start
+            self._hole_ending[end] = start
+            self._put(start, end - start)
+        else:
+            del self._hole_ending[end]
+
+    # --- what a placement adds: where it keeps the holes, and which it takes ---------------------------------------------------
 
     @abstractmethod
-    def _find(self, num_blocks: int) -> int | None:
-        """First block of the hole that serves ``num_blocks``, or None."""
+    def _pop(self, num_blocks: int) -> int | None:
+        """First block of the hole that serves ``num_blocks``, which is kept no more; or None."""
 
-    # --- holes ----------------------------------------------------------------------------------------------------------------
-
-    def _add_hole(self, start: int, size: int) -> None:
-        self._hole_at[start] = size
-        self._hole_ending[start + size] = start
+    def _put(self, start: int, size: int) -> None:
+        """Keep a hole."""
         self._sizes.add(start, size)
 
-    def _remove_hole(self, start: int) -> int:
-        size = self._hole_at.pop(start)
-        del self._hole_ending[start + size]
+    def _drop(self, start: int, size: int) -> None:
+        """Keep it no more."""
         self._sizes.remove(start, size)
-        return size
-
-    def _take_front(self, start: int, num_blocks: int) -> None:
-        size = self._remove_hole(start)
-        if size > num_blocks:
-            self._add_hole(start + num_blocks, size - num_blocks)
-        self._free_blocks -= num_blocks
 
 
 class FirstFit(ContiguousAllocator):
@@ -102,17 +111,19 @@ class FirstFit(ContiguousAllocator):
         self._addresses = HoleAddresses(at_least("num_blocks", num_blocks, 1))
         super().__init__(num_blocks)
 
-    def _find(self, num_blocks: int) -> int | None:
-        return self._addresses.lowest_from(num_blocks)
+    def _pop(self, num_blocks: int) -> int | None:
+        start = self._addresses.lowest_from(num_blocks)
+        if start is not None:
+            self._drop(start, self._hole_at[start])
+        return start
 
-    def _add_hole(self, start: int, size: int) -> None:
-        super()._add_hole(start, size)
+    def _put(self, start: int, size: int) -> None:
+        super()._put(start, size)
         self._addresses.add(start, size)
 
-    def _remove_hole(self, start: int) -> int:
-        size = super()._remove_hole(start)
+    def _drop(self, start: int, size: int) -> None:
+        super()._drop(start, size)
         self._addresses.remove(start, size)
-        return size
 
     def check(self) -> None:
         super().check()
@@ -122,9 +133,9 @@ class FirstFit(ContiguousAllocator):
 class BestFit(ContiguousAllocator):
     """The smallest hole that is large enough. O(1)."""
 
-    def _find(self, num_blocks: int) -> int | None:
+    def _pop(self, num_blocks: int) -> int | None:
         size = self._sizes.smallest_from(num_blocks)
-        return None if size is None else self._sizes.one_of(size)
+        return None if size is None else self._sizes.pop(size)
 
 
 class Segregated(ContiguousAllocator):
@@ -136,10 +147,9 @@ class Segregated(ContiguousAllocator):
 
     SUBDIVISIONS = 16
 
-    def _find(self, num_blocks: int) -> int | None:
-        step = max(1, (1 << num_blocks.bit_length() - 1) // self.SUBDIVISIONS)
-        rounded = -(-num_blocks // step) * step
-        size = self._sizes.smallest_from(rounded)
-        if size is None:
+    def _pop(self, num_blocks: int) -> int | None:
+        step = (1 << num_blocks.bit_length() - 1) // self.SUBDIVISIONS or 1
+        size = self._sizes.smallest_from(-(-num_blocks // step) * step)
+        if size is None and step > 1:
             size = self._sizes.smallest_from(num_blocks)
-        return None if size is None else self._sizes.one_of(size)
+        return None if size is None else self._sizes.pop(size)

@@ -2,50 +2,61 @@
 
 
 class HoleSizes:
-    """Holes by exact size, and a bitmap in two levels of the sizes there are: 1,024 words of 1,024 bits hold a million sizes."""
+    """Holes by exact size, and a bitmap in two levels of the sizes there are: 1,024 words of 1,024 bits hold a million sizes.
+
+    A size whose last hole has gone keeps its bit until a search comes across it: a hole that is cut and joined again, again and
+    again, then changes no bits. Every bit is cleared at most as often as it was set, so all is O(1), amortised.
+    """
 
     __slots__ = ("_holes", "_sizes", "_words")
 
     def __init__(self, largest: int):
-        self._sizes = [0] * ((largest >> 10) + 1)  # word w, bit b: a hole of 1024 w + b blocks exists
+        self._sizes = [0] * ((largest >> 10) + 1)  # word w, bit b: size 1024 w + b is a key of `_holes`
         self._words = 0  # bit w: word w is not zero
-        self._holes: dict[int, dict[int, None]] = {}  # size -> first blocks, in the order they became holes
+        self._holes: dict[int, dict[int, None]] = {}  # size -> first blocks, in the order they became holes; may be empty
 
     def add(self, start: int, size: int) -> None:
-        holes = self._holes.get(size)
-        if holes is not None:
-            holes[start] = None
-            return
-        self._holes[size] = {start: None}
-        self._sizes[size >> 10] |= 1 << (size & 1023)
-        self._words |= 1 << (size >> 10)
+        try:
+            self._holes[size][start] = None
+        except KeyError:
+            self._holes[size] = {start: None}
+            self._sizes[size >> 10] |= 1 << (size & 1023)
+            self._words |= 1 << (size >> 10)
 
     def remove(self, start: int, size: int) -> None:
-        holes = self._holes[size]
-        del holes[start]
-        if not holes:
-            del self._holes[size]
-            self._sizes[size >> 10] ^= 1 << (size & 1023)
-            if not self._sizes[size >> 10]:
-                self._words ^= 1 << (size >> 10)
+        del self._holes[size][start]
+
+    def pop(self, size: int) -> int:
+        """`one_of`, removed."""
+        return self._holes[size].popitem()[0]
 
     def largest(self) -> int:
-        word = self._words.bit_length() - 1
-        return (word << 10) + self._sizes[word].bit_length() - 1 if self._words else 0
+        while self._words:
+            word = self._words.bit_length() - 1
+            size = (word << 10) + self._sizes[word].bit_length() - 1
+            if self._holes[size]:
+                return size
+            self._forget(size)
+        return 0
 
     def smallest_from(self, size: int) -> int | None:
         """The smallest size of a hole that is at least ``size``."""
         word = size >> 10
         if word >= len(self._sizes):
             return None
-        found = self._sizes[word] >> (size & 1023)
-        if found:
-            return size + _lowest_bit(found)
-        words = self._words >> (word + 1)
-        if not words:
-            return None
-        word += 1 + _lowest_bit(words)
-        return (word << 10) + _lowest_bit(self._sizes[word])
+        while found := self._sizes[word] >> (size & 1023):
+            least = size + (found & -found).bit_length() - 1
+            if self._holes[least]:
+                return least
+            self._forget(least)
+        while words := self._words >> (word + 1):
+            next_word = word + (words & -words).bit_length()
+            found = self._sizes[next_word]
+            least = (next_word << 10) + (found & -found).bit_length() - 1
+            if self._holes[least]:
+                return least
+            self._forget(least)
+        return None
 
     def one_of(self, size: int) -> int:
         """First block of the hole of exactly ``size`` that became one last. O(1): a dict finds its last key at once, its first does not."""
@@ -53,6 +64,13 @@ class HoleSizes:
         start, _ = holes.popitem()
         holes[start] = None
         return start
+
+    def _forget(self, size: int) -> None:
+        """A size without a hole."""
+        del self._holes[size]
+        self._sizes[size >> 10] ^= 1 << (size & 1023)
+        if not self._sizes[size >> 10]:
+            self._words ^= 1 << (size >> 10)
 
 
 class HoleAddresses:

@@ -22,7 +22,7 @@ from collections.abc import Container, Iterable
 from itertools import islice
 
 from ..errors import BadInput, at_least, shown
-from .base import Extent, Live, Stats, allocation_in, allocations_in, merged, pool_stats
+from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, merged, pool_stats
 from .holes import HoleSizes
 
 Place = tuple[int, int, int]  # a hole, the block to start at, how many blocks
@@ -55,18 +55,19 @@ class Runs:
         self._holes = HoleSizes(num_blocks)  # the others
         self._live: Live = {}
         self._ends: set[int] = set()  # the block behind each allocation
-        self._chained: dict[
-            int, tuple[int, int]
-        ] = {}  # first block of an extent -> its allocation's, and its place in it; but for first ones
-        self._add_hole(0, num_blocks)
+        self._chained: dict[int, tuple[int, int]] = {}  # first block of an extent but the first -> its allocation's, its place there
+        self._hole_at[0], self._hole_ending[num_blocks] = num_blocks, 0
+        self._holes.add(0, num_blocks)
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
-        if at_least("num_blocks", num_blocks, 1) > self._free_blocks:
+        if num_blocks.__class__ is not int or num_blocks < 1:  # in here, since the call takes a tenth of the whole
+            at_least("num_blocks", num_blocks, 1)
+        if num_blocks > self._free_blocks:
             return None
         hole, start, size = self._place(num_blocks)
-        self._take(hole, start, size, ends=size == num_blocks)
+        self._take(hole, start, size, size == num_blocks)
         if size == num_blocks:
-            self._live[start] = extents = (Extent(start, size),)
+            self._live[start] = extents = (NEW(Extent, (start, size)),)
         else:
             extents = self._scatter(Extent(start, size), num_blocks - size)
         free, left_over = self._free_blocks, self._left_over
@@ -140,15 +141,15 @@ class Runs:
     def _fit(self, num_blocks: int, room: int) -> Place | None:
         """In the smallest hole that has ``room`` behind them and, when it is a gap, before them."""
         size, gap_size = self._holes.smallest_from(num_blocks + room), self._gaps.smallest_from(num_blocks + 2 * room)
-        if gap_size is None or (size is not None and size <= gap_size):
-            if size is None:
-                return None
+        if size is not None and (gap_size is None or size <= gap_size):
             hole = self._holes.one_of(size)
             return hole, hole, num_blocks
+        if gap_size is None:
+            return None
         hole = self._gaps.one_of(gap_size)
         return hole, hole + (room or gap_size - num_blocks), num_blocks
 
-    def _part(self, num_blocks: int, growth: bool) -> Place:
+    def _part(self, num_blocks: int, growth: bool = False) -> Place:
         """Where nothing fits: prompts take the longest hole, growth the smallest, and the half of a gap when there are but gaps."""
         holes, gaps = self._holes, self._gaps
         size, gap_size = holes.smallest_from(1) if growth else holes.largest(), gaps.largest()
@@ -162,8 +163,8 @@ class Runs:
         """A new allocation of ``extent`` and as many places more as ``num_blocks`` take, the longest first."""
         extents = [extent]
         while num_blocks:
-            hole, start, size = self._place(num_blocks)
-            self._take(hole, start, size, ends=size == num_blocks)
+            hole, start, size = self._place(num_blocks) if num_blocks <= self._largest() else self._part(num_blocks)
+            self._take(hole, start, size, size == num_blocks)
             extents.append(Extent(start, size))
             num_blocks -= size
         self._live[extent.start] = whole = merged(extents)
@@ -264,37 +265,44 @@ class Runs:
     def _largest(self) -> int:
         return max(self._holes.largest(), self._gaps.largest())
 
-    def _add_hole(self, start: int, size: int) -> None:
-        self._hole_at[start] = size
-        self._hole_ending[start + size] = start
-        (self._gaps if start in self._ends else self._holes).add(start, size)
-
-    def _remove_hole(self, start: int) -> int:
-        size = self._hole_at.pop(start)
-        del self._hole_ending[start + size]
-        (self._gaps if start in self._ends else self._holes).remove(start, size)
-        return size
+    def _kind(self, start: int) -> HoleSizes:
+        """Where the hole at ``start`` is kept."""
+        return self._gaps if start in self._ends else self._holes
 
     def _take(self, hole: int, start: int, num_blocks: int, ends: bool = False) -> None:
         """Take blocks out of a hole; ``ends``: an allocation ends with them."""
-        end, hole_end = start + num_blocks, hole + self._remove_hole(hole)
-        if ends:
-            self._ends.add(end)
-        if start > hole:
-            self._add_hole(hole, start - hole)
-        if end < hole_end:
-            self._add_hole(end, hole_end - end)
+        hole_at, all_ends = self._hole_at, self._ends
+        kind = self._gaps if hole in all_ends else self._holes  # `_kind`, three times: the calls would take a quarter of it all
+        size = hole_at.pop(hole)
+        kind.remove(hole, size)
         self._free_blocks -= num_blocks
+        end, hole_end = start + num_blocks, hole + size
+        if ends:
+            all_ends.add(end)
+        if start > hole:
+            hole_at[hole] = start - hole
+            self._hole_ending[start] = hole
+            kind.add(hole, start - hole)
+        if end < hole_end:
+            hole_at[end] = hole_end - end
+            self._hole_ending[hole_end] = end
+            (self._gaps if end in all_ends else self._holes).add(end, hole_end - end)
+        else:
+            del self._hole_ending[hole_end]
 
     def _give(self, start: int, num_blocks: int, ended: bool = False) -> None:
         """Make blocks free, joined with the holes beside them; ``ended``: their allocation ended with them."""
-        end = hole_end = start + num_blocks
-        if end in self._hole_at:
-            hole_end += self._remove_hole(end)
-        if ended:
-            self._ends.remove(end)
-        if start in self._hole_ending:
-            start = self._hole_ending[start]
-            self._remove_hole(start)
-        self._add_hole(start, hole_end - start)
+        hole_at, all_ends = self._hole_at, self._ends
         self._free_blocks += num_blocks
+        end = hole_end = start + num_blocks
+        if (behind := hole_at.pop(end, None)) is not None:
+            (self._gaps if end in all_ends else self._holes).remove(end, behind)
+            hole_end += behind
+        if ended:
+            all_ends.remove(end)
+        if (before := self._hole_ending.pop(start, None)) is not None:
+            self._kind(before).remove(before, start - before)
+            start = before
+        hole_at[start] = hole_end - start
+        self._hole_ending[hole_end] = start
+        (self._gaps if start in all_ends else self._holes).add(start, hole_end - start)
