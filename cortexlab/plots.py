@@ -64,7 +64,7 @@ def memory_over_time(steps: pd.DataFrame) -> list[Axes]:
         panel.stackplot(times, layers, colors=[SHARE_COLORS[s] for s in SHARES], step="post", linewidth=0)
         weighted = zip(part["ended_at"] - part["started_at"], part[[f"{s}_slots" for s in SHARES]].to_numpy(), strict=True)
         share = shares((seconds, dict(zip(SHARES, slots, strict=True))) for seconds, slots in weighted)["token_share"]
-        panel.set_title(f"{strategy}: {share:.0%} of the memory it ties up is tokens", color=color(strategy), loc="left")
+        panel.set_title(f"{strategy}: {share:.0%} of memory tied up is tokens", color=color(strategy), loc="left")
         pool = part["pool_slots"].max() if "pool_slots" in part else np.nan
         if pool <= 2 * layers.sum(axis=0).max():  # not where the pool is as good as unlimited, nor for mlx-lm, which has none
             panel.axhline(pool, color="#555555", linestyle="--", linewidth=1)
@@ -215,7 +215,11 @@ def bench_figures(rows: pd.DataFrame, requests: pd.DataFrame, steps: pd.DataFram
 def replay_figures(rows: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Figure]:
     """The figures of a replay by file name; over time, the smallest block size is shown."""
     smallest = steps[steps["block_size"] == steps["block_size"].min()]
-    figures = {"memory": memory_over_time(smallest)[0].figure, "fragmentation": fragmentation_over_time(smallest)[0].figure}
+    panels = memory_over_time(smallest), fragmentation_over_time(smallest)
+    ends = smallest.groupby("strategy")["ended_at"].max()
+    for axes in (axes for panel in panels for axes in panel):
+        axes.set_xlim(0, 1.6 * ends.min())  # what takes many times as long is cut off: it would press the others to the edge
+    figures = {"memory": panels[0][0].figure, "fragmentation": panels[1][0].figure}
     if rows["block_size"].nunique() > 1:
         figures["block_size"] = block_size_curves(rows)[0].figure
     else:
@@ -245,13 +249,14 @@ def fragmentation_over_time(steps: pd.DataFrame) -> list[Axes]:
 def extents_against_ttft(rows: pd.DataFrame) -> Axes:
     """What decides between strategies: how many extents attention must read, against how long a request waits; a point a row."""
     _, axes = plt.subplots(figsize=(WIDTH * 0.62, 4.2), layout="constrained")
-    for row in rows.to_dict("records"):
-        axes.plot(row["extents_per_sequence"], row["mean_ttft_ms"] / 1000, "o", markersize=9, color=color(row["strategy"]))
-        axes.annotate(row["strategy"], (row["extents_per_sequence"], row["mean_ttft_ms"] / 1000), (7, 4), textcoords="offset points")
+    for row in rows.sort_values("mean_ttft_ms", ascending=False).to_dict("records"):
+        at = row["extents_per_sequence"], row["mean_ttft_ms"] / 1000
+        axes.plot(*at, "o", markersize=9, alpha=0.85, color=color(row["strategy"]), label=row["strategy"])
     axes.set(xscale="log", yscale="log", xlabel="extents a sequence has at its end", ylabel="mean time to first token (s)")
     axes.set_xlim(0.8, axes.get_xlim()[1] * 2)
     plain_numbers(axes.xaxis)
     plain_numbers(axes.yaxis)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title("Down and to the left is better", loc="left")
     return axes
 
