@@ -8,9 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from .metrics import SHARES
-from .plots import SHARE_COLORS, SHARE_WORDS, WIDTH, color
+from .plots import SHARE_COLORS, SHARE_WORDS, WIDTH, color, plain_numbers
 from .theory import fifty_percent_rule
 
+FRONTIER_MARKERS = "osD^"
 DASHED = {"color": "#333333", "linestyle": "--", "linewidth": 1.4}
 PUBLISHED_WORDS = {  # the paper's categories, its last one in the two parts that a replay can tell apart
     "token": "token states",
@@ -76,19 +77,39 @@ def empty_beside_theory(rows: pd.DataFrame, theory: Mapping[str, float]) -> Axes
     return axes
 
 
-def run_length_frontier(rows: pd.DataFrame, empty: str = "empty_share") -> list[Axes]:
-    """How long runs are, against the memory left empty for them and against copying; a point a row, named by ``label``."""
-    _, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.0), sharey=True, layout="constrained")
-    words = {empty: "pool left empty while requests wait (%)", "copied_share": "tokens copied / tokens computed (%)"}
-    for panel, (name, text) in zip(axes, words.items(), strict=True):
-        for row in rows.to_dict("records"):
-            point = (100 * row[name], 100 * row["long_extent_share"])
-            panel.plot(*point, "o", markersize=8, color=color(row["strategy"]))
-            panel.annotate(row["label"], point, (7, 3), textcoords="offset points", fontsize=9)
-        panel.set_xlabel(text)
-        panel.margins(x=0.15)
-    axes[0].set(ylabel="tokens in runs of 128 or more (%)", ylim=(-3, 105))
-    return list(axes)
+def run_length_frontier(rows: pd.DataFrame, chosen: float | None = None) -> list[Axes]:
+    """What long runs cost: run length, tokens copied, pieces and waiting, each over the memory that is left empty.
+
+    A line a ``label``, a point a ``watermark``, which is written beside it where waiting is shown; grey: the ``chosen`` one.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True, layout="constrained")
+    rows = rows.assign(empty=100 * rows["empty_share"].astype(float)).dropna(subset="empty")  # none where nobody ever waited
+    panels = {
+        "tokens in runs of 128 or more (%)": 100 * rows["long_extent_share"],
+        "tokens copied / tokens computed (%)": 100 * rows["copied_share"],
+        "extents a sequence has at its end": rows["extents_per_sequence"],
+        "mean time to first token (s)": rows["mean_ttft_ms"] / 1000,
+    }
+    for panel, (words, values) in zip(axes.flat, panels.items(), strict=True):
+        for number, (label, part) in enumerate(rows.assign(value=values).groupby("label", sort=False)):
+            style = {"marker": FRONTIER_MARKERS[number % 4], "linestyle": ("-", ":", "-.")[number % 3], "markerfacecolor": "none"}
+            panel.plot(part["empty"], part["value"], color=color(part["strategy"].iloc[0]), markersize=8, label=label, **style)
+        panel.set_ylabel(words)
+        panel.set_ylim(0, 1.2 * values.max() if values.max() > 0 else 1.0)
+        panel.margins(x=0.08)
+        for empty in rows["empty"][rows["watermark"] == chosen].unique():
+            panel.axvline(empty, color="#dddddd", linewidth=7, zorder=0)
+    axes[0, 0].set_ylim(0, 105)
+    axes[1, 0].set(yscale="log", ylim=(0.8, None))
+    plain_numbers(axes[1, 0].yaxis)
+    points = rows.drop_duplicates("watermark").sort_values("watermark").to_dict("records")
+    for number, row in enumerate(points):
+        place, shift = (row["empty"], row["mean_ttft_ms"] / 1000), 9 if number % 2 == 0 else -17
+        axes[1, 1].annotate(f"{100 * row['watermark']:g} %", place, (0, shift), textcoords="offset points", ha="center", fontsize=9)
+    for panel in axes[1]:
+        panel.set_xlabel("pool left empty while requests wait (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return list(axes.flat)
 
 
 def published_beside_ours(published: pd.DataFrame, ours: pd.DataFrame) -> Axes:
