@@ -44,6 +44,7 @@ class KVCache:
         max_tokens = num_tokens if max_tokens is None else at_least("max_tokens", max_tokens, num_tokens)
         if not self.blocks.allocate(sequence, num_tokens, max_tokens):
             return False
+        self.make_moves()  # of those who made way for it
         self.blocks.tables[sequence].num_tokens = num_tokens
         return True
 
@@ -106,7 +107,7 @@ class KVCache:
         return self._table(sequence).extents
 
     def make_moves(self) -> None:
-        """Make the copies that relocation owes. Before the next write, in order: a later one may land where an earlier one left."""
+        """Make the copies that relocation and compaction owe, in order: one may land where an earlier one left. Before the next write."""
         for move in self.blocks.moves:
             size = self.blocks.block_size
             source, target = (

@@ -52,7 +52,16 @@ def test_empty_slots_stand_beside_what_theory_says(found):
 
 
 def test_a_frontier_is_a_point_a_setting_in_every_panel():
-    measures = ("strategy", "label", "watermark", "empty_share", "long_extent_share", "copied_share", "extents_per_sequence", "mean_ttft_ms")
+    measures = (
+        "strategy",
+        "label",
+        "watermark",
+        "empty_share",
+        "long_extent_share",
+        "copied_share",
+        "extents_per_sequence",
+        "mean_ttft_ms",
+    )
     settings = [
         ("paged", "paged", 0.02, 0.04, 0.1, 0.0, 70, 8000),
         ("runs", "runs, 2 %", 0.0, 0.02, 0.7, 0.01, 20, 9000),
@@ -68,7 +77,16 @@ def test_a_frontier_is_a_point_a_setting_in_every_panel():
 
 
 def test_where_nobody_waits_there_is_no_frontier():
-    measures = ("strategy", "label", "watermark", "empty_share", "long_extent_share", "copied_share", "extents_per_sequence", "mean_ttft_ms")
+    measures = (
+        "strategy",
+        "label",
+        "watermark",
+        "empty_share",
+        "long_extent_share",
+        "copied_share",
+        "extents_per_sequence",
+        "mean_ttft_ms",
+    )
     panels = plots_fragmentation.run_length_frontier(pd.DataFrame([("runs", "a", 0.0, None, 1.0, 0.0, 1, 50)], columns=measures), 0.0)
     assert all(not panel.lines for panel in panels)
     panels[0].figure.canvas.draw()

@@ -180,7 +180,7 @@ class Runs:
     def compact(self, num_blocks: int) -> list[Moved]:
         """Make room for an allocation of ``num_blocks`` that would be scattered otherwise; what has moved, in the order of the copies.
 
-        An allocation moves at most once a call, and never its first extent. At most MAX_COPIES blocks, in O(MAX_COPIES * HOLES_LOOKED_AT).
+        An allocation moves at most once a call, and never its first extent. At most MAX_COPIES blocks.
         """
         moved: dict[int, Moved] = {}  # by the allocation's first block
         if num_blocks > self._free_blocks:
@@ -204,8 +204,9 @@ class Runs:
             if not used:
                 continue
             blocks = sum(extent.num_blocks for extent in used.values())
-            gain = min(end - start, self._hole_at[end + blocks]) / blocks
-            if gain > best_gain and (steps := self._steps(used, {start, end + blocks})):
+            behind = self._hole_at[end + blocks]
+            gain = min(end - start, behind) / blocks
+            if gain > best_gain and (steps := self._steps(used, {start, end + blocks}, end - start + blocks + behind)):
                 best, best_gain = steps, gain
         return best
 
@@ -223,14 +224,17 @@ class Runs:
             block = extent.end
         return used
 
-    def _steps(self, used: dict[int, Extent], taken: set[int]) -> list[Step] | None:
-        """Where each extent goes: behind the rest of its sequence, else into the smallest hole; not into the holes ``taken``."""
+    def _steps(self, used: dict[int, Extent], taken: set[int], joined: int) -> list[Step] | None:
+        """Where each extent goes: behind the rest of its sequence, else into the smallest hole, if that is no larger than the one of
+        ``joined`` blocks to be won; not into the holes ``taken``.
+        """
         steps = []
         for first, extent in used.items():
             index = self._chained[extent.start][1]
             own = self._live[first][index - 1].end
-            target = own if own not in taken and self._hole_at.get(own, 0) >= extent.num_blocks else self._dust(extent.num_blocks, taken)
-            if target is None:
+            in_place = own not in taken and self._hole_at.get(own, 0) >= extent.num_blocks
+            target = own if in_place else self._dust(extent.num_blocks, taken)
+            if target is None or (not in_place and self._hole_at[target] > joined):
                 return None
             taken.add(target)
             steps.append((first, index, target))
