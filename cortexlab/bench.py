@@ -3,8 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
@@ -14,12 +14,12 @@ import mlx.nn as nn
 import pandas as pd
 
 from . import metrics
-from .allocators import STRATEGIES, Allocator, strategy_of
+from .allocators import STRATEGIES, Allocator, check_names, strategy_of
 from .baseline import CacheUse, Difference, first_difference, run_batch_generator, run_one_by_one
 from .block_manager import BlockManager
 from .doctor import memory_bytes
 from .engine import Engine, StepRecord, kv_shape
-from .errors import BadInput, CortexLabError, at_least, one_of, shown
+from .errors import BadInput, at_least, blamed_on, one_of
 from .model import model_limits
 from .request import Request, RequestState
 from .step_time import StepTime
@@ -156,9 +156,8 @@ def run_bench(
     for strategy in strategies:
         if strategy != MLX_LM and not callable(strategy):
             one_of("strategy", strategy, ALL)
+    check_names(strategies)
     names = [_name(strategy) for strategy in strategies]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise BadInput(f"strategy {twice[0]!r} is named twice: each may stand once, and a factory needs a name of its own")
     at_least("repeats", repeats, 1)
     context, vocabulary = model_limits(model)
     max_seq_len = setting.max_seq_len or default_max_seq_len(items, context)
@@ -318,15 +317,8 @@ class _Job:
         return Run(MLX_LM, requests, len(self.refused), started_at, duration, steps, peak_kv_bytes=max(use.nbytes for use in uses))
 
 
-@contextmanager
-def _blamed_on(strategy) -> Iterator[None]:
-    """What a strategy of the user's own raises becomes one line that names it."""
-    try:
-        yield
-    except Exception as error:
-        if not callable(strategy) or isinstance(error, CortexLabError):
-            raise
-        raise BadInput(f"strategy {_name(strategy)!r} raised {type(error).__name__}: {shown(str(error))}") from error
+def _blamed_on(strategy):
+    return blamed_on(_name(strategy)) if callable(strategy) else nullcontext()
 
 
 def _name(strategy) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import chain, pairwise, takewhile
 from operator import itemgetter
 
 from .allocators import Extent, Stats, Strategy, make_allocator, merged
@@ -128,9 +128,15 @@ class BlockManager:
         self._empty.free(extents)
         return True
 
-    def blocks_wanted(self, num_tokens: int, max_tokens: int) -> int:
-        """Blocks that admitting a sequence takes now: for its last token under ``reserve``, else for those it has."""
-        return self.blocks_for(max_tokens if self.growth == "reserve" else num_tokens)
+    def blocks_wanted(self, num_tokens: int, max_tokens: int, prefix_ids: Sequence[int] = (), prompt_tokens: int = 0) -> int:
+        """Free blocks that admitting a sequence takes now: for its last token under ``reserve``, else for those it has.
+
+        Cached blocks of its prefix that live sequences hold are not free, and not wanted.
+        """
+        wanted = self.blocks_for(max_tokens if self.growth == "reserve" else num_tokens)
+        if self.prefix is not None and prefix_ids:
+            wanted -= sum(block.num_holders > 0 for block in self.prefix.match(prefix_ids[: prompt_tokens // self.block_size]))
+        return wanted
 
     def allocate(self, sequence: str, num_tokens: int, max_tokens: int, prefix_ids: Sequence[int] = (), prompt_tokens: int = 0) -> bool:
         """Room for ``num_tokens`` (under ``reserve``, for ``max_tokens``) in a new table. False, and nothing taken, without room.
@@ -146,6 +152,8 @@ class BlockManager:
         if table is None and not (sharing and self.num_held):  # in a pool of its own, what it would share may lie in its way
             extents = self._take(wanted)
             table = None if extents is None else BlockTable(extents, self.block_size)
+            if table and table.num_blocks < wanted:
+                raise BadInput(f"strategy {self.strategy.name!r} handed out {table.num_blocks} blocks where {wanted} were asked for")
             self.num_held += table.num_blocks if table else 0
         if table is None:
             return False
@@ -163,7 +171,9 @@ class BlockManager:
         while True:
             extents = self.allocator.extend(table.extents, missing) if self.prefix is None else self._extend(table, missing)
             if extents is not None:
-                self.num_held += table.extended(extents)
+                self.num_held += (more := table.extended(extents))
+                if more < missing:
+                    raise BadInput(f"strategy {self.strategy.name!r} extended by {more} blocks where {missing} were asked for")
                 return True
             if self.growth == "relocate" and (extents := self._relocate(table, missing)) is not None:
                 self.num_held += table.replace(extents)
@@ -192,6 +202,7 @@ class BlockManager:
         held = sorted(extent for table in self.tables.values() for extent in table.extents)
         cached = {block: None for table in self.tables.values() for block in table.shared}
         held = sorted(chain(held, *(block.extents for block in cached)))
+        assert not held or (held[0].start >= 0 and held[-1].end <= self.num_blocks), "a block lies outside the pool"
         assert all(a.end <= b.start for a, b in pairwise(held)), "two sequences hold the same block"
         assert sum(extent.num_blocks for extent in held) == self.num_held
         idle = 0
@@ -237,7 +248,7 @@ class BlockManager:
         num_idle = self.prefix.hold(shared)
         new: list[CachedBlock] = []
         extents: tuple[Extent, ...] | None = ()
-        for prefix_id in prefix_ids[len(found) :]:
+        for prefix_id in takewhile(lambda i: i not in self.prefix, prefix_ids[len(found) :]):  # all, but for ids that contradict
             if (extents := self._take(1)) is None:
                 break
             new.append(self.prefix.add(prefix_id, extents))

@@ -44,8 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     if rest and args.command is not run_lab:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = [option for option in rest if option != "--"]
+    args.stdout = sys.stdout
     try:
-        return args.command(args)
+        with contextlib.redirect_stdout(sys.stderr) if getattr(args, "json", False) else contextlib.nullcontext():
+            return args.command(args)
     except CortexLabError as error:
         print(f"{parser.prog} {args.name_of_command}: {error}", file=sys.stderr)
         return 2
@@ -175,9 +177,10 @@ def run_bench(args) -> int:
         )  # fmt: skip
     where = environment()
     document = {"environment": where, "rows": bench.rows, "ratios": bench.ratios}
+    text = json.dumps(document, allow_nan=False)
     _write_bench(target, args, bench, document)
     if args.json:
-        print(json.dumps(document, allow_nan=False))
+        print(text, file=args.stdout)
     else:
         print(_bench_report(args, bench, where, target))
     return 0 if bench.held else 1
@@ -201,6 +204,8 @@ def run_replay(args) -> int:
     step_time = StepTime.load(args.step_time) if args.step_time else reference
     items = _workload(args, REPLAY_REQUESTS)(None)
     if args.shuffle_lengths:
+        if args.prefix_caching:
+            raise BadInput("shuffle-lengths deals prompts out anew, so there is no prefix left to cache")
         items = shuffled_lengths(items, args.seed)
     options = {
         name: getattr(args, name) for name in ("growth", "oom_policy", "watermark", "max_batch_size", "max_seq_len", "prefix_caching")
@@ -211,9 +216,10 @@ def run_replay(args) -> int:
             progress=lambda each: advance(1, each.row["strategy"]), **options,
         )  # fmt: skip
     rows, where = [each.row for each in done], machine()
+    text = json.dumps({"environment": where, "rows": rows}, allow_nan=False)
     _write_replay(target, args, done, where, step_time)
     if args.json:
-        print(json.dumps({"environment": where, "rows": rows}, allow_nan=False))
+        print(text, file=args.stdout)
     else:
         print(_replay_report(args, rows, len(items), target))
     return 1 if any(row["failed"] for row in rows) else 0
@@ -227,7 +233,7 @@ def run_doctor(args) -> int:
     from . import doctor
 
     found = doctor.examine()
-    print(json.dumps(found) if args.json else doctor.report(found))
+    print(json.dumps(found) if args.json else doctor.report(found), file=args.stdout)
     return 0 if doctor.can_run(found) else 1
 
 
@@ -298,7 +304,7 @@ def _strategy(name: str, others: tuple[str, ...] = ("mlx-lm",)):
     try:
         factory = getattr(import_module(module), attribute)
         make_allocator(factory, 64)
-    except Exception as error:  # whatever the user's module does, the answer is one line
+    except (Exception, SystemExit) as error:  # whatever the user's module does, the answer is one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"cannot use strategy {shown(name)}: {reason[:200]}") from error
     finally:
@@ -366,7 +372,7 @@ def _arguments(args) -> dict:
     return {
         name: str(value) if value == math.inf else value
         for name, value in vars(args).items()
-        if name not in ("command", "name_of_command", "rest")
+        if name not in ("command", "name_of_command", "rest", "stdout")
     }
 
 

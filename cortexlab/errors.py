@@ -1,5 +1,8 @@
 """What this package raises when a caller asks for something it cannot do: one line that names the value and what is allowed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CortexLabError(Exception):
     """Base of every error this package raises on purpose."""
@@ -38,3 +41,14 @@ def one_of(kind: str, value: object, allowed) -> None:
     """`BadInput` naming ``value`` and the ``allowed`` names, unless it is one of them."""
     if value not in allowed:
         raise BadInput(f"unknown {kind} {shown(value)}: use one of {', '.join(sorted(allowed))}")
+
+
+@contextmanager
+def blamed_on(strategy: str) -> Iterator[None]:
+    """What a strategy of the user's own raises, or a promise it breaks, becomes one line that names it."""
+    try:
+        yield
+    except CortexLabError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BadInput(f"strategy {strategy!r} raised {type(error).__name__}: {shown(str(error))}") from error

@@ -32,6 +32,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def __contains__(self, prefix_id: int) -> bool:
+        return prefix_id in self._blocks
+
     @property
     def num_idle(self) -> int:
         return len(self._idle)

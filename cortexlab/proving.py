@@ -159,11 +159,14 @@ class _Pair:
             one = rng.choice(self.live)
             wrong += [one + one, (*one[:-1], Extent(one[-1].start, one[-1].num_blocks + 1))]
         extents = rng.choice(wrong)
+        calls = [("free", extents), ("extend", extents, 1)] + [("allocate", wanted) for wanted in (0, -1)]
+        calls += [("extend", one, wanted) for wanted in (0, -1)] if self.live else []
+        name, *given = rng.choice(calls)
         try:
-            self.allocator.free(extents)
+            getattr(self.allocator, name)(*given)
         except ValueError:
             return "misuse"
-        raise AssertionError(f"free({extents}) was taken, although nobody holds that: it must raise ValueError")
+        raise AssertionError(f"{name}({', '.join(map(str, given))}) was taken, although it makes no sense: it must raise ValueError")
 
     def take(self, extents: tuple[Extent, ...], wanted: int) -> None:
         assert isinstance(extents, tuple) and all(isinstance(extent, Extent) for extent in extents), f"{extents!r} is no tuple of extents"

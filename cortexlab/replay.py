@@ -14,15 +14,16 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter, itemgetter
 
 import pandas as pd
 
-from .allocators import Allocator, strategy_of
+from .allocators import Allocator, check_names, strategy_of
 from .block_manager import BlockManager, BlockTable
-from .errors import BadInput, at_least
+from .errors import BadInput, at_least, blamed_on
 from .metrics import SHARES, counted_latency_summary
 from .request import Request, RequestState
 from .scheduler import WATERMARK, Chunk, Scheduler
@@ -31,6 +32,7 @@ from .workload import WorkItem, default_max_seq_len, pool_blocks
 
 LONG_EXTENT = 128  # tokens: from here on attention reads an extent at about the speed of one contiguous view
 MAX_BATCH_SIZE, MAX_STEP_TOKENS = 256, 2048  # vLLM's defaults for a small server
+LARGEST_POOL = 1 << 26  # blocks
 MAX_JUMP = 256  # steps taken at once
 NUM_SAMPLES = 500  # of the pool's state, over the time in which requests arrive
 
@@ -51,6 +53,8 @@ class Counted(Request):
     base: int | None = None  # while it decodes, it has base + (number of the step) tokens, prompt and output
     still: int = 0  # while it does not, that many
     in_cache: int = 0  # while it does not decode: its tokens in the cache
+    num_ids: int = 0  # of the trace's blocks; ours may hold several
+    ids_per_block: int = 1
     table: BlockTable | None = None
     capacity: int = 0  # slots of its table when the totals were last told
     grown_at: float = 0.0  # `Totals.weight` then
@@ -118,6 +122,7 @@ class Replay:
         at_least("max-batch-size", max_batch_size, 1)
         step_tokens = max(MAX_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
         self.strategy = strategy_of(strategy, growth)
+        self._foreign = callable(strategy)  # the user's own: its books are looked at with every sample
         self.blocks = BlockManager(self.strategy, num_blocks, block_size, max_seq_len, prefix_caching)
         self.scheduler = Scheduler(
             self.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy, watermark=watermark
@@ -143,6 +148,7 @@ class Replay:
         """Serve ``items`` until the last has ended; the row of `interface.md`. ``seconds`` is the wall time it took."""
         started = time.perf_counter()
         self.requests, refused = self._accept(items)
+        held_before = self.blocks.num_held
         last_arrival = self.requests[-1].arrived_ns
         self._sample_every = max(last_arrival // NUM_SAMPLES, SECOND // 10)
         collecting = gc.isenabled()
@@ -153,6 +159,8 @@ class Replay:
             if collecting:
                 gc.enable()
         self.row = self._row(refused, last_arrival) | {"seconds": time.perf_counter() - started}
+        self.blocks.check()
+        assert self.blocks.num_held == held_before, "a request ended and its blocks did not come back"
         return self.row
 
     def _serve(self, coming: list[Counted]) -> None:
@@ -398,6 +406,8 @@ class Replay:
     def _accept(self, items: Sequence[WorkItem]) -> tuple[list[Counted], int]:
         """The requests that can ever be served, in order of arrival, and the number of the others."""
         coming, fits = [], {}
+        if self.blocks.prefix is not None and not any(item.prefix_ids for item in items):
+            raise BadInput("prefix caching needs requests with prefix ids: a trace with hash_ids, or the workload shared-prefix")
         for index, item in enumerate(items):
             limit = max(item.output_tokens, item.max_tokens or 0)
             slots = item.prompt_tokens + limit - 1
@@ -406,13 +416,14 @@ class Replay:
                 fits[need] = self.blocks.could_ever_hold(slots)
             if fits[need]:
                 final = item.prompt_tokens + item.output_tokens - 1
-                coming.append(
-                    Counted(
-                        f"r{index}", range(item.prompt_tokens), limit, prefix_ids=self._prefix_ids(item), output_length=item.output_tokens,
-                        final_slots=final, still=item.prompt_tokens, clock=self, arrived_ns=round(item.arrived_at * SECOND),
-                        arrived_at=item.arrived_at,
-                    )
+                request = Counted(
+                    f"r{index}", range(item.prompt_tokens), limit, output_length=item.output_tokens, final_slots=final,
+                    still=item.prompt_tokens, clock=self, arrived_ns=round(item.arrived_at * SECOND), arrived_at=item.arrived_at,
                 )  # fmt: skip
+                if self.blocks.prefix is not None and item.prefix_ids:
+                    request.prefix_ids = self._prefix_ids(item)
+                    request.num_ids, request.ids_per_block = len(item.prefix_ids), self.blocks.block_size // item.prefix_block
+                coming.append(request)
         if not coming:
             slots = self.blocks.num_blocks * self.blocks.block_size
             raise BadInput(f"no request can be served: none of {len(items)} can ever fit the pool of {slots} slots")
@@ -435,8 +446,8 @@ class Replay:
     def _count_prefix(self, request: Counted) -> None:
         totals = self.totals
         totals.prompt_tokens += len(request.prompt)
-        totals.prefix_ids += len(request.prefix_ids)
-        totals.prefix_hits += request.table.num_found
+        totals.prefix_ids += request.num_ids
+        totals.prefix_hits += min(request.table.num_found * request.ids_per_block, request.num_ids)
         totals.hit_tokens += min(request.table.num_found * self.blocks.block_size, len(request.prompt))
         request.cached_tokens = request.in_cache
 
@@ -457,6 +468,11 @@ class Replay:
         held = blocks.num_held * size
         token = self._still_tokens + self._base_sum + self._num_decoding * (self.step + ahead) - shared * size
         slots = {"token": token, "reserved": held - token - self._internal, "internal": self._internal}
+        if self._foreign:
+            blocks.check()
+        if len(self.samples) == 2 * NUM_SAMPLES:  # it takes longer than the requests took to arrive: every other one will do
+            del self.samples[1::2]
+            self._sample_every *= 2
         self.samples.append(
             {
                 "started_at": at / SECOND,
@@ -538,10 +554,11 @@ def replay(
     those of `Replay`. Raises `BadInput` before anything runs.
     """
     at_least("max-batch-size", max_batch_size, 1)
+    check_names(strategies)
     options |= {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len or default_max_seq_len(items)}
     caching = options.get("prefix_caching", False)
     replays = []
-    for block_size in block_sizes:
+    for block_size in dict.fromkeys(block_sizes):
         at_least("block-size", block_size, 1)
         unlimited = unlimited_blocks(items, block_size, max_batch_size, caching)
 
@@ -549,10 +566,15 @@ def replay(
             paged = options | {"growth": None, "oom_policy": "wait"}
             return Replay("paged", num_blocks=unlimited, block_size=block_size, **paged).run(items)["peak_blocks"]
 
-        pool = unlimited if num_blocks == "unlimited" else pool_blocks(num_blocks, peak)
+        if num_blocks == "unlimited" and unlimited > LARGEST_POOL:
+            raise BadInput(f"an unlimited pool would need {unlimited} blocks of {block_size}, at most {LARGEST_POOL} are possible")
+        pool = at_least("num-blocks", unlimited if num_blocks == "unlimited" else pool_blocks(num_blocks, peak), 1, LARGEST_POOL)
         for strategy in strategies:
-            each = Replay(strategy, num_blocks=pool, block_size=block_size, **options)
-            each.run(items)
+            with blamed_on(strategy_of(strategy).name) if callable(strategy) else nullcontext():
+                each = Replay(strategy, num_blocks=pool, block_size=block_size, **options)
+                each.run(items)
+                wrong = [name for name, value in each.row.items() if isinstance(value, float) and not math.isfinite(value)]
+                assert not wrong, f"{wrong[0]} is {each.row[wrong[0]]}"
             replays.append(each)
             progress(each)
     return replays

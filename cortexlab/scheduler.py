@@ -103,10 +103,10 @@ class Scheduler:
 
     @property
     def unusable_blocks(self) -> int:
-        """The free blocks, if the head of the queue needs no more than they are and waits all the same, not for its turn."""
+        """The free blocks, if the head of the queue needs no more than they are and is refused all the same (interface.md's X)."""
         if not self.waiting or len(self.running) >= self.max_batch_size:
             return 0
-        return self.blocks.free_blocks if self._needed(self.waiting[0]) <= self.blocks.free_blocks else 0
+        return self.blocks.free_blocks if self._wanted(self.waiting[0]) <= self.blocks.free_blocks else 0
 
     def schedule(self, now: float, due: Sequence[Request] | None = None) -> Schedule:
         """Plan the next step: running requests first, then as many of the queue as the batch, the budget and the pool admit.
@@ -153,7 +153,7 @@ class Scheduler:
         while self.waiting and budget and len(self.running) < self.max_batch_size:
             request = self.waiting[0]
             if short or not self._allocate(request):
-                misplaced |= self._needed(request) <= self.blocks.free_blocks
+                misplaced |= self._wanted(request) <= self.blocks.free_blocks
                 if self.oom_policy != "fail" or short:
                     break
                 self._fail(self.waiting.popleft(), step)
@@ -179,8 +179,9 @@ class Scheduler:
         if self._refused_before():
             return False
         self._refused = None
-        kept = self.blocks.free_blocks < self._needed(request)
-        if kept or not self.blocks.allocate(request.id, request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt)):
+        kept = self.kept_blocks if self.running else 0  # for others, if there are any
+        short = kept and self.blocks.free_blocks < self._wanted(request) + kept
+        if short or not self.blocks.allocate(request.id, request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt)):
             self._refused = (request, self.blocks.num_releases)
             return False
         request.num_computed = self.blocks.tables[request.id].num_tokens
@@ -228,9 +229,5 @@ class Scheduler:
         )
         step.failed.append(request)
 
-    def _needed(self, request: Request) -> int:
-        """Blocks that must be free to admit it: those it takes, and what is kept free for others, if there are any."""
-        return self._wanted(request) + (self.kept_blocks if self.running else 0)
-
     def _wanted(self, request: Request) -> int:
-        return self.blocks.blocks_wanted(request.num_tokens, request.max_slots)
+        return self.blocks.blocks_wanted(request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt))

@@ -1,6 +1,6 @@
 """Block allocators: one placement a file, one table of strategies. A strategy is a named pair of placement and growth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import BadInput, at_least, one_of
@@ -54,6 +54,15 @@ def strategy_of(strategy: str | Callable[[int], Allocator], growth: str | None =
         return found
     one_of("growth", growth, GROWTHS)
     return Strategy(found.name, found.placement, growth)
+
+
+def check_names(strategies: Sequence[str | Callable[[int], Allocator]]) -> None:
+    """`BadInput` when two strategies have one name: their rows could not be told apart."""
+    names = [strategy if isinstance(strategy, str) else strategy_of(strategy).name for strategy in strategies]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BadInput(f"strategy {twice[0]!r} is named twice: each may stand once, and a factory needs a name of its own")
+    if taken := [strategy for strategy in strategies if callable(strategy) and strategy_of(strategy).name in STRATEGIES]:
+        raise BadInput(f"strategy {strategy_of(taken[0]).name!r} is a name of this package: a factory needs a name of its own")
 
 
 def make_allocator(placement: str | Callable[[int], Allocator], num_blocks: int, *, region_blocks: int | None = None) -> Allocator:
