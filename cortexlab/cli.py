@@ -388,6 +388,8 @@ def _replay_report(args, rows: list[dict], num_requests: int, target: Path) -> s
     for row in rows:
         if row["refused"]:
             lines.append(f"{row['strategy']}, blocks of {row['block_size']}: {row['refused']} requests can never fit its pool.")
+        if row["failed"]:
+            lines.append(f"{row['strategy']}, blocks of {row['block_size']}: {row['failed']} requests FAILED for want of memory.")
     return "\n".join([*lines, "", f"Figures and tables: {target}/"])
 
 
