@@ -321,6 +321,87 @@ def test_a_strategy_that_hands_out_more_than_a_block_cannot_share(strategy, max_
         manager(strategy, num_blocks=8, max_seq_len=max_seq_len)
 
 
+# --- ids that contradict themselves ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", [(3, 2), (2, 1), (2, 2), (3, 1, 2), (1, 3, 2), (3, 3, 3)])
+@pytest.mark.parametrize("live", [True, False], ids=["held", "idle"])
+def test_a_prompt_whose_ids_say_otherwise_than_anothers_loses_no_block(second, live):
+    """1 2 of a, then 3 2: block 2 stands for "1 2", so b may not have it, and nobody may forget whose it is."""
+    blocks = manager(num_blocks=12)
+    admit(blocks, "a", 4, 1, 2)
+    if not live:
+        blocks.free("a")
+    b, _ = admit(blocks, "b", 2 * len(second), *second)
+    assert b.num_blocks == len(second)
+    if len(set(second)) == len(second):
+        assert len({slot for run in b.runs(0, 99) for slot in range(*run)}) == 2 * len(second), "each of its tokens has a slot"
+    for name in ("a", "b") if live else ("b",):
+        assert blocks.grow(name, 2 * len(second) + 3)
+        blocks.tables[name].num_tokens += 1
+        blocks.check()
+    admit(blocks, "c", 4, 1, 2)
+    for name in ("c", "b", "a") if live else ("b", "c"):
+        blocks.free(name)
+        blocks.check()
+    assert (blocks.num_held, blocks.free_blocks, blocks.stats().used_blocks) == (0, 12, blocks.prefix.num_idle)
+    assert blocks.allocate("whole", 24, 24), "every block can be had again"
+    blocks.check()
+
+
+@pytest.mark.parametrize("strategy", ["paged", "best_fit", "runs", "buddy"])
+def test_random_ids_that_mean_nothing_lose_no_block(strategy):
+    """Ids drawn at random, against every promise: what is found may be wrong then, but the books are right."""
+    for seed in range(30):
+        rng = random.Random(f"{strategy} {seed}")
+        size = rng.randint(1, 3)
+        blocks = manager(strategy, rng.randint(4, 14), size)
+        for _ in range(80):
+            name = rng.choice("abcd")
+            if name not in blocks.tables:
+                prompt = rng.randint(1, 4 * size)
+                ids = tuple(rng.randint(1, 5) for _ in range(blocks.blocks_for(prompt)))
+                if blocks.allocate(name, prompt, prompt + 2, ids, prompt):
+                    blocks.tables[name].num_tokens = prompt if rng.random() < 0.8 else rng.randint(0, prompt)
+            elif rng.random() < 0.4:
+                tokens = blocks.tables[name].num_tokens + 1
+                if blocks.grow(name, tokens):
+                    blocks.tables[name].num_tokens = tokens
+            else:
+                blocks.free(name)
+            blocks.moves.clear()
+            blocks.check()
+        for name in list(blocks.tables):
+            blocks.free(name)
+        blocks.check()
+        assert blocks.free_blocks == blocks.num_blocks
+
+
+# --- what a prompt wants ----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_that_are_held_are_not_wanted_and_idle_ones_are():
+    """1 2 3 of a, blocks of two: of a prompt of seven tokens behind 1 2 the third block and the fourth are wanted."""
+    blocks = manager()
+    assert blocks.blocks_wanted(7, 7, (1, 2, 4, 5), 7) == 4
+    admit(blocks, "a", 6, 1, 2, 3)
+    assert [blocks.blocks_wanted(7, 7, ids, 7) for ids in ((1, 2, 4, 5), (1, 2, 3, 5), (1, 9, 3, 5), (), (4, 1, 2, 3))] == [2, 1, 3, 4, 4]
+    assert blocks.blocks_wanted(6, 6, (1, 2, 3), 6) == 0
+    assert blocks.blocks_wanted(8, 8, (1, 2, 3), 6) == 1, "a token behind its prompt that was sampled before it was sent back"
+    blocks.free("a")
+    assert blocks.blocks_wanted(7, 7, (1, 2, 3, 5), 7) == 4, "free, so they are taken from what is free"
+
+
+def test_a_partial_last_block_is_wanted_though_it_is_found():
+    """It is copied, not shared."""
+    blocks = manager()
+    admit(blocks, "a", 5, 1, 2, 3)
+    assert blocks.blocks_wanted(5, 5, (1, 2, 3), 5) == 1
+    reserving = manager(growth="reserve")
+    admit(reserving, "a", 4, 1, 2, max_tokens=4)
+    assert reserving.blocks_wanted(4, 11, (1, 2), 4) == 4, "for its last token"
+
+
 # --- nothing is lost --------------------------------------------------------------------------------------------------------------
 
 SHARING = sorted(set(STRATEGIES) - {"static", "cortexstream_buddy"})  # those that hand out single blocks

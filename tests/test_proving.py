@@ -3,7 +3,7 @@
 import pytest
 
 from cortexlab import BadInput, Extent
-from cortexlab.allocators import STRATEGIES
+from cortexlab.allocators import STRATEGIES, make_allocator
 from cortexlab.allocators.contiguous import BestFit, FirstFit
 from cortexlab.allocators.paged import Paged
 from cortexlab.proving import Bitmap, has_enough, has_hole, prove
@@ -41,6 +41,8 @@ class GivesAPart(FirstFit):
 
 class MovesOnExtend(BestFit):
     def extend(self, extents, n):
+        if n < 1 or extents not in self._live.values():
+            raise ValueError("which extents?")
         grown = self.allocate(sum(extent.num_blocks for extent in extents) + n)
         if grown is not None:
             self.free(extents)
@@ -78,7 +80,7 @@ class HalfFrees(BestFit):
 
 class LeavesThePool(Paged):
     def extend(self, extents, n):
-        return (*extents, Extent(self.num_blocks, n))
+        return super().extend(extents, n) and (*extents, Extent(self.num_blocks, n))
 
 
 class GivesALists(Paged):
@@ -116,6 +118,130 @@ class BadBooks(Paged):
 def test_a_broken_promise_is_named_with_its_step(broken, message):
     with pytest.raises(AssertionError, match=r"^step \d+, .*\(a pool of 64, seed 0\): .*" + message):
         prove(broken)
+
+
+# --- counts and extents that make no sense ----------------------------------------------------------------------------------------
+
+
+class AllocatesNone(Paged):
+    def allocate(self, n):
+        return () if n == 0 else super().allocate(n)
+
+
+class RefusesNone(Paged):
+    """None stands for "not now", and there is no time at which this could be served."""
+
+    def allocate(self, n):
+        return None if n == 0 else super().allocate(n)
+
+
+class AllocatesLess(Paged):
+    def allocate(self, n):
+        return () if n == -1 else super().allocate(n)
+
+
+class AllocatesOneForLess(Paged):
+    def allocate(self, n):
+        return super().allocate(max(1, n))
+
+
+class ExtendsByNone(Paged):
+    def extend(self, extents, n):
+        return extents if n == 0 else super().extend(extents, n)
+
+
+class ExtendsByLess(Paged):
+    def extend(self, extents, n):
+        return None if n == -1 else super().extend(extents, n)
+
+
+class WrongError(Paged):
+    def allocate(self, n):
+        assert n > 0, "a count, please"
+        return super().allocate(n)
+
+
+class WrongErrorOnExtend(Paged):
+    def extend(self, extents, n):
+        if n < 1:
+            raise RuntimeError("a count, please")
+        return super().extend(extents, n)
+
+
+class ExtendsAnything(Paged):
+    """Foreign extents are taken for full ones."""
+
+    def extend(self, extents, n):
+        try:
+            return super().extend(extents, n)
+        except BadInput:
+            if n < 1:
+                raise
+            return None
+
+
+class ExtendsTheFreed(Paged):
+    """What it handed out once it takes for its own ever after."""
+
+    def __init__(self, num_blocks):
+        super().__init__(num_blocks)
+        self.known = set()
+
+    def allocate(self, n):
+        extents = super().allocate(n)
+        self.known.add(extents)
+        return extents
+
+    def extend(self, extents, n):
+        live = {id(own): own for own in self._live.values()}
+        if n > 0 and tuple(extents) in self.known and not any(tuple(extents) == own for own in live.values()):
+            return None
+        grown = super().extend(extents, n)
+        self.known.add(grown)
+        return grown
+
+
+class ExtendsTheFreedForGood(ExtendsTheFreed):
+    """And chains new blocks behind it, if that is what it takes."""
+
+    def extend(self, extents, n):
+        grown = super().extend(extents, n)
+        if grown is None and n > 0 and not any(tuple(extents) == own for own in self._live.values()) and (more := super().allocate(n)):
+            return (*extents, *more)
+        return grown
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [AllocatesNone, RefusesNone, AllocatesLess, AllocatesOneForLess, ExtendsByNone, ExtendsByLess, WrongError, WrongErrorOnExtend,
+     ExtendsAnything, ExtendsTheFreed, ExtendsTheFreedForGood],
+    ids=lambda broken: broken.__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_makes_no_sense_must_raise_value_error(broken, seed):
+    with pytest.raises(AssertionError, match=rf"^step \d+, .*\(a pool of 64, seed {seed}\): .*"):
+        prove(broken, seed=seed)
+
+
+@pytest.mark.parametrize("broken", [AllocatesNone, AllocatesLess, ExtendsByNone, ExtendsByLess, ExtendsAnything, ExtendsTheFreed])
+def test_the_message_says_what_was_expected(broken):
+    with pytest.raises(AssertionError, match=r"(allocate|extend)\(.*ValueError"):
+        prove(broken)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "first_fit"])
+def test_the_packages_own_keep_to_it(strategy):
+    allocator = make_allocator(strategy, 64)
+    extents, gone = allocator.allocate(2), allocator.allocate(2)
+    allocator.free(gone)
+    before = allocator.stats()
+    for call in (lambda: allocator.allocate(0), lambda: allocator.allocate(-1), lambda: allocator.extend(extents, 0),
+                 lambda: allocator.extend(extents, -1), lambda: allocator.extend(gone, 1),
+                 lambda: allocator.extend((Extent(60, 1),), 1), lambda: allocator.extend((Extent(64, 1),), 1)):  # fmt: skip
+        with pytest.raises(ValueError):
+            call()
+        assert allocator.stats() == before
+    allocator.check()
 
 
 def test_what_is_no_allocator_is_bad_input():

@@ -1,12 +1,15 @@
 """The replay: equal to the engine's own loop taken step by step, the same on every machine, and right on the real traces."""
 
+import importlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from math import ceil
 from unittest.mock import patch
 
@@ -14,9 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortexlab import BadInput, Request, RequestState, metrics
+from cortexlab import BadInput, Request, RequestState, cli, metrics
 from cortexlab import replay as replay_module
 from cortexlab.allocators import GROWTHS, STRATEGIES, strategy_of
+from cortexlab.allocators.paged import Paged
 from cortexlab.block_manager import BlockManager
 from cortexlab.replay import Replay, replay, tables, unlimited_blocks
 from cortexlab.scheduler import OOM_POLICIES, Scheduler
@@ -80,6 +84,11 @@ class Step:
         }
 
 
+def slots_of(table) -> list[int]:
+    """All slots of a table, in token order."""
+    return [slot for run in table.runs(0, table.capacity) for slot in range(*run)]
+
+
 @dataclass(eq=False)
 class Served:
     """A request as `Engine` sees it, and what a naive observer writes down."""
@@ -96,9 +105,13 @@ class Naive:
     """`Engine.step` for every single step: all running requests looked at, one token each, and a clock that adds up."""
 
     def __init__(self, items, strategy, growth, oom_policy, num_blocks, block_size, max_seq_len, max_batch_size, max_step_tokens,
-                 prefix_caching, step_ns):  # fmt: skip
+                 prefix_caching, watermark, step_ns):  # fmt: skip
         self.blocks = BlockManager(strategy_of(strategy, growth), num_blocks, block_size, max_seq_len, prefix_caching)
-        self.scheduler = Scheduler(self.blocks, max_batch_size=max_batch_size, max_step_tokens=max_step_tokens, oom_policy=oom_policy)
+        self.scheduler = Scheduler(
+            self.blocks, max_batch_size=max_batch_size, max_step_tokens=max_step_tokens, oom_policy=oom_policy, watermark=watermark
+        )
+        self.in_vain: dict[str, bool] = {}  # who asked the pool and got nothing in this step: were there enough free blocks?
+        self.blocks.allocate = self.watched(self.blocks.allocate)
         self.step_ns, self.now = step_ns, 0
         self.steps: list[Step] = []
         self.moves, self.written = [], 0
@@ -131,7 +144,37 @@ class Naive:
             else:
                 return self
 
+    def watched(self, allocate):
+        def watching(sequence, *sizes):
+            enough = self.enough(*sizes)
+            if not (got := allocate(sequence, *sizes)):
+                self.in_vain[sequence] = enough
+            return got
+
+        return watching
+
+    def enough(self, num_tokens: int, max_slots: int, prefix_ids: tuple = (), prompt_tokens: int = 0) -> bool:
+        """Whether no more blocks would be taken than are free. What a live sequence shares of its prefix needs no free block."""
+        blocks, size = self.blocks, self.blocks.block_size
+        wanted = ceil((max_slots if blocks.growth == "reserve" else num_tokens) / size)
+        held = {block.prefix_id for table in blocks.tables.values() for block in table.shared}
+        shared = list(takewhile(held.__contains__, prefix_ids[: prompt_tokens // size]))  # who holds a block holds all before it
+        places = {place for table in blocks.tables.values() for place in slots_of(table)}
+        return wanted - len(shared) <= blocks.num_blocks - len(places) // size
+
+    def unusable_slots(self, plan) -> int:
+        """X by the letter: all free slots where the queue's head was refused, though its blocks are no more than are free."""
+        scheduler, blocks = self.scheduler, self.blocks
+        refused = any(self.in_vain.get(request.id, False) for request in plan.failed)  # was the head, and is in no queue any more
+        spent = sum(chunk.stop - chunk.start for chunk in plan.chunks) == scheduler.max_step_tokens
+        if scheduler.waiting and len(scheduler.running) < scheduler.max_batch_size and not spent:
+            head = scheduler.waiting[0]
+            refused |= self.enough(head.num_tokens, head.max_slots, head.prefix_ids, len(head.prompt))
+        held = {place for table in blocks.tables.values() for place in slots_of(table)}
+        return (blocks.num_blocks * blocks.block_size - len(held)) if refused else 0
+
     def step(self, by_id) -> None:
+        self.in_vain.clear()
         plan = self.scheduler.schedule(self.now / SECOND)
         self.blocks.check()
         self.moves += self.blocks.moves
@@ -152,10 +195,10 @@ class Naive:
         held = []
         for request in running:
             table = self.blocks.tables[request.id]
-            held.append((table, [slot for run in table.runs(0, table.capacity) for slot in range(*run)], table.num_tokens))
+            held.append((table, slots_of(table), table.num_tokens))
         decoded = [(c.stop, self.blocks.tables[c.request.id].capacity) for c in plan.chunks if c.request.id in self.sampled_before]
         self.steps.append(
-            Step(self.now, ns, held, decoded, plan.unusable_blocks * self.blocks.block_size, self.blocks.num_held, len(running),
+            Step(self.now, ns, held, decoded, self.unusable_slots(plan), self.blocks.num_held, len(running),
                  len(self.scheduler.waiting), dict(self.blocks.stats()))
         )  # fmt: skip
         self.now += ns
@@ -184,7 +227,10 @@ class Naive:
             tokens += num_tokens
             lengths = [length for extent in extents for length in [extent.num_blocks * size] * (extent.num_blocks * size)]
             long_tokens += sum(length >= LONG for length in lengths[:num_tokens])  # the extent that each token lies in
-        ids = [(len(each.request.prefix_ids), each.first_table.num_found) for each in self.served if each.first_table]
+        ids = []  # of the trace: (all of a prompt, those in the blocks that were found)
+        for each in (each for each in self.served if each.first_table and each.request.prefix_ids):
+            found = each.first_table.num_found * size // each.item.prefix_block
+            ids.append((len(each.item.prefix_ids), min(len(each.item.prefix_ids), found)))
         inputs = sum(each.item.prompt_tokens for each in done)
         outputs = sum(len(each.token_ns) for each in done)
         return {
@@ -229,12 +275,13 @@ def loads(draw):
         "strategy": draw(st.sampled_from(sorted(STRATEGIES))),
         "growth": draw(st.sampled_from([None, *GROWTHS])),
         "oom_policy": draw(st.sampled_from(OOM_POLICIES)),
-        "num_blocks": draw(st.integers(1, 14)),
+        "num_blocks": draw(st.integers(1, 14) | st.integers(8, 40)),  # of a large one a watermark keeps some
         "block_size": block_size,
         "max_batch_size": batch,
         "max_step_tokens": draw(st.integers(batch, batch + 10)),
         "max_seq_len": draw(st.none() | st.integers(1, 24)),
         "prefix_caching": caching,
+        "watermark": draw(st.sampled_from([0, 0.1, 0.25, 0.5])),
     }
     unit = draw(st.sampled_from([1, 1, 50_000_000]))  # nanoseconds; the long one makes the replay take samples
     ns = tuple(unit * n for n in draw(st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 3)).filter(any)))
@@ -554,6 +601,340 @@ def test_prefix_hits_are_counted_in_blocks_and_in_tokens():
     assert done.row["copied_blocks"] == 1, "the partial last block is copied, not shared"
 
 
+def test_a_block_of_two_ids_counts_as_two_hits():
+    """Ids of two tokens, blocks of four: [0 1] [2 .], the same again, [0 1] [3 4], and [0 5] [6 .], which shares no whole block."""
+    prompts = [(6, (0, 1, 2)), (6, (0, 1, 2)), (8, (0, 1, 3, 4)), (5, (0, 5, 6))]
+    items = [item(50 * n, length, 1, prefix_ids=ids, prefix_block=2) for n, (length, ids) in enumerate(prompts)]
+    row = replayed(items, block_size=4, prefix_caching=True).row
+    assert row["prefix_hit_rate"] == pytest.approx((0 + 3 + 2 + 0) / (3 + 3 + 4 + 3))
+    assert row["prefix_hit_tokens_rate"] == pytest.approx((0 + 6 + 4 + 0) / (6 + 6 + 8 + 5))
+
+
+def test_a_trace_of_512_in_blocks_of_1024_by_hand():
+    """1024 tokens found of the second prompt are two ids of its four, its last block was never there."""
+    items = [item(0, 1600, 1, prefix_ids=(1, 2, 3, 4)), item(100, 1600, 1, prefix_ids=(1, 2, 9, 8)), item(200, 512, 1, prefix_ids=(7,))]
+    row = replayed(items, block_size=1024, prefix_caching=True).row
+    assert (row["prefix_hit_rate"], row["prefix_hit_tokens_rate"]) == (pytest.approx(2 / 9), pytest.approx(1024 / 3712))
+
+
+@pytest.mark.parametrize("prompts", [[(1, 2), (3, 2)], [(1, 2), (2, 1)], [(1, 1)], [(1, 2, 1), (2, 2, 1)], [(1, 2), (3, 2), (1, 2)]])
+@pytest.mark.parametrize("gap", [0, 1, 100])
+def test_ids_that_contradict_themselves_lose_no_block(prompts, gap):
+    """By the definition an id stands for all before it, too; in a trace where it does not, nothing is lost but hits."""
+    items = [item(gap * n, 4 * len(ids), 3, prefix_ids=ids, prefix_block=4) for n, ids in enumerate(prompts)]
+    for block_size in (4, 8):
+        done = replayed(items, block_size=block_size, num_blocks=12, prefix_caching=True)
+        done.blocks.check()
+        assert (done.row["completed"], done.blocks.num_held) == (len(items), 0)
+        assert done.blocks.stats().used_blocks == done.blocks.prefix.num_idle
+
+
+@pytest.mark.parametrize("caching", [{}, {"num_blocks": "60%"}])
+def test_prefix_caching_needs_a_workload_with_prefix_ids(caching):
+    with pytest.raises(BadInput, match="prefix"):
+        replay([item(0, 5, 2), item(0, 4, 2)], prefix_caching=True, **caching)
+
+
+# --- the pool's state is sampled, not logged --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [item(0, 4, 500)] * 20,
+        [item(0, 1, 200_000)],
+        [item(0, 2, 3), item(10**9, 2, 100_000)],
+        [item(at * 10**8, 1, 1) for at in range(3000)],
+    ],
+    ids=["all at once", "one answer", "a second and an hour", "many short ones"],
+)
+def test_samples_are_bounded_however_long_a_run_takes(items):
+    done = replayed(items, block_size=512, num_blocks=2000, max_batch_size=1, step_time=replay_module.reference)
+    at = [sample["started_at"] for sample in done.samples]
+    assert 2 <= len(at) <= 2 * replay_module.NUM_SAMPLES + 1
+    assert all(before < after for before, after in pairwise(at))
+    end = done.now / SECOND
+    assert at[0] < end / 50 and at[-1] > 0.95 * end, "from the beginning to the end"
+    assert max(after - before for before, after in pairwise(at)) < end / 20, "and no long time without any"
+
+
+# --- strategies of one's own that break their promises ----------------------------------------------------------------------------
+
+BAD_STRATEGIES = r"""
+import sys
+from math import nan
+from cortexlab import Extent
+from cortexlab.allocators.paged import Paged
+
+print("a module that talks")
+
+
+class Talks(Paged):
+    def __init__(self, num_blocks):
+        print("making one")
+        super().__init__(num_blocks)
+
+    def allocate(self, num_blocks):
+        print("allocating")
+        return super().allocate(num_blocks)
+
+
+class HandsOutTwice(Paged):
+    def allocate(self, num_blocks):
+        super().allocate(num_blocks)
+        return (Extent(0, num_blocks),)
+
+
+class Overlaps(Paged):
+    "The first block of each allocation is the last one of another."
+
+    def allocate(self, num_blocks):
+        extents = super().allocate(num_blocks)
+        return extents and (Extent(max(0, extents[0].start - 1), extents[0].num_blocks), *extents[1:])
+
+
+class Outside(Paged):
+    def allocate(self, num_blocks):
+        super().allocate(num_blocks)
+        return (Extent(self.num_blocks, num_blocks),)
+
+
+class Before(Paged):
+    def allocate(self, num_blocks):
+        super().allocate(num_blocks)
+        return (Extent(-num_blocks, num_blocks),)
+
+
+class Fewer(Paged):
+    def allocate(self, num_blocks):
+        return super().allocate(max(1, num_blocks // 2))
+
+
+class None_(Paged):
+    "Nothing at all, as if that were an allocation."
+
+    def allocate(self, num_blocks):
+        return ()
+
+
+class NotExtents(Paged):
+    def allocate(self, num_blocks):
+        return super().allocate(num_blocks) and "blocks"
+
+
+class ExtendsByNothing(Paged):
+    def extend(self, extents, num_blocks):
+        return extents
+
+
+class ExtendsOverlapping(Paged):
+    def extend(self, extents, num_blocks):
+        return (*extents, Extent(extents[0].start, num_blocks))
+
+
+class ExtendsOutside(Paged):
+    def extend(self, extents, num_blocks):
+        return (*extents, Extent(self.num_blocks, num_blocks))
+
+
+class Leaks(Paged):
+    def free(self, extents):
+        pass
+
+
+class LeaksSome(Paged):
+    "Of what was ever extended."
+    grown = 0
+
+    def extend(self, extents, num_blocks):
+        self.grown += 1
+        return super().extend(extents, num_blocks)
+
+    def free(self, extents):
+        if self.grown % 2 == 0:
+            super().free(extents)
+
+
+class Raises(Paged):
+    def allocate(self, num_blocks):
+        raise RuntimeError("out of ideas")
+
+
+class RaisesLate(Paged):
+    calls = 0
+
+    def allocate(self, num_blocks):
+        self.calls += 1
+        return super().allocate(num_blocks) if self.calls < 20 else {}["nothing"]
+
+
+class RaisesOnExtend(Paged):
+    def extend(self, extents, num_blocks):
+        raise RuntimeError("out of\nideas")
+
+
+class RaisesOnFree(Paged):
+    def free(self, extents):
+        raise ValueError("mine")
+
+
+class RaisesOnStats(Paged):
+    def stats(self):
+        raise RuntimeError("out of ideas")
+
+
+class RaisesWhenMade(Paged):
+    def __init__(self, num_blocks):
+        if num_blocks != 64:
+            raise RuntimeError("out of ideas")
+        super().__init__(num_blocks)
+
+
+class LacksAKey(Paged):
+    def stats(self):
+        return {name: value for name, value in super().stats().items() if name != "num_holes"}
+
+
+class LacksUsed(Paged):
+    def stats(self):
+        return {name: value for name, value in super().stats().items() if name != "used_blocks"}
+
+
+class NoStats(Paged):
+    def stats(self):
+        return None
+
+
+class NotANumber(Paged):
+    def stats(self):
+        return super().stats() | {"external_fragmentation": nan}
+
+
+class Words(Paged):
+    def stats(self):
+        return super().stats() | {"num_holes": "three"}
+
+
+class Lies(Paged):
+    def stats(self):
+        return super().stats() | {"used_blocks": 1}
+
+
+class Exits(Paged):
+    def allocate(self, num_blocks):
+        sys.exit(0)
+
+
+class ExitsWhenMade(Paged):
+    def __init__(self, num_blocks):
+        sys.exit()
+
+
+class ExitsLate(Paged):
+    def free(self, extents):
+        sys.exit("good bye")
+"""
+TALK = "a module that talks"
+BAD = [name for name in re.findall(r"^class (\w+)", BAD_STRATEGIES, re.MULTILINE) if name != "Talks"]
+
+
+@pytest.fixture
+def bad(tmp_path, monkeypatch, capsys):
+    """The folder with the module ``bad_strategies``; whoever takes half a minute is in an endless loop."""
+    (tmp_path / "bad_strategies.py").write_text(BAD_STRATEGIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "bad_strategies", raising=False)
+
+    def late(*_):
+        raise KeyboardInterrupt("no end in sight")  # which no strategy is blamed for
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield tmp_path
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    sys.modules.pop("bad_strategies", None)
+
+
+def called(*words) -> int:
+    try:
+        return cli.main(["replay", "--requests", "60", "--workload", "heavy-tail", "--request-rate", "40", "--out", "out", *words])
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize("pool", ["unlimited", "60%"])
+@pytest.mark.parametrize("name", BAD)
+def test_a_strategy_that_misbehaves_is_one_line_that_names_it(name, pool, bad, capsys):
+    code = called("--strategies", f"bad_strategies:{name}", "--num-blocks", pool)
+    stdout, stderr = capsys.readouterr()
+    lines = [line for line in stderr.splitlines() if line != TALK]
+    assert (code, len(lines), stdout.replace(TALK, "").strip()) == (2, 1, ""), stderr
+    assert name in lines[0]
+    assert not (bad / "out").exists()
+
+
+@pytest.mark.parametrize("growth", [None, *GROWTHS])
+@pytest.mark.parametrize("name", BAD)
+def test_a_strategy_that_misbehaves_is_bad_input_of_replay(name, growth, bad):
+    if growth == "reserve" and ("Extend" in name or name == "LeaksSome"):
+        pytest.skip("never asked to extend")
+    sys.path.insert(0, str(bad))
+    try:
+        broken = getattr(importlib.import_module("bad_strategies"), name)
+        items = [item(n * 10**7, 40, 60) for n in range(40)]
+        with pytest.raises(BadInput, match=f"^[^\n]*{name}[^\n]*$"):
+            replay(items, [broken], block_sizes=[4], num_blocks=120, growth=growth, max_batch_size=8)
+    finally:
+        sys.path.remove(str(bad))
+
+
+def test_a_good_strategy_before_a_bad_one_writes_nothing_either(bad, capsys):
+    assert called("--strategies", "paged,bad_strategies:Fewer", "--json") == 2
+    stdout, stderr = capsys.readouterr()
+    (line,) = [line for line in stderr.splitlines() if line != TALK]
+    assert stdout == "" and "Fewer" in line
+    assert not (bad / "out").exists()
+
+
+def test_a_strategy_that_prints_does_not_spoil_the_document(bad, capsys):
+    assert called("--strategies", "paged,bad_strategies:Talks", "--num-blocks", "60%", "--json") == 0
+    paged, talks = json.loads(capsys.readouterr().out)["rows"]
+    assert (paged.pop("strategy"), talks.pop("strategy")) == ("paged", "Talks")
+    assert {**paged, "seconds": 0} == {**talks, "seconds": 0}
+
+
+def test_a_module_that_exits_when_it_is_imported_is_bad_input(bad, capsys):
+    (bad / "exits_at_once.py").write_text("import sys\nsys.exit(0)\n")
+    assert called("--strategies", "exits_at_once:Any") == 2
+    stderr = capsys.readouterr().err
+    assert "exits_at_once" in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["paged,paged", "bad_strategies:Talks,bad_strategies:Talks", "paged,bad_named:paged"])
+def test_two_strategies_of_one_name_are_bad_input(words, bad, capsys):
+    (bad / "bad_named.py").write_text("from cortexlab.allocators.paged import Paged\n\n\nclass paged(Paged):\n    pass\n")
+    assert called("--strategies", words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line != TALK]
+    assert repr(words.split(",")[1].split(":")[-1]) in line
+    assert not (bad / "out").exists()
+    sys.modules.pop("bad_named", None)
+
+
+def test_replay_refuses_two_strategies_of_one_name():
+    mine = type("paged", (Paged,), {})
+    for strategies in (["paged", "paged"], ["paged", mine], [mine, mine], [Paged, type("Paged", (Paged,), {})]):
+        with pytest.raises(BadInput, match=r"(?i)'paged'"):
+            replay([item(0, 3, 3)], strategies)
+
+
+def test_prefix_caching_on_a_workload_without_ids_is_bad_input(bad, capsys):
+    assert called("--prefix-caching", "--block-size", "512") == 2
+    stderr = capsys.readouterr().err
+    assert "prefix" in stderr and stderr.count("\n") == 1
+    assert not (bad / "out").exists()
+
+
 def test_a_pool_is_a_number_a_percentage_of_what_paged_holds_at_its_peak_or_unlimited():
     items = [item(0, 8, 3), item(0, 8, 3)]
     (unlimited,) = replay(items, block_sizes=[4], step_time=step_time())
@@ -692,5 +1073,5 @@ def test_the_first_minute_of_azure_step_by_step():
     """The property again on real lengths, with a pool too small for them."""
     items = [it for it in trace("azure_2023_conv") if it.arrived_at < 6]
     options = {"growth": None, "oom_policy": "wait", "num_blocks": 60, "block_size": 128, "max_batch_size": 16, "max_step_tokens": 512,
-               "max_seq_len": 4096, "prefix_caching": False}  # fmt: skip
+               "max_seq_len": 4096, "prefix_caching": False, "watermark": 0.1}  # fmt: skip
     agree(items, {"strategy": "buddy"} | options, (30_000_000, 10_000, 100_000))
