@@ -36,7 +36,7 @@ class HandsOutTwice(BestFit):
 
 class GivesAPart(FirstFit):
     def allocate(self, n):
-        return super().allocate(max(1, n - 1))
+        return super().allocate(n - 1 if n > 1 else n)
 
 
 class MovesOnExtend(BestFit):
