@@ -48,7 +48,9 @@ def blamed_on(strategy: str) -> Iterator[None]:
     """What a strategy of the user's own raises, or a promise it breaks, becomes one line that names it."""
     try:
         yield
-    except CortexLabError:
-        raise
+    except CortexLabError as error:
+        if repr(strategy) in str(error):
+            raise
+        raise BadInput(f"strategy {strategy!r}: {error}") from error
     except (Exception, SystemExit) as error:
         raise BadInput(f"strategy {strategy!r} raised {type(error).__name__}: {shown(str(error))}") from error
