@@ -7,7 +7,8 @@
 Used or free is one byte a block, so a run is marked by one slice assignment. The runs are summed up in a segment tree (Bentley 1977)
 whose nodes form a monoid: a pair is summed without looking at its blocks. The tree is *lazy*: marking only notes which leaves
 changed, and asking sums those anew, by searches in C, and their ancestors. So a mark costs O(blocks) at memset's speed, an answer
-O(changed leaves x log leaves), and where nobody asks nothing is summed. (A long run counts as two leaves: what lies inside is known.)
+O(changed leaves x log leaves), each leaf's blocks and one byte a leaf searched at memchr's; where nobody asks nothing is summed.
+(A long run counts as two leaves: what lies inside is known.)
 """
 
 from collections.abc import Iterable

@@ -5,7 +5,8 @@ class HoleSizes:
     """Holes by exact size, and a bitmap in two levels of the sizes there are: 1,024 words of 1,024 bits hold a million sizes.
 
     A size whose last hole has gone keeps its bit until a search comes across it: a hole that is cut and joined again, again and
-    again, then changes no bits. Every bit is cleared at most as often as it was set, so all is O(1), amortised.
+    again, then changes no bits. Every bit is cleared at most as often as it was set, so all is O(1), amortised, up to some million
+    blocks; from there on the upper word grows by a bit for every 1,024.
     """
 
     __slots__ = ("_holes", "_sizes", "_words")
