@@ -13,7 +13,9 @@ START, SIZE = itemgetter(0), itemgetter(1)
 
 
 class Paged:
-    """A stack of free blocks, the last one freed handed out first, as vLLM's and TensorRT-LLM's block pools do. O(blocks moved).
+    """A stack of free blocks, the last one freed handed out first, as in vLLM's first block allocator. O(blocks moved).
+
+    vLLM's present queue hands out the one freed the longest ago; under load the sequences end up in as many pieces (experiments/LOG.md).
 
     Blocks that happen to follow each other are reported as one extent: attention then reads them in one piece.
     """
