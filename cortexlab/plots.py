@@ -218,7 +218,7 @@ def replay_figures(rows: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Figure]
     panels = memory_over_time(smallest), fragmentation_over_time(smallest)
     ends = smallest.groupby("strategy")["ended_at"].max()
     for axes in (axes for panel in panels for axes in panel):
-        axes.set_xlim(0, 1.6 * ends.min())  # what takes many times as long is cut off: it would press the others to the edge
+        axes.set_xlim(0, min(1.6 * ends.min(), ends.max()))  # what takes many times as long is cut off: it would squeeze the others
     figures = {"memory": panels[0][0].figure, "fragmentation": panels[1][0].figure}
     if rows["block_size"].nunique() > 1:
         figures["block_size"] = block_size_curves(rows)[0].figure
