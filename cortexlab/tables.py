@@ -39,7 +39,7 @@ REPLAY_COLUMNS: Sequence[tuple[str, str, Callable, int]] = (
     ("reserv", "reserved_share", _percent, 3),
     ("intern", "internal_share", _percent, 0),
     ("extern", "external_share", _percent, 0),
-    ("util", "utilization", lambda v: f"{v:.3f}", 0),
+    ("util", "utilization", lambda v: f"{v:.3f}", 1),
     ("long", "long_extent_share", _percent, 0),
     ("ext/seq", "extents_per_sequence", lambda v: f"{v:.1f}", 0),
     ("copied", "copied_share", _percent, 1),
