@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
@@ -14,12 +13,12 @@ import mlx.nn as nn
 import pandas as pd
 
 from . import metrics
-from .allocators import STRATEGIES, Allocator, check_names, strategy_of
+from .allocators import STRATEGIES, Allocator, blamed_on, check_names, strategy_of
 from .baseline import CacheUse, Difference, first_difference, run_batch_generator, run_one_by_one
 from .block_manager import BlockManager
 from .doctor import memory_bytes
 from .engine import Engine, StepRecord, kv_shape
-from .errors import BadInput, at_least, blamed_on, one_of
+from .errors import BadInput, at_least, one_of
 from .model import model_limits
 from .request import Request, RequestState
 from .step_time import StepTime
@@ -215,7 +214,7 @@ class _Job:
         """
         refusals: dict[tuple[int, str], list[str]] = {}
         for strategy in strategies:
-            with _blamed_on(strategy):
+            with blamed_on(strategy):
                 fits = self._fits(strategy)
                 reasons = {index: reason for index, item in enumerate(self.items) if (reason := fits(item))}
             self.refused.update(reasons)
@@ -244,7 +243,7 @@ class _Job:
     def run(self, strategy) -> Run:
         if strategy == MLX_LM:
             return self.mlx_lm()
-        with _blamed_on(strategy):
+        with blamed_on(strategy):
             return self.engine(strategy)
 
     def warm_up(self, strategy) -> None:
@@ -315,10 +314,6 @@ class _Job:
         steps = [_mlx_lm_step(use, started_at, self.slot_bytes) for use in uses]
         mx.clear_cache()
         return Run(MLX_LM, requests, len(self.refused), started_at, duration, steps, peak_kv_bytes=max(use.nbytes for use in uses))
-
-
-def _blamed_on(strategy):
-    return blamed_on(_name(strategy)) if callable(strategy) else nullcontext()
 
 
 def _name(strategy) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise, takewhile
 from operator import itemgetter
 
-from .allocators import Extent, Stats, Strategy, make_allocator, merged
+from .allocators import Extent, Moved, Stats, Strategy, make_allocator, merged
 from .errors import BadInput, at_least
 from .prefix import CachedBlock, PrefixCache
 
@@ -291,12 +291,12 @@ class BlockManager:
             self.num_releases += 1
         return extents
 
-    def _follow(self, moved: Sequence[tuple[tuple[Extent, ...], tuple[Extent, ...], tuple[tuple[Extent, Extent], ...]]]) -> None:
+    def _follow(self, moved: Sequence[Moved]) -> None:
         """Compaction: an allocation became another one by copies of blocks; its table follows."""
         if not moved:
             return
-        owner = {table.extents: table for table in self.tables.values()}
+        owner = {table.extents[0].start: table for table in self.tables.values() if table.extents}
         for before, after, copies in moved:
-            owner[before].extents = after
+            owner[before[0].start].extents = after
             for source, target in copies:
                 self.moves.append(Move((source,), (target,), source.num_blocks * self.block_size))

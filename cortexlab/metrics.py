@@ -105,8 +105,8 @@ def shares(steps: Iterable[tuple[float, dict[str, float]]]) -> dict[str, float |
 def weighted_mean(pairs: Iterable[tuple[float, float]]) -> float | None:
     """Mean of ``(weight, value)`` pairs."""
     pairs = list(pairs)
-    weight = sum(w for w, _ in pairs)
-    return sum(w * value for w, value in pairs) / weight if weight else None
+    weight = math.fsum(w for w, _ in pairs)
+    return math.fsum(w * value for w, value in pairs) / weight if weight else None
 
 
 def tokens_sha256(outputs: Sequence[Sequence[int]]) -> str:

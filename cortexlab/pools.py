@@ -132,34 +132,29 @@ def find_peer() -> ModuleType | None:
 def peer_pool(peer: ModuleType, name: str, num_blocks: int) -> Pool:
     """The peer with as many blocks to hand out: it keeps one for itself."""
     manager = peer.PagedCacheManager(max_blocks=num_blocks + 1)
-    get_new_blocks, allocate_block, free_block = manager.get_new_blocks, manager.allocate_block, manager.free_block
-
-    def extend(blocks: list, n: int) -> list | None:
-        if manager.free_blocks < n:
-            return None
-        blocks += get_new_blocks(n)
-        return blocks
+    allocate_block, free_block = manager.allocate_block, manager.free_block
+    one_by_one = name != PEERS[0]
 
     def allocate_each(n: int) -> list:
         return [allocate_block() for _ in range(n)]
-
-    def extend_each(blocks: list, n: int) -> list | None:
-        if manager.free_blocks < n:
-            return None
-        blocks += allocate_each(n)
-        return blocks
 
     def free_each(blocks: Iterable) -> None:
         for block in blocks:
             free_block(block.block_id)
 
-    one_by_one = name != PEERS[0]
-    allocate = allocate_each if one_by_one else get_new_blocks
+    allocate = allocate_each if one_by_one else manager.get_new_blocks
+
+    def extend(blocks: list, n: int) -> list | None:
+        if manager.free_blocks < n:
+            return None
+        blocks += allocate(n)
+        return blocks
+
     return Pool(
         num_blocks=num_blocks,
         allocate=allocate,
         ask=lambda n: allocate(n) if manager.free_blocks >= n else None,
-        extend=extend_each if one_by_one else extend,
+        extend=extend,
         free=free_each if one_by_one else manager.free_block_batch,
         stats=manager.get_stats,
         free_blocks=lambda: manager.free_blocks,

@@ -1,4 +1,4 @@
-"""A workload on the engine's own scheduler and block manager, on a virtual clock and without tensors: an hour in a second.
+"""A workload on the engine's own scheduler and block manager, on a virtual clock and without tensors: an hour in seconds.
 
 The clock counts whole nanoseconds and never looks at the machine. A step takes ``step_time``; between two steps in which anything is
 decided (an arrival, an admission, a request that needs a block or ends) all steps are alike and are taken in one jump:
@@ -14,17 +14,16 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter, itemgetter
 
 import pandas as pd
 
-from .allocators import Allocator, check_names, strategy_of
+from .allocators import Allocator, blamed_on, check_names, strategy_of
 from .block_manager import BlockManager, BlockTable
-from .errors import BadInput, at_least, blamed_on
-from .metrics import SHARES, counted_latency_summary
+from .errors import BadInput, at_least
+from .metrics import SHARES, counted_latency_summary, weighted_mean
 from .request import Request, RequestState
 from .scheduler import WATERMARK, Chunk, Scheduler
 from .step_time import SECOND, StepTime
@@ -432,8 +431,6 @@ class Replay:
 
     def _prefix_ids(self, item: WorkItem) -> tuple[int, ...]:
         """One id a block: an id stands for all before it too, so the last of those in a block names the block."""
-        if self.blocks.prefix is None or not item.prefix_ids:
-            return ()
         per_block, rest = divmod(self.blocks.block_size, item.prefix_block)
         if rest:
             raise BadInput(
@@ -498,9 +495,8 @@ class Replay:
             "e2el": Counter(request.finished_ns - request.arrived_ns for request in done),
         }
         parts = {"token": totals.token, "internal": totals.internal, "external": totals.external}
-        time_s = totals.time
-        reserved = max(0.0, time_s - sum(parts.values()))
-        parts = {"token": parts["token"], "reserved": reserved} | parts
+        parts["reserved"] = max(0.0, totals.time - math.fsum(parts.values()))  # not `sum`: Python 3.12 adds floats in another way
+        spans = [after["started_at"] - sample["started_at"] for sample, after in pairwise([*self.samples, {"started_at": duration}])]
         caching = blocks.prefix is not None and totals.prefix_ids > 0
         return {
             "strategy": self.strategy.name,
@@ -519,11 +515,13 @@ class Replay:
             "request_throughput": len(done) / duration if duration else None,
             "output_throughput": outputs / duration if duration else None,
             **counted_latency_summary(latency),
-            **{f"{name}_share": parts[name] / time_s if time_s else None for name in SHARES},
+            **{f"{name}_share": parts[name] / totals.time if totals.time else None for name in SHARES},
             "utilization": totals.decode_tokens / totals.decode_slots if totals.decode_slots else None,
             "mean_live_tokens": totals.decode_tokens / totals.decode_steps if totals.decode_steps else None,
-            "external_fragmentation": _mean_over_time(self.samples, "external_fragmentation"),
-            "num_holes": _mean_over_time(self.samples, "num_holes"),
+            **{
+                name: weighted_mean((span, sample[name]) for span, sample in zip(spans, self.samples, strict=True))
+                for name in ("external_fragmentation", "num_holes")
+            },
             "prefix_hit_rate": totals.prefix_hits / totals.prefix_ids if caching else None,
             "prefix_hit_tokens_rate": totals.hit_tokens / totals.prompt_tokens if caching else None,
             "long_extent_share": totals.long_tokens / totals.final_tokens if done else None,
@@ -570,7 +568,7 @@ def replay(
             raise BadInput(f"an unlimited pool would need {unlimited} blocks of {block_size}, at most {LARGEST_POOL} are possible")
         pool = at_least("num-blocks", unlimited if num_blocks == "unlimited" else pool_blocks(num_blocks, peak), 1, LARGEST_POOL)
         for strategy in strategies:
-            with blamed_on(strategy_of(strategy).name) if callable(strategy) else nullcontext():
+            with blamed_on(strategy):
                 each = Replay(strategy, num_blocks=pool, block_size=block_size, **options)
                 each.run(items)
                 wrong = [name for name, value in each.row.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -613,14 +611,3 @@ def unlimited_blocks(items: Sequence[WorkItem], block_size: int, max_batch_size:
     if prefix_caching:
         blocks += sum(-(-item.prompt_tokens // block_size) for item in items)
     return blocks
-
-
-def _mean_over_time(samples: list[dict], name: str) -> float | None:
-    """Of a sampled quantity: each value holds until the next sample."""
-    if not samples:
-        return None
-    spans = [after["started_at"] - sample["started_at"] for sample, after in pairwise(samples)]
-    total = math.fsum(spans)
-    if not total:
-        return samples[-1][name]
-    return math.fsum(span * sample[name] for span, sample in zip(spans, samples, strict=False)) / total

@@ -9,8 +9,14 @@ def _percent(value: float) -> str:
     return f"{value:.1%}"
 
 
-# (heading, field or fields, how to write it, what is dropped first where the terminal is narrow: larger goes earlier)
-BENCH_COLUMNS: Sequence[tuple[str, str, Callable, int]] = (
+Column = tuple[str, str, Callable, int]  # heading, field, how to write it, and what goes first where it is narrow: the larger
+SHARE_COLUMNS: Sequence[Column] = (
+    ("token", "token_share", _percent, 0),
+    ("reserv", "reserved_share", _percent, 2),
+    ("intern", "internal_share", _percent, 0),
+    ("extern", "external_share", _percent, 0),
+)
+BENCH_COLUMNS: Sequence[Column] = (
     ("strategy", "strategy", str, 0),
     ("tok/s", "output_throughput", lambda v: f"{v:.1f}", 0),
     ("95 %", "output_throughput_interval", str, 4),
@@ -18,27 +24,19 @@ BENCH_COLUMNS: Sequence[tuple[str, str, Callable, int]] = (
     ("p99", "p99_ttft_ms", lambda v: f"{v / 1000:.2f}", 5),
     ("TPOT ms", "median_tpot_ms", lambda v: f"{v:.0f}", 1),
     ("ITL p99", "p99_itl_ms", lambda v: f"{v:.0f}", 6),
-    ("token", "token_share", _percent, 0),
-    ("reserv", "reserved_share", _percent, 2),
-    ("intern", "internal_share", _percent, 0),
-    ("extern", "external_share", _percent, 0),
+    *SHARE_COLUMNS,
     ("frag", "external_fragmentation", lambda v: f"{v:.2f}", 3),
     ("peak MiB", "peak_kv_bytes", lambda v: f"{v / MIB:.0f}", 0),
     ("preempt", "num_preemptions", str, 7),
     ("same", "same", str, 0),
 )
-
-
-REPLAY_COLUMNS: Sequence[tuple[str, str, Callable, int]] = (
+REPLAY_COLUMNS: Sequence[Column] = (
     ("strategy", "strategy", str, 0),
     ("block", "block_size", str, 0),
     ("done in time", "done", str, 2),
     ("mean TTFT s", "mean_ttft_ms", lambda v: f"{v / 1000:.3g}" if v < 1e5 else f"{v / 1000:,.0f}", 0),
     ("median TPOT ms", "median_tpot_ms", lambda v: f"{v:.0f}", 5),
-    ("token", "token_share", _percent, 0),
-    ("reserv", "reserved_share", _percent, 3),
-    ("intern", "internal_share", _percent, 0),
-    ("extern", "external_share", _percent, 0),
+    *SHARE_COLUMNS,
     ("util", "utilization", lambda v: f"{v:.3f}", 1),
     ("long", "long_extent_share", _percent, 0),
     ("ext/seq", "extents_per_sequence", lambda v: f"{v:.1f}", 0),
@@ -69,7 +67,7 @@ def bench_table(rows: Sequence[dict], width: int) -> str:
     return _table(BENCH_COLUMNS, shown, width)
 
 
-def _table(columns: Sequence[tuple[str, str, Callable, int]], shown: Sequence[dict], width: int) -> str:
+def _table(columns: Sequence[Column], shown: Sequence[dict], width: int) -> str:
     """Columns that nobody has a value for are left out, and those that do not fit, the least important first."""
     columns = [column for column in columns if any(row[column[1]] is not None for row in shown)]
     left_out = []

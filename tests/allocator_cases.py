@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cortexlab import Extent, make_allocator
+from cortexlab import Extent, make_allocator, proving
 from cortexlab.allocators import Allocator, merged
+from cortexlab.proving import has_enough, has_hole
 
 REGION = 3  # blocks of a static region
 
@@ -15,23 +16,8 @@ def blocks_of(extents) -> list[int]:
     return [block for extent in extents for block in range(extent.start, extent.end)]
 
 
-class Bitmap:
-    """The naive model of a pool: one flag a block."""
-
-    def __init__(self, num_blocks: int):
-        self.used = bytearray(num_blocks)
-
-    def mark(self, extents, used: bool) -> None:
-        for extent in extents:
-            self.used[extent.start : extent.end] = bytes([used]) * extent.num_blocks
-
-    @property
-    def free_blocks(self) -> int:
-        return self.used.count(0)
-
-    @property
-    def holes(self) -> list[int]:
-        return [len(run) for run in self.used.split(b"\1") if run]
+class Bitmap(proving.Bitmap):
+    """The naive model of a pool, with what the placements' rules ask of it."""
 
     def run_at(self, block: int) -> int:
         """Free blocks from ``block`` on."""
@@ -55,20 +41,12 @@ class Case:
 # --- contiguous, static, buddy ------------------------------------------------------------------------------------------------
 
 
-def has_hole(pool: Bitmap, wanted: int) -> bool:
-    return max(pool.holes, default=0) >= wanted
-
-
 def has_hole_behind(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
     return pool.run_at(extents[-1].end) >= wanted
 
 
 def never(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
     return False
-
-
-def has_enough(pool: Bitmap, wanted: int) -> bool:
-    return pool.free_blocks >= wanted
 
 
 def has_aligned_run(pool: Bitmap, size: int) -> bool:

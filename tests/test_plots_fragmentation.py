@@ -51,23 +51,25 @@ def test_empty_slots_stand_beside_what_theory_says(found):
     assert set(line.get_xdata()) == {5.0} and np.mean(line.get_ydata()) == pytest.approx(2), "beside the third bar"
 
 
+FRONTIER = (
+    "strategy",
+    "label",
+    "watermark",
+    "empty_share",
+    "long_extent_share",
+    "copied_share",
+    "extents_per_sequence",
+    "mean_ttft_ms",
+)
+
+
 def test_a_frontier_is_a_point_a_setting_in_every_panel():
-    measures = (
-        "strategy",
-        "label",
-        "watermark",
-        "empty_share",
-        "long_extent_share",
-        "copied_share",
-        "extents_per_sequence",
-        "mean_ttft_ms",
-    )
     settings = [
         ("paged", "paged", 0.02, 0.04, 0.1, 0.0, 70, 8000),
         ("runs", "runs, 2 %", 0.0, 0.02, 0.7, 0.01, 20, 9000),
         ("runs", "runs, 2 %", 0.02, 0.04, 0.9, 0.01, 6, 8000),
     ]
-    panels = plots_fragmentation.run_length_frontier(pd.DataFrame(settings, columns=measures), chosen=0.02)
+    panels = plots_fragmentation.run_length_frontier(pd.DataFrame(settings, columns=FRONTIER), chosen=0.02)
     for panel, (paged, *runs) in zip(panels, ((10, 70, 90), (0, 1, 1), (70, 20, 6), (8, 9, 8)), strict=True):
         lines = {line.get_label(): line.get_xydata() for line in panel.lines}
         assert lines["paged"] == pytest.approx(np.array([(4, paged)]))
@@ -77,17 +79,7 @@ def test_a_frontier_is_a_point_a_setting_in_every_panel():
 
 
 def test_where_nobody_waits_there_is_no_frontier():
-    measures = (
-        "strategy",
-        "label",
-        "watermark",
-        "empty_share",
-        "long_extent_share",
-        "copied_share",
-        "extents_per_sequence",
-        "mean_ttft_ms",
-    )
-    panels = plots_fragmentation.run_length_frontier(pd.DataFrame([("runs", "a", 0.0, None, 1.0, 0.0, 1, 50)], columns=measures), 0.0)
+    panels = plots_fragmentation.run_length_frontier(pd.DataFrame([("runs", "a", 0.0, None, 1.0, 0.0, 1, 50)], columns=FRONTIER), 0.0)
     assert all(not panel.lines for panel in panels)
     panels[0].figure.canvas.draw()
 

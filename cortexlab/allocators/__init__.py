@@ -1,10 +1,12 @@
 """Block allocators: one placement a file, one table of strategies. A strategy is a named pair of placement and growth."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from .. import errors
 from ..errors import BadInput, at_least, one_of
-from .base import Allocator, Extent, Stats, block_map, merged
+from .base import Allocator, Extent, Moved, Stats, block_map, merged
 from .buddy import Buddy
 from .contiguous import BestFit, FirstFit, Segregated
 from .cortexstream_buddy import CortexStreamBuddy
@@ -12,7 +14,19 @@ from .paged import Paged
 from .runs import Runs
 from .static import Static
 
-__all__ = ["GROWTHS", "STRATEGIES", "Allocator", "Extent", "Stats", "Strategy", "block_map", "make_allocator", "merged", "strategy_of"]
+__all__ = [
+    "GROWTHS",
+    "STRATEGIES",
+    "Allocator",
+    "Extent",
+    "Moved",
+    "Stats",
+    "Strategy",
+    "block_map",
+    "make_allocator",
+    "merged",
+    "strategy_of",
+]
 
 GROWTHS = ("reserve", "relocate", "chain")  # what happens when a sequence outgrows its extents
 DEFAULT_REGIONS = 8  # of a static pool whose region is not given
@@ -54,6 +68,11 @@ def strategy_of(strategy: str | Callable[[int], Allocator], growth: str | None =
         return found
     one_of("growth", growth, GROWTHS)
     return Strategy(found.name, found.placement, growth)
+
+
+def blamed_on(strategy: str | Callable[[int], Allocator]) -> AbstractContextManager:
+    """`errors.blamed_on` for a factory of the user's; for a name of this package nothing, since its failures are ours."""
+    return errors.blamed_on(strategy_of(strategy).name) if callable(strategy) else nullcontext()
 
 
 def check_names(strategies: Sequence[str | Callable[[int], Allocator]]) -> None:

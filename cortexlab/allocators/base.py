@@ -31,6 +31,10 @@ class Extent(NamedTuple):
 NEW = tuple.__new__  # NEW(Extent, (start, num_blocks)) takes half the time of Extent(start, num_blocks)
 
 
+Moved = tuple[tuple[Extent, ...], tuple[Extent, ...], tuple[tuple[Extent, Extent], ...]]
+"""What compaction did to one allocation: before, after, and the copies ``(source, target)`` in order."""
+
+
 class Stats(dict):
     """A dict whose keys are also attributes, so that ``stats["free_blocks"]`` and ``stats.free_blocks`` both read well."""
 
@@ -170,3 +174,9 @@ def block_map(owners: Mapping[Hashable, Iterable[Extent]], num_blocks: int, widt
     starts = range(0, num_blocks, width)
     digits = len(str(starts[-1]))
     return "\n".join(f"{start:{digits}} {blocks[start : start + width].decode()}" for start in starts)
+
+
+def never_extended(live: Live, extents: Iterable[Extent], num_blocks: int) -> None:
+    """`Allocator.extend` of what has its full size from the start: None for whatever makes sense, else as the others."""
+    allocation_in(live, extents)
+    at_least("num_blocks", num_blocks, 1)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from heapq import heappop, heappush
 
 from ..errors import at_least
-from .base import Extent, Live, Stats, allocation_in, allocations_in
+from .base import Extent, Live, Stats, allocations_in, never_extended
 from .free_map import FREE, USED, FreeMap
 
 
@@ -48,9 +48,7 @@ class CortexStreamBuddy:
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Never: CortexStream has no such operation."""
-        allocation_in(self._live, extents)
-        at_least("num_blocks", num_blocks, 1)
-        return None
+        return never_extended(self._live, extents, num_blocks)
 
     def free(self, extents: Iterable[Extent]) -> None:
         for whole in allocations_in(self._live, extents):

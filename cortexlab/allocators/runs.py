@@ -22,11 +22,10 @@ from collections.abc import Container, Iterable
 from itertools import islice
 
 from ..errors import BadInput, at_least, shown
-from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, merged, pool_stats
+from .base import NEW, Extent, Live, Moved, Stats, allocation_in, allocations_in, merged, pool_stats
 from .holes import HoleSizes
 
 Place = tuple[int, int, int]  # a hole, the block to start at, how many blocks
-Moved = tuple[tuple[Extent, ...], tuple[Extent, ...], tuple[tuple[Extent, Extent], ...]]  # allocation before, after, copies in order
 Step = tuple[int, int, int]  # an allocation's first block, which of its extents moves, the hole it moves to
 
 MAX_COPIES = 16  # blocks that one `compact` copies at most

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ..errors import at_least
-from .base import Extent, Live, Stats, allocation_in, allocations_in, pool_stats
+from .base import Extent, Live, Stats, allocations_in, never_extended, pool_stats
 from .free_map import FREE, USED, FreeMap
 
 
@@ -30,9 +30,7 @@ class Static:
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Never: a region has its full size from the start."""
-        allocation_in(self._live, extents)
-        at_least("num_blocks", num_blocks, 1)
-        return None
+        return never_extended(self._live, extents, num_blocks)
 
     def free(self, extents: Iterable[Extent]) -> None:
         for (extent,) in allocations_in(self._live, extents):
