@@ -132,7 +132,3 @@ class HoleAddresses:
             assert self._largest[self._first_leaf + stretch] == max(found.values(), default=0)
         for node in range(1, self._first_leaf):
             assert self._largest[node] == max(self._largest[2 * node], self._largest[2 * node + 1])
-
-
-def _lowest_bit(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
