@@ -17,7 +17,8 @@ from .allocators import STRATEGIES, Allocator, blamed_on, check_names, strategy_
 from .baseline import CacheUse, Difference, first_difference, run_batch_generator, run_one_by_one
 from .block_manager import BlockManager
 from .doctor import memory_bytes
-from .engine import Engine, StepRecord, kv_shape
+from .driving import kv_shape
+from .engine import Engine, StepRecord
 from .errors import BadInput, at_least, one_of
 from .model import model_limits
 from .request import Request, RequestState

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_lm_cache
 
 from .allocators import Allocator, Stats
-from .arena import Arena
 from .attention import Plan, RowRun, check_method
 from .block_manager import BlockTable
-from .errors import BadInput, ModelError, at_least, shown
+from .driving import check_exact, kv_shape
+from .errors import BadInput, at_least, shown
 from .hook import LayerCache, attention_modules, attention_over_extents, with_last_rows
 from .kv_cache import KVCache
 from .model import model_limits
@@ -25,8 +24,6 @@ from .request import Request, RequestState, TokenEvent
 from .scheduler import WATERMARK, Chunk, Scheduler
 
 DEFAULT_STEP_TOKENS = 512
-PROBE_SLOTS = 16
-PROBE_TOLERANCE, PROBE_TOLERANCE_16_BIT = 1e-3, 5e-2  # of the largest logit
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +108,7 @@ class Engine:
         self.requests: dict[str, Request] = {}  # not ended yet
         self._model, self._last_rows = with_last_rows(model)
         self._modules = attention_modules(model)
-        self._probe(model)
+        check_exact(model, self.cache.arena)
         self._on_step = on_step
         self._pending_events: list[TokenEvent] = []
         self._num_submitted = 0
@@ -247,22 +244,6 @@ class Engine:
         self.scheduler.preempt_all()
         self._pending_events = events
 
-    def _probe(self, model: nn.Module) -> None:
-        """`ModelError` unless two short sequences in one step give the logits that the model gives each by itself."""
-        prompts, arena = [[0, 1, 2], [2, 1]], Arena(self.num_layers, *self.cache.arena.shape[::2], PROBE_SLOTS, self.cache.arena.dtype)
-        rows = [RowRun(0, len(prompt), [(8 * i, 8 * i + len(prompt))]) for i, prompt in enumerate(prompts)]
-        try:
-            plan = Plan(rows, arena, "views")
-            with attention_over_extents(self._modules):
-                ours = model(mx.array([*prompts[0], *prompts[1]])[:, None], cache=[LayerCache(plan, i) for i in range(self.num_layers)])
-            theirs = mx.concatenate([model(mx.array(prompt)[None], cache=mlx_lm_cache.make_prompt_cache(model))[0] for prompt in prompts])
-            worst = mx.abs(ours[:, 0] - theirs).max().item() / max(mx.abs(theirs).max().item(), 1e-30)
-        except Exception as error:
-            raise ModelError(f"this model's attention cannot read from extents: {type(error).__name__}: {shown(str(error))}") from error
-        limit = PROBE_TOLERANCE if arena.dtype == mx.float32 else PROBE_TOLERANCE_16_BIT
-        if not worst <= limit:
-            raise ModelError(f"this model gives other logits over extents than by itself (relative difference {worst:.1e})")
-
     def _deliver(self, request: Request, token: int, now: float) -> TokenEvent:
         request.output_tokens.append(token)
         request.token_times.append(now)
@@ -316,20 +297,3 @@ class Engine:
         if not self.cache.blocks.could_ever_hold(request.max_slots):
             pool = self.cache.blocks.num_blocks * self.cache.blocks.block_size
             raise BadInput(f"request {request.id!r} wants {request.max_slots} slots, which can never fit the pool of {pool} slots")
-
-
-def kv_shape(model: nn.Module) -> tuple[int, int, int, mx.Dtype]:
-    """``(num_layers, num_kv_heads, head_dim, dtype)`` of a model's KV cache, found by running one token.
-
-    Raises `ModelError` naming the first layer whose cache is not mlx-lm's plain `KVCache`, or whose K and V differ in shape.
-    """
-    caches = mlx_lm_cache.make_prompt_cache(model)
-    for layer, cache in enumerate(caches):
-        if type(cache) is not mlx_lm_cache.KVCache:
-            raise ModelError(f"layer {layer} uses a {type(cache).__name__}: only models whose layers all use a plain KVCache can be run")
-    mx.eval(model(mx.array([[0]]), cache=caches))
-    shapes = {(c.keys.shape[1], c.keys.shape[3], c.values.shape[3], c.keys.dtype) for c in caches}
-    heads, dim, value_dim, dtype = shapes.pop()
-    if shapes or dim != value_dim:
-        raise ModelError("layers whose K and V differ in heads, dimension or type cannot share one arena")
-    return len(caches), heads, dim, dtype
