@@ -1,15 +1,33 @@
 """Which blocks a sequence holds, and what happens when it outgrows them. Integers only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise, takewhile
+from enum import StrEnum
+from itertools import chain, pairwise
 from operator import itemgetter
 
 from .allocators import Extent, Moved, Stats, Strategy, make_allocator, merged
 from .errors import BadInput, at_least
-from .prefix import CachedBlock, PrefixCache
+from .prefix import BlockHash, CachedBlock, PrefixCache
+
+COPIED_FROM = 2  # tokens: fewer than that, at the start of a block that parts from a cached one, are computed again
 
 _num_blocks = itemgetter(1)  # of an extent
+
+
+def slot_runs(extents: Sequence[Extent], block_size: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The slots of tokens ``start .. stop - 1`` as runs ``(first slot, slot behind the last)``, in token order."""
+    token = 0  # of the extent's first slot
+    if start >= stop:
+        return
+    for extent in extents:
+        if token >= stop:
+            return
+        size = extent.num_blocks * block_size
+        if token + size > start:
+            first = extent.start * block_size - token
+            yield first + max(start, token), first + min(stop, token + size)
+        token += size
 
 
 @dataclass(eq=False, slots=True)
@@ -62,26 +80,29 @@ class BlockTable:
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The slots of tokens ``start .. stop - 1`` as runs ``(first slot, slot behind the last)``, in token order."""
-        token = 0  # of the extent's first slot
-        if start >= stop:
-            return
-        for extent in self.all_extents:
-            if token >= stop:
-                return
-            size = extent.num_blocks * self.block_size
-            if token + size > start:
-                first = extent.start * self.block_size - token
-                yield first + max(start, token), first + min(stop, token + size)
-            token += size
+        return slot_runs(self.all_extents, self.block_size, start, stop)
+
+
+class Way(StrEnum):
+    """Between which pools tokens move."""
+
+    WITHIN = "within"
+    OUT = "out"  # swapped out, to the host's pool
+    BACK = "back"
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Tokens to be copied from one table's slots to another's before the next write: the price of relocation and compaction."""
+    """Tokens to be copied from one table's slots to another's before the next write: relocation, compaction, copy on write, swap.
+
+    The first ``num_tokens`` tokens that lie in ``source``, without the first ``skipped``, to the same places in ``target``.
+    """
 
     source: tuple[Extent, ...]
     target: tuple[Extent, ...]
     num_tokens: int
+    skipped: int = 0
+    way: Way = Way.WITHIN
 
 
 class BlockManager:
@@ -90,7 +111,8 @@ class BlockManager:
     ``reserve`` takes room for a sequence's last token at once and never grows. ``chain`` takes what its tokens need and lets the
     allocator extend it. ``relocate`` extends in place, else moves the sequence to a larger place; the copies it owes stand in
     ``moves``, in order, until somebody makes them. With ``prefix_caching``, whole blocks of a prompt are found by their prefix
-    ids and shared; each is an allocation by itself, so that it can be evicted by itself.
+    ids and shared; each is an allocation by itself, so that it can be evicted by itself. Where an allocator can ``split`` what it
+    handed out, they lie side by side all the same, and a sequence's own whole blocks are cached too when it leaves.
     """
 
     def __init__(self, strategy: Strategy, num_blocks: int, block_size: int, max_seq_len: int | None = None, prefix_caching: bool = False):
@@ -102,6 +124,7 @@ class BlockManager:
         self.allocator = make_allocator(strategy.placement, num_blocks, region_blocks=region)
         self._empty = make_allocator(strategy.placement, num_blocks, region_blocks=region)  # asked what could ever fit
         self._compact = getattr(self.allocator, "compact", None)
+        self._split = getattr(self.allocator, "split", None)
         self.tables: dict[str, BlockTable] = {}
         self.moves: list[Move] = []
         self.prefix = PrefixCache() if prefix_caching else None
@@ -128,7 +151,7 @@ class BlockManager:
         self._empty.free(extents)
         return True
 
-    def blocks_wanted(self, num_tokens: int, max_tokens: int, prefix_ids: Sequence[int] = (), prompt_tokens: int = 0) -> int:
+    def blocks_wanted(self, num_tokens: int, max_tokens: int, prefix_ids: Sequence[Hashable] = (), prompt_tokens: int = 0) -> int:
         """Free blocks that admitting a sequence takes now: for its last token under ``reserve``, else for those it has.
 
         Cached blocks of its prefix that live sequences hold are not free, and not wanted.
@@ -138,7 +161,9 @@ class BlockManager:
             wanted -= sum(block.num_holders > 0 for block in self.prefix.match(prefix_ids[: prompt_tokens // self.block_size]))
         return wanted
 
-    def allocate(self, sequence: str, num_tokens: int, max_tokens: int, prefix_ids: Sequence[int] = (), prompt_tokens: int = 0) -> bool:
+    def allocate(
+        self, sequence: str, num_tokens: int, max_tokens: int, prefix_ids: Sequence[Hashable] = (), prompt_tokens: int = 0
+    ) -> bool:
         """Room for ``num_tokens`` (under ``reserve``, for ``max_tokens``) in a new table. False, and nothing taken, without room.
 
         ``prefix_ids`` name the blocks of the first ``prompt_tokens`` tokens. The table's ``num_tokens`` are those already
@@ -181,9 +206,14 @@ class BlockManager:
             if not self._evict(missing):
                 return False
 
-    def free(self, sequence: str) -> None:
-        """Give the sequence's blocks back; its table keeps the tokens it ended with."""
+    def free(self, sequence: str, prefix_ids: Sequence[Hashable] = ()) -> None:
+        """Give the sequence's blocks back; its table keeps the tokens it ended with.
+
+        ``prefix_ids`` name the whole blocks of all its tokens: those in its own allocation stay behind as cached ones.
+        """
         table = self.tables.pop(sequence)
+        if prefix_ids and self.prefix is not None:
+            self._leave_behind(table, prefix_ids)
         own = table.num_blocks - len(table.shared)
         if own:
             self.allocator.free(table.extents)
@@ -192,6 +222,11 @@ class BlockManager:
             whole = max(table.num_tokens // self.block_size, table.num_found)
             self.num_held -= self._release(table.shared, len(table.shared) if table.num_tokens >= table.prompt_tokens else whole)
         self.num_releases += 1
+
+    def forget_prefixes(self) -> None:
+        """Give back every cached block that nobody holds: what they hold is not to be trusted any more."""
+        while self.prefix is not None and self.prefix.num_idle:
+            self.allocator.free(self.prefix.evict().extents)
 
     def stats(self) -> Stats:
         """The allocator's; one of the user's own may report a plain dict."""
@@ -234,45 +269,105 @@ class BlockManager:
         self.allocator.free(self.prefix.evict().extents)
         return True
 
-    def _allocate_shared(self, wanted: int, num_tokens: int, prefix_ids: Sequence[int], prompt_tokens: int) -> BlockTable | None:
-        """A table whose prompt blocks are cached ones: those found, and new ones under the ids not found.
+    def _allocate_shared(self, wanted: int, num_tokens: int, prefix_ids: Sequence[Hashable], prompt_tokens: int) -> BlockTable | None:
+        """A table whose whole prompt blocks are cached ones: those found, and new ones under the ids not found.
 
-        A prompt's partial last block is cached too, but its owner goes on writing behind it: who finds it copies it.
+        Where the prompt parts from every cached one inside a block, the tokens before that are copied from the closest. Of ids that
+        do not say their tokens, a prompt's partial last one is cached too, but its owner goes on writing behind it: who finds it
+        copies it.
         """
         whole = prefix_ids[: prompt_tokens // self.block_size]
-        found = self.prefix.match(prefix_ids)
-        shared = found[: len(whole)]
-        written = all(map(self._is_written, found[len(whole) :]))  # before what evicts it
+        shared = self.prefix.match(whole)
+        source, num_copied, num_found = self._partly_found(prefix_ids, shared, len(whole), prompt_tokens)
         if wanted - len(shared) > self.free_blocks - sum(not block.num_holders for block in shared):
             return None
         num_idle = self.prefix.hold(shared)
-        new: list[CachedBlock] = []
-        extents: tuple[Extent, ...] | None = ()
-        for prefix_id in takewhile(lambda i: i not in self.prefix, prefix_ids[len(found) :]):  # all, but for ids that contradict
-            if (extents := self._take(1)) is None:
+        behind = whole if whole and isinstance(whole[0], BlockHash) else prefix_ids
+        new: dict[Hashable, None] = {}
+        for prefix_id in behind[num_found:]:  # all, but for ids that contradict
+            if prefix_id in self.prefix or prefix_id in new:
                 break
-            new.append(self.prefix.add(prefix_id, extents))
-            self.prefix.hold(new[-1:])
-        else:
-            own = wanted - len(shared) - len(new)
-            extents = self._take(own) if own else ()
-        if extents is None:
-            self._release([*shared, *new], num_written=len(shared))
+            new[prefix_id] = None
+        taken = self._take_apart(wanted - len(shared), len(new))
+        if taken is None:
+            self._release(shared, num_written=len(shared))
             return None
-        table = BlockTable(extents, self.block_size, 0, (*shared, *new), len(found), prompt_tokens)
-        partial = [block for block in found[len(whole) :] if written]
-        table.num_tokens = min((len(found[: len(whole)]) + len(partial)) * self.block_size, prompt_tokens, num_tokens - 1)
-        for block in partial:
-            self.prefix.touch(block)
-            target = Extent(extents[0].start, 1)
-            self.moves.append(Move(block.extents, (target,), prompt_tokens - len(whole) * self.block_size))
+        singles, extents = taken
+        fresh = [self.prefix.add(prefix_id, one) for prefix_id, one in zip(new, singles, strict=True)]
+        self.prefix.hold(fresh)
+        table = BlockTable(extents, self.block_size, 0, (*shared, *fresh), num_found, prompt_tokens)
+        table.num_tokens = min(len(shared) * self.block_size + num_copied, prompt_tokens, num_tokens - 1)
+        if num_copied:
+            self.prefix.touch(source)
+            target = fresh[0].extents if fresh else extents
+            self.moves.append(Move(source.extents, (Extent(target[0].start, 1),), num_copied))
         self.num_held += table.num_blocks - len(shared) + num_idle
+        self.prefix.num_asked += len(prefix_ids)
+        self.prefix.num_found += num_found
         return table
 
+    def _partly_found(
+        self, prefix_ids: Sequence[Hashable], shared: list[CachedBlock], num_whole: int, prompt_tokens: int
+    ) -> tuple[CachedBlock | None, int, int]:
+        """Behind the ``shared`` blocks: the block to copy from, how many tokens, and how many ids are found with it."""
+        found = self.prefix.closest(prefix_ids[len(shared)]) if len(shared) < len(prefix_ids) else None
+        if found is None:
+            return None, 0, len(shared)
+        source, num_tokens = found
+        num_found = len(shared)
+        if not num_tokens:  # a prompt's partial last block, by an id that does not say its tokens
+            if num_found < num_whole:  # an id of somebody's partial block, which cannot be this whole one
+                return None, 0, num_found
+            num_tokens, num_found = prompt_tokens - num_whole * self.block_size, num_found + 1
+        elif num_tokens < COPIED_FROM:
+            return None, 0, num_found
+        return source, num_tokens if self._is_written(source) else 0, num_found
+
+    def _take_apart(self, num_blocks: int, num_singles: int) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]] | None:
+        """``num_blocks`` blocks, the first ``num_singles`` of them each an allocation by itself; None, and nothing taken, without room."""
+        if not num_singles:
+            extents = self._take(num_blocks) if num_blocks else ()
+            return None if extents is None else ([], extents)
+        if self._split:
+            extents = self._take(num_blocks)
+            return None if extents is None else self._split(extents, num_singles)
+        singles: list[tuple[Extent, ...]] = []
+        extents: tuple[Extent, ...] | None = ()
+        while len(singles) < num_singles and (one := self._take(1)) is not None:
+            singles.append(one)
+        if len(singles) == num_singles and num_blocks > num_singles:
+            extents = self._take(num_blocks - num_singles)
+        if len(singles) < num_singles or extents is None:
+            for one in singles:
+                self.allocator.free(one)
+            return None
+        return singles, extents
+
+    def _leave_behind(self, table: BlockTable, prefix_ids: Sequence[Hashable]) -> None:
+        """Cache a leaving sequence's own whole blocks under the ids that are not known yet; the others' content is there already."""
+        first, last = len(table.shared), min(table.num_tokens // self.block_size, len(prefix_ids))
+        if first >= last or not table.extents or not self._split:
+            return
+        singles, rest = self._split(table.extents, last - first)
+        for prefix_id, one in reversed(list(zip(prefix_ids[first:last], singles, strict=True))):  # the last is evicted first
+            if prefix_id in self.prefix:
+                self.allocator.free(one)
+            else:
+                self.prefix.add(prefix_id, one)
+        self.num_held -= len(singles)
+        table.extents = rest
+        table.num_blocks -= len(singles)
+
     def _is_written(self, block: CachedBlock) -> bool:
-        """Whether a step before the coming one has computed a prompt's partial last block; if not, a copy would hold nothing."""
-        owners = (table for table in self.tables.values() if table.shared[-1:] == (block,))
-        return not block.num_holders or any(table.num_tokens >= table.prompt_tokens for table in owners)
+        """Whether a step before the coming one has computed a cached block; if not, a copy would hold nothing."""
+        if not block.num_holders:
+            return True
+        for table in self.tables.values():
+            if block in table.shared:
+                end = (table.shared.index(block) + 1) * self.block_size
+                if table.num_tokens >= min(end, table.prompt_tokens):
+                    return True
+        return False
 
     def _release(self, shared: Sequence[CachedBlock], num_written: int) -> int:
         """One holder less for each cached block; those behind the first ``num_written`` are forgotten. How many are now free."""

@@ -239,9 +239,8 @@ class Engine:
 
     def _recover(self, events: list[TokenEvent]) -> None:
         """After a step that raised: what is in the arena is not to be trusted, and what was to be delivered still is."""
-        self.cache.blocks.moves.clear()
         self.cache.arena.clear()
-        self.scheduler.preempt_all()
+        self.scheduler.restart_all()
         self._pending_events = events
 
     def _deliver(self, request: Request, token: int, now: float) -> TokenEvent:

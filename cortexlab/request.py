@@ -1,6 +1,6 @@
 """A request, its states, and the time stamps that latency is computed from."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -35,7 +35,8 @@ class Request:
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
     arrived_at: float = 0.0
-    prefix_ids: tuple[int, ...] = ()  # one for each block of the prompt, a partial last one included; equal ids: equal prefixes
+    prefix_ids: tuple[Hashable, ...] = ()  # one for each block of the prompt, a partial last one included; equal ids: equal prefixes
+    priority: int = 0  # lower ones first
 
     state: RequestState = RequestState.PENDING
     output_tokens: list[int] = field(default_factory=list)
@@ -43,7 +44,9 @@ class Request:
     error: str | None = None
     cached_tokens: int = 0  # prompt tokens whose K and V were found in the prefix cache
     num_computed: int = 0  # tokens whose K and V are in the cache
+    num_pending: int = 0  # tokens sampled, but not read yet
     num_preemptions: int = 0
+    number: int = 0  # place in the order of submission
     admission: int = 0  # place in the order of admission to the batch; a preempted request gets a new one
     scheduled_at: float | None = None
     token_times: list[float] = field(default_factory=list)
@@ -55,8 +58,13 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output so far."""
-        return len(self.prompt) + len(self.output_tokens)
+        """Prompt and output so far, with what is pending."""
+        return len(self.prompt) + len(self.output_tokens) + self.num_pending
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its last token is sampled, if perhaps not read yet."""
+        return len(self.output_tokens) + self.num_pending == self.max_tokens
 
     @property
     def max_slots(self) -> int:

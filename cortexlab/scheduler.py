@@ -4,18 +4,22 @@ A request has ``num_tokens`` tokens, of which ``num_computed`` have their K and 
 them; the one that reaches the last is followed by sampling. Prefill, decode and recomputation after a preemption are all this.
 """
 
-from collections import deque
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
-from .block_manager import BlockManager
+from .block_manager import BlockManager, Move, Way
 from .errors import BadInput, at_least, one_of
 from .request import Request, RequestState
 
 OOM_POLICIES = ("wait", "fail", "preempt")
+PREEMPTIONS = ("recompute", "swap")
 WATERMARK = 0.02
+
+_queue_order = attrgetter("priority", "number")
+_batch_order = attrgetter("priority", "admission")
 
 
 class Chunk(NamedTuple):
@@ -42,13 +46,17 @@ class Schedule:
 
 
 class Scheduler:
-    """First come, first served, up to ``max_batch_size`` running requests and ``max_step_tokens`` tokens a step.
+    """First come, first served within a priority, up to ``max_batch_size`` running requests and ``max_step_tokens`` tokens a step.
+
+    A lower ``priority`` stands further ahead in the queue, and gives way to memory's want later; it does not by itself end the run of
+    another.
 
     Decoding requests come first with a token each, so that a long prompt never holds them up; prompts share what is left.
 
     When memory is out, ``oom_policy`` decides. ``wait``: the request that wants it waits, in the queue, or when it is running
     already with what it holds; only when all that run wait for each other does the youngest go back to the queue. ``fail``: it
-    fails at once. ``preempt``: the youngest running request gives way. Who lost its blocks computes its tokens again later.
+    fails at once. ``preempt``: the youngest running request of the last priority gives way. Who lost its blocks computes its tokens
+    again later; with ``swap``, a pool on the host, they are copied there and back as long as it has room.
 
     ``watermark``: the share of the pool that admitting a request must leave free for those that run to grow into, where they do
     grow and it can wait (vLLM's idea; at its 1 % and more, long queues get shorter, since nobody is preempted or stands still).
@@ -64,6 +72,7 @@ class Scheduler:
         max_step_tokens: int,
         oom_policy: str = "wait",
         watermark: float = WATERMARK,
+        swap: BlockManager | None = None,
     ):
         one_of("oom_policy", oom_policy, OOM_POLICIES)
         if isinstance(watermark, bool) or not isinstance(watermark, int | float) or not 0 <= watermark < 1:
@@ -74,22 +83,27 @@ class Scheduler:
         self.oom_policy = oom_policy
         grows = blocks.growth != "reserve" and oom_policy != "fail"
         self.kept_blocks = int(watermark * blocks.num_blocks) if grows else 0
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # oldest first
+        self.swap = swap
+        self.waiting: list[Request] = []  # by priority, then first come, first served
+        self.running: list[Request] = []  # by priority, then the oldest first: the last gives way first
         self.stalled: dict[Request, int] = {}  # running, but waiting for a block -> `num_releases` when it was refused
         self.num_preemptions = 0
-        self._num_admissions = 0
+        self._num_added = self._num_admissions = 0
         self._refused: tuple[Request, int] | None = None  # the head of the queue, and `num_releases` when it was refused
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self._num_added += 1
+        request.number = self._num_added
+        self._queue(request)
 
-    def remove(self, request: Request) -> None:
-        """Take a request that has ended out of the queue or the batch, and its blocks back."""
+    def remove(self, request: Request, prefix_ids: Sequence[Hashable] = ()) -> None:
+        """Take a request that has ended out of the queue or the batch, and its blocks back. ``prefix_ids`` as `BlockManager.free`."""
         if request in self.running:
-            self._leave(request)
+            self._leave(request, prefix_ids)
         else:
             self.waiting.remove(request)
+            if self.swap and request.id in self.swap.tables:
+                self.swap.free(request.id)
 
     @property
     def admits(self) -> bool:
@@ -115,10 +129,10 @@ class Scheduler:
         they run without a chunk in the plan. This is what lets `replay` pass over tokens that need no decision.
         """
         step = Schedule()
-        asked = self.running if due is None else sorted({*due, *self.stalled}, key=attrgetter("admission"))
+        asked = self.running if due is None else sorted({*due, *self.stalled}, key=_batch_order)
         prefilling = []
         for request in list(asked):
-            if request.state is RequestState.PREEMPTED:  # gave way to an older one a moment ago
+            if request.state is RequestState.PREEMPTED or request.is_full:  # gave way a moment ago, or its last token is on its way
                 continue
             if request.num_tokens - request.num_computed > 1:
                 prefilling.append(request)
@@ -131,7 +145,7 @@ class Scheduler:
             return again
         prefilling = [request for request in prefilling if request.state is not RequestState.PREEMPTED]
         short = bool(self.stalled or step.failed or step.preempted)  # somebody wanted memory in vain: nobody is let in
-        budget = self.max_step_tokens - (len(self.running) - len(self.stalled) - len(prefilling))
+        budget = self.max_step_tokens - (len(self.running) - len(self.stalled) - len(prefilling))  # a token for each that decodes
         for request in prefilling:
             if budget:
                 budget -= self._compute(request, budget, step)
@@ -140,10 +154,15 @@ class Scheduler:
             self.blocks.tables[request.id].num_tokens = stop
         return step
 
-    def preempt_all(self) -> None:
-        """Send every running request back to the queue, oldest first: what they had in the cache is lost."""
-        for request in reversed(list(self.running)):
-            self._preempt(request, Schedule())
+    def restart_all(self) -> None:
+        """Send every running request back to the queue, and those swapped out to their beginning: what they had in the cache is lost."""
+        for request in list(self.running):
+            self._leave(request)
+            self._back_to_queue(request)
+        for sequence in list(self.swap.tables) if self.swap else ():
+            self.swap.free(sequence)
+        self.blocks.moves.clear()
+        self.blocks.forget_prefixes()
 
     # --- one step -------------------------------------------------------------------------------------------------------------
 
@@ -156,17 +175,17 @@ class Scheduler:
                 misplaced |= self._wanted(request) <= self.blocks.free_blocks
                 if self.oom_policy != "fail" or short:
                     break
-                self._fail(self.waiting.popleft(), step)
+                self._fail(self.waiting.pop(0), step)
                 continue
-            self.waiting.popleft()
-            self.running.append(request)
+            self.waiting.pop(0)
             self._num_admissions += 1
             request.state, request.admission = RequestState.PREFILLING, self._num_admissions
+            insort(self.running, request, key=_batch_order)
             if request.scheduled_at is None:
-                request.scheduled_at = now
+                request.scheduled_at, request.cached_tokens = now, request.num_computed
             budget -= self._compute(request, budget, step)
         if self.waiting and not (self.running or len(step.failed) > failed_before or short):  # refused by an empty pool: for ever
-            self._fail(self.waiting.popleft(), step)
+            self._fail(self.waiting.pop(0), step)
         step.unusable_blocks = self.blocks.free_blocks if misplaced else 0
 
     def _compute(self, request: Request, budget: int, step: Schedule) -> int:
@@ -184,7 +203,13 @@ class Scheduler:
         if short or not self.blocks.allocate(request.id, request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt)):
             self._refused = (request, self.blocks.num_releases)
             return False
-        request.num_computed = self.blocks.tables[request.id].num_tokens
+        table = self.blocks.tables[request.id]
+        if self.swap and (swapped := self.swap.tables.get(request.id)):
+            if (num_tokens := swapped.num_tokens) > table.num_tokens:
+                self.blocks.moves.append(Move(swapped.extents, table.all_extents, num_tokens, table.num_tokens, Way.BACK))
+                table.num_tokens = num_tokens
+            self.swap.free(request.id)
+        request.num_computed = table.num_tokens
         return True
 
     def _refused_before(self) -> bool:
@@ -209,18 +234,32 @@ class Scheduler:
                 return False
         return True
 
-    def _leave(self, request: Request) -> None:
+    def _queue(self, request: Request) -> None:
+        if not self.waiting or _queue_order(self.waiting[-1]) < _queue_order(request):
+            self.waiting.append(request)
+        else:
+            insort(self.waiting, request, key=_queue_order)
+
+    def _leave(self, request: Request, prefix_ids: Sequence[Hashable] = ()) -> None:
         self.running.remove(request)
         self.stalled.pop(request, None)
-        self.blocks.free(request.id)
+        self.blocks.free(request.id, prefix_ids)
 
     def _preempt(self, request: Request, step: Schedule) -> None:
-        """Back to the head of the queue without its blocks; it computes its tokens again when it is admitted."""
+        """Back to the queue without its blocks; it computes its tokens again when it is admitted, or copies them back."""
+        table, num_tokens = self.blocks.tables[request.id], request.num_computed
+        if self.swap and num_tokens and self.swap.allocate(request.id, num_tokens, num_tokens):
+            swapped = self.swap.tables[request.id]
+            swapped.num_tokens = num_tokens
+            self.blocks.moves.append(Move(table.all_extents, swapped.extents, num_tokens, way=Way.OUT))
         self._leave(request)
+        self._back_to_queue(request)
+        step.preempted.append(request)
+
+    def _back_to_queue(self, request: Request) -> None:
         request.restart()
         self.num_preemptions += 1
-        step.preempted.append(request)
-        self.waiting.appendleft(request)
+        self._queue(request)
 
     def _fail(self, request: Request, step: Schedule) -> None:
         request.error = (

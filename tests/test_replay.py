@@ -379,7 +379,7 @@ def test_those_who_end_in_one_step_give_their_blocks_back_oldest_first():
     """Blocks of four: r1 takes its last block at its fifth token, r0, which is older, at its ninth, with which both end."""
     done = Replay("paged", num_blocks=20, block_size=4, step_time=step_time())
     freed, free = [], done.blocks.free
-    done.blocks.free = lambda sequence: (freed.append(sequence), free(sequence))[1]
+    done.blocks.free = lambda sequence, ids=(): (freed.append(sequence), free(sequence, ids))[1]
     done.run([item(0, 5, 5), item(0, 2, 5)])
     assert [request.finished_ns for request in done.requests] == [50, 50]
     assert freed == ["r0", "r1"]

@@ -103,7 +103,7 @@ def test_one_that_was_sent_back_comes_back_by_the_same_rule():
         for each in (request("a", 3), request("b", 3)):
             of.add(each)
         assert of.blocks.growth == "chain" and admitted(of)[0] == "ab"
-        of.preempt_all()
+        of.restart_all()
         assert admitted(of)[0] == running
 
 

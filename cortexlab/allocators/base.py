@@ -135,6 +135,28 @@ def allocation_in(live: Live, extents: Iterable[Extent]) -> tuple[Extent, ...]:
     return found[0]
 
 
+def split_off(live: Live, extents: Iterable[Extent], num_blocks: int) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
+    """Make the first ``num_blocks`` blocks of an allocation in ``live`` allocations of one block each; they, and what is left.
+
+    This is what an allocator's ``split`` promises: prefix caching frees the blocks of a prompt one by one. What is left, perhaps
+    nothing, stays one allocation. `BadInput` when there are fewer blocks.
+    """
+    whole = allocation_in(live, extents)
+    blocks = sum(size for _, size in whole)
+    at_least("num_blocks", num_blocks, 1, blocks)
+    singles, rest = [], []
+    for start, size in whole:
+        taken = min(size, num_blocks - len(singles))
+        singles += [(NEW(Extent, (block, 1)),) for block in range(start, start + taken)]
+        if taken < size:
+            rest.append(NEW(Extent, (start + taken, size - taken)))
+    del live[whole[0][0]]
+    live.update((one[0][0], one) for one in singles)
+    if rest:
+        live[rest[0][0]] = tuple(rest)
+    return singles, tuple(rest)
+
+
 def _as_tuple(extents: object) -> tuple:
     try:
         return tuple(extents)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from ..errors import at_least
-from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, pool_stats
+from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, pool_stats, split_off
 from .holes import HoleAddresses, HoleSizes
 
 
@@ -61,6 +61,10 @@ class ContiguousAllocator(ABC):
             hole_at[start] = end - start
             hole_ending[end] = start
             self._put(start, end - start)
+
+    def split(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
+        """As `split_off`."""
+        return split_off(self._live, extents, num_blocks)
 
     def stats(self) -> Stats:
         return pool_stats(self.num_blocks, self._free_blocks, self._sizes.largest(), len(self._hole_at))

@@ -6,7 +6,7 @@ from itertools import accumulate, compress, count, islice
 from operator import add, eq, itemgetter
 
 from ..errors import at_least
-from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in
+from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, split_off
 from .free_map import FREE, USED, FreeMap
 
 START, SIZE = itemgetter(0), itemgetter(1)
@@ -55,6 +55,10 @@ class Paged:
             del self._live[whole[0][0]]
             self._map.mark(whole, FREE)
             self._stack.extend(reversed(whole))
+
+    def split(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
+        """As `split_off`."""
+        return split_off(self._live, extents, num_blocks)
 
     def stats(self) -> Stats:
         return self._map.stats()

@@ -22,7 +22,7 @@ from collections.abc import Container, Iterable
 from itertools import islice
 
 from ..errors import BadInput, at_least, shown
-from .base import NEW, Extent, Live, Moved, Stats, allocation_in, allocations_in, merged, pool_stats
+from .base import NEW, Extent, Live, Moved, Stats, allocation_in, allocations_in, merged, pool_stats, split_off
 from .holes import HoleSizes
 
 Place = tuple[int, int, int]  # a hole, the block to start at, how many blocks
@@ -53,7 +53,8 @@ class Runs:
         self._gaps = HoleSizes(num_blocks)  # the holes that start where an allocation ends
         self._holes = HoleSizes(num_blocks)  # the others
         self._live: Live = {}
-        self._ends: set[int] = set()  # the block behind each allocation
+        self._ends: set[int] = set()  # the block behind each allocation that may grow
+        self._fixed: set[int] = set()  # first blocks of the others: single ones that were split off
         self._chained: dict[int, tuple[int, int]] = {}  # first block of an extent but the first -> its allocation's, its place there
         self._hole_at[0], self._hole_ending[num_blocks] = num_blocks, 0
         self._holes.add(0, num_blocks)
@@ -80,6 +81,9 @@ class Runs:
             return None
         *rest, (start, size) = whole
         first = whole[0].start
+        if first in self._fixed:
+            self._fixed.remove(first)
+            self._end_at(start + size)
         while num_blocks:
             end = start + size
             if more := min(num_blocks, self._hole_at.get(end, 0)):
@@ -105,7 +109,21 @@ class Runs:
                 for start, _ in whole[1:]:
                     del self._chained[start]
             start, size = whole[-1]
-            self._give(start, size, ended=True)
+            self._give(start, size, ended=start not in self._fixed)
+            self._fixed.discard(start)
+
+    def split(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
+        """As `split_off`. The single blocks are not expected to grow: no room is left behind them."""
+        whole = allocation_in(self._live, extents)
+        grows = whole[0].start not in self._fixed
+        singles, rest = split_off(self._live, whole, num_blocks)
+        for start, _ in whole[1:]:
+            del self._chained[start]
+        self._chain(rest)
+        self._fixed.update(one[0].start for one in singles)
+        if grows and not rest:
+            self._end_at(whole[-1].end, ends=False)
+        return singles, rest
 
     def stats(self) -> Stats:
         return pool_stats(self.num_blocks, self._free_blocks, self._largest(), len(self._hole_at))
@@ -119,7 +137,8 @@ class Runs:
         assert self._free_blocks == sum(self._hole_at.values())
         assert self._hole_ending == {start + size: start for start, size in self._hole_at.items()}
         assert not any(start in self._hole_ending for start in self._hole_at), "two neighbouring holes were not joined"
-        assert self._ends == {whole[-1].end for whole in self._live.values()}
+        assert self._ends == {whole[-1].end for first, whole in self._live.items() if first not in self._fixed}
+        assert all(sum(size for _, size in self._live[first]) == 1 for first in self._fixed)
         chained = {extent.start: (first, index) for first, whole in self._live.items() for index, extent in enumerate(whole) if index}
         assert self._chained == chained
         assert all(merged(whole) == whole and whole[0].start == first for first, whole in self._live.items())
@@ -131,7 +150,7 @@ class Runs:
     def _place(self, num_blocks: int, growth: bool = False) -> Place:
         """A place for ``num_blocks``, or for as many of them as the hole it has to be holds."""
         free, left_over, gap_blocks = self._free_blocks, self._left_over, self.gap_blocks
-        room = int((free if free < left_over else left_over) / (len(self._live) + 1))
+        room = int((free if free < left_over else left_over) / (len(self._live) - len(self._fixed) + 1))
         place = self._fit(num_blocks, room if room < gap_blocks else gap_blocks) if room or not growth else None
         if place is None and room and not growth:
             place = self._fit(num_blocks, 0)
@@ -267,6 +286,15 @@ class Runs:
 
     def _largest(self) -> int:
         return max(self._holes.largest(), self._gaps.largest())
+
+    def _end_at(self, block: int, ends: bool = True) -> None:
+        """An allocation that may grow ends before ``block``, or does no more: a hole there becomes a gap, or is one no more."""
+        size = self._hole_at.get(block)
+        if size:
+            self._kind(block).remove(block, size)
+        (self._ends.add if ends else self._ends.remove)(block)
+        if size:
+            self._kind(block).add(block, size)
 
     def _kind(self, start: int) -> HoleSizes:
         """Where the hole at ``start`` is kept."""
