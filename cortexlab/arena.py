@@ -6,7 +6,9 @@ Head-major, so that any run of slots is a view that matmul and attention take as
 else holds the array: write first, take views from what the write returned, and keep none of them to the next step.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,32 +16,47 @@ import numpy as np
 from .errors import at_least
 
 
-class Arena:
-    """K and V of ``num_slots`` tokens in ``num_layers`` layers. ``copied_bytes`` counts what moved besides first writes."""
+class LayerShape(NamedTuple):
+    """One layer's K and V. Most models have one shape in all layers, and one dimension for K and V."""
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, num_slots: int, dtype: mx.Dtype = mx.float32):
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Arena:
+    """K and V of ``num_slots`` tokens in ``num_layers`` layers. ``copied_bytes`` counts what moved besides first writes.
+
+    ``layers``: the shape of every layer, where they are not all ``(num_kv_heads, head_dim, head_dim)``.
+    """
+
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, num_slots: int, dtype: mx.Dtype = mx.float32,
+        layers: Sequence[LayerShape] | None = None,
+    ):  # fmt: skip
         self.num_layers = at_least("num_layers", num_layers, 1)
         self.num_kv_heads = at_least("num_kv_heads", num_kv_heads, 1)
         self.head_dim = at_least("head_dim", head_dim, 1)
         self.num_slots = at_least("num_slots", num_slots, 1)
+        self.layers = [LayerShape(num_kv_heads, head_dim, head_dim)] * num_layers if layers is None else list(layers)
         self.dtype = dtype
         self.copied_bytes = 0
         self.clear()
 
     def clear(self) -> None:
         """Start over with zeros in every slot."""
-        self.keys = [mx.zeros(self.shape, self.dtype) for _ in range(self.num_layers)]
-        self.values = [mx.zeros(self.shape, self.dtype) for _ in range(self.num_layers)]
+        self.keys = [mx.zeros((layer.num_kv_heads, self.num_slots, layer.key_dim), self.dtype) for layer in self.layers]
+        self.values = [mx.zeros((layer.num_kv_heads, self.num_slots, layer.value_dim), self.dtype) for layer in self.layers]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of one layer's K or V."""
-        return self.num_kv_heads, self.num_slots, self.head_dim
+    def uniform(self) -> bool:
+        """Whether K and V have one shape in all layers."""
+        return set(self.layers) == {LayerShape(self.num_kv_heads, self.head_dim, self.head_dim)}
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one token's K and V in every layer."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.size
+        return sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers) * self.dtype.size
 
     @property
     def nbytes(self) -> int:
@@ -53,16 +70,16 @@ class Arena:
         mx.eval(self.arrays())
 
     def write(self, layer: int, slots: "Slots", keys: mx.array, values: mx.array) -> None:
-        """Put ``[num_kv_heads, n, head_dim]`` K and V into ``slots``. Lazy, and in place when it runs."""
+        """Put a layer's K and V, ``[num_kv_heads, n, key_dim or value_dim]``, into ``slots``. Lazy, and in place when it runs."""
         if slots.run is not None:
             start, stop = slots.run
             self.keys[layer][:, start:stop] = keys
             self.values[layer][:, start:stop] = values
         else:
             # put_along_axis takes a quarter of the time of indexed assignment (a scatter) on MLX's CPU build.
-            index = mx.broadcast_to(slots.index, (self.num_kv_heads, slots.count, self.head_dim))
-            self.keys[layer] = mx.put_along_axis(self.keys[layer], index, keys.astype(self.dtype), axis=1)
-            self.values[layer] = mx.put_along_axis(self.values[layer], index, values.astype(self.dtype), axis=1)
+            for arrays, new in ((self.keys, keys), (self.values, values)):
+                index = mx.broadcast_to(slots.index, new.shape)
+                arrays[layer] = mx.put_along_axis(arrays[layer], index, new.astype(self.dtype), axis=1)
 
     def copy(self, source: "Slots", target: "Slots") -> None:
         """Copy tokens between slots in every layer, and count their bytes."""

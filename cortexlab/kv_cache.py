@@ -1,11 +1,11 @@
 """KVCache: the logical layer (who holds which blocks) over the physical one (the arena). CortexStream's API, in snake case."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from .allocators import Allocator, Extent, Stats, strategy_of
-from .arena import Arena, Slots
+from .arena import Arena, LayerShape, Slots
 from .block_manager import BlockManager
 from .errors import BadInput, NotContiguous, at_least
 
@@ -17,6 +17,7 @@ class KVCache:
 
     ``strategy`` names a pair of placement and growth, or is a factory ``Callable[[int], Allocator]``; ``growth`` overrides the
     second half; ``max_seq_len`` is the region of ``static`` in tokens (default: an eighth of the pool). float32 unless ``dtype``.
+    ``layers``: the shape of every layer, where they are not all alike.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class KVCache:
         growth: str | None = None,
         max_seq_len: int | None = None,
         dtype: mx.Dtype = mx.float32,
+        layers: Sequence[LayerShape] | None = None,
     ):
         num_blocks = -(-at_least("max_total_tokens", max_total_tokens, 1) // at_least("block_size", block_size, 1))
         self.blocks = BlockManager(strategy_of(strategy, growth), num_blocks, block_size, max_seq_len)
-        self.arena = Arena(num_layers, num_kv_heads, head_dim, num_blocks * block_size, dtype)
+        self.arena = Arena(num_layers, num_kv_heads, head_dim, num_blocks * block_size, dtype, layers)
 
     # --- sequences ------------------------------------------------------------------------------------------------------------
 
@@ -58,14 +60,15 @@ class KVCache:
         return True
 
     def write(self, sequence: str, layer: int, keys: mx.array, values: mx.array, start: int) -> None:
-        """Store K and V ``[num_kv_heads, n, head_dim]`` of tokens ``start .. start + n - 1``, which must be allocated."""
+        """Store a layer's K and V, ``[num_kv_heads, n, head_dim]``, of tokens ``start .. start + n - 1``, which must be allocated."""
         table = self._table(sequence)
         self._check_layer(layer)
-        for name, array in (("keys", keys), ("values", values)):
-            if array.ndim != 3 or array.shape[::2] != (self.arena.num_kv_heads, self.arena.head_dim) or array.shape[1] < 1:
-                raise BadInput(f"{name} must be [{self.arena.num_kv_heads}, n, {self.arena.head_dim}], not {list(array.shape)}")
+        heads, key_dim, value_dim = self.arena.layers[layer]
+        for name, array, dim in (("keys", keys, key_dim), ("values", values, value_dim)):
+            if array.ndim != 3 or array.shape[::2] != (heads, dim) or array.shape[1] < 1:
+                raise BadInput(f"{name} must be [{heads}, n, {dim}], not {list(array.shape)}")
         stop = at_least("start", start, 0) + keys.shape[1]
-        if values.shape != keys.shape or stop > table.num_tokens:
+        if values.shape[1] != keys.shape[1] or stop > table.num_tokens:
             raise BadInput(f"tokens {start}..{stop - 1} of K and V do not fit {sequence!r}, which has {table.num_tokens} tokens")
         self.arena.write(layer, Slots(table.runs(start, stop)), keys, values)
 
