@@ -81,6 +81,14 @@ class Arena:
                 index = mx.broadcast_to(slots.index, new.shape)
                 arrays[layer] = mx.put_along_axis(arrays[layer], index, new.astype(self.dtype), axis=1)
 
+    def read(self, layer: int, slots: "Slots") -> tuple[mx.array, mx.array]:
+        """A layer's K and V in ``slots``: views of one run; several runs are copied together, and their bytes counted."""
+        if slots.run is not None:
+            return slots.views(self.keys[layer])[0], slots.views(self.values[layer])[0]
+        keys, values = slots.gather(self.keys[layer]), slots.gather(self.values[layer])
+        self.copied_bytes += keys.nbytes + values.nbytes
+        return keys, values
+
     def copy(self, source: "Slots", target: "Slots") -> None:
         """Copy tokens between slots in every layer, and count their bytes."""
         for layer in range(self.num_layers):

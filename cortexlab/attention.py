@@ -65,7 +65,7 @@ class Plan:
         scattered = any(len(run.runs) > 1 for run in decode)
         windows = method == "windows" or (method == "auto" and can_use_windows(arena) and (len(decode) >= WINDOWS_FROM_ROWS or scattered))
         self.windows = Windows(decode, arena) if windows and decode and arena.num_slots >= WINDOW else None
-        self.write_slots = Slots([run for row in rows for run in _tail(row.runs, row.num_rows)])
+        self.write_slots = Slots([run for row in rows for run in tail(row.runs, row.num_rows)])
         self.positions = rows[0].start if self.single else mx.array(
             np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in rows])
         )  # fmt: skip
@@ -155,7 +155,7 @@ def _leading(parts: list[mx.array], length: int) -> list[mx.array]:
     return taken
 
 
-def _tail(runs: list[tuple[int, int]], num_slots: int) -> list[tuple[int, int]]:
+def tail(runs: list[tuple[int, int]], num_slots: int) -> list[tuple[int, int]]:
     """The last ``num_slots`` slots of runs, in order."""
     taken = []
     for start, stop in reversed(runs):

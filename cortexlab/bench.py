@@ -17,7 +17,7 @@ from .allocators import STRATEGIES, Allocator, blamed_on, check_names, strategy_
 from .baseline import CacheUse, Difference, first_difference, run_batch_generator, run_one_by_one
 from .block_manager import BlockManager
 from .doctor import memory_bytes
-from .driving import kv_shape
+from .driving import Driver
 from .engine import Engine, StepRecord
 from .errors import BadInput, at_least, one_of
 from .model import model_limits
@@ -205,8 +205,7 @@ class _Job:
     @cached_property
     def slot_bytes(self) -> int:
         """Bytes of one token's K and V."""
-        layers, heads, dim, dtype = kv_shape(self.model)
-        return 2 * layers * heads * dim * dtype.size
+        return Driver(self.model).slot_bytes
 
     def refuse(self, strategies) -> None:
         """Leave out, for all, what one strategy cannot serve: only then are they compared on the same requests.
@@ -322,11 +321,13 @@ def _name(strategy) -> str:
 
 
 def _engine_step(record: StepRecord, start: float, block_size: int) -> dict:
-    slots = metrics.step_shares([(held.num_slots, held.num_tokens, held.table.num_tokens) for held in record.held], record.unusable_slots)
+    held = [(h.num_slots - h.num_counted, h.num_tokens - h.num_counted, h.table.num_tokens - h.num_counted) for h in record.held]
+    slots = metrics.step_shares(held, record.unusable_slots)
     extents = [[held.request_id, [[e.start, e.num_blocks] for e in held.extents]] for held in record.held]
     return {
         "started_at": record.started_at - start,
         "ended_at": record.ended_at - start,
+        "host_s": record.host_s,
         "num_prefill_tokens": record.num_prefill_tokens,
         "num_decode_tokens": record.num_decode_tokens,
         "num_running": record.num_running,

@@ -1,50 +1,142 @@
-"""Whether a model can be driven: the shape of its KV cache, and a few tokens tried before anybody relies on it."""
+"""Whether and how a model can be driven: what its layers cache, and a few tokens tried before anybody relies on it."""
+
+import time
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from .arena import Arena
-from .attention import Plan, RowRun
+from .arena import Arena, LayerShape
+from .attention import WINDOW, Plan, RowRun
 from .errors import ModelError, shown
-from .hook import LayerCache, attention_modules, attention_over_extents
+from .hook import LayerCache, WholeCache, WindowCache, attention_modules, attention_over_extents, with_last_rows
 
-PROBE_SLOTS = 16
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 5e-2  # of the largest logit
+PROBE = [0, 1, 2, 2, 1, 0], [1, 2, 0, 1, 2]  # two short sequences
 
 
-def kv_shape(model: nn.Module) -> tuple[int, int, int, mx.Dtype]:
-    """``(num_layers, num_kv_heads, head_dim, dtype)`` of a model's KV cache, found by running one token.
+class Driver:
+    """Runs the rows of a step through one model, reading and writing an arena.
 
-    Raises `ModelError` naming the first layer whose cache is not mlx-lm's plain `KVCache`, or whose K and V differ in shape.
+    - ``layers``: the shape of each layer's K and V; ``windows``: how many tokens each attends to, None for all; ``dtype``.
+    - ``planning_s``: seconds the last call spent on plans.
+    - ``batched``: all sequences of a step in one call, attention where K and V lie. Else (the model has an attention or positions
+      of its own) one sequence after the other, K and V handed to the model whole.
+
+    Raises `ModelError` for a model that neither way gives the logits which it gives by itself.
     """
-    caches = mlx_lm_cache.make_prompt_cache(model)
+
+    def __init__(self, model: nn.Module):
+        self._model, self._last_rows = with_last_rows(model)
+        self._modules = attention_modules(model)
+        caches = make_prompt_cache(model)
+        self.windows = [_window(layer, cache) for layer, cache in enumerate(caches)]
+        try:
+            reference = mx.concatenate(
+                [model(mx.array([PROBE[0]]), cache=caches)[0], model(mx.array([PROBE[1]]), cache=make_prompt_cache(model))[0]]
+            )
+            mx.eval(reference)
+        except Exception as error:
+            raise ModelError(f"mlx-lm itself cannot run this model here: {_reason(error)}") from error
+        self.layers, self.dtype = _shapes(caches)
+        self.batched = set(self.windows) == {None} and self._arena(1).uniform and self._error(reference, batched=True) is None
+        if not self.batched and (reason := self._error(reference, batched=False)):
+            raise ModelError(reason)
+
+    def logits(self, rows: Sequence[RowRun], tokens: Sequence[int], ends: Sequence[int], arena: Arena, method: str) -> mx.array | None:
+        """``[len(ends), vocabulary]`` logits behind the rows numbered ``ends``, not evaluated yet; None when ``ends`` is empty.
+
+        ``tokens``: one a row, all sequences' one after the other.
+        """
+        self.planning_s = 0.0
+        if self.batched:
+            return self._run(self._plan(rows, arena, method), tokens, ends)
+        found, first = [], 0
+        for row in rows:
+            stop = first + row.num_rows
+            logits = self._run(self._plan([row], arena, "views"), tokens[first:stop], [end - first for end in ends if first <= end < stop])
+            mx.eval(arena.arrays(), [] if logits is None else logits)  # before the next sequence writes: it would copy what is still held
+            found += [] if logits is None else [logits]
+            first = stop
+        return mx.concatenate(found) if found else None
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token's K and V in every layer."""
+        return self._arena(1).slot_bytes
+
+    def _plan(self, rows: Sequence[RowRun], arena: Arena, method: str) -> Plan:
+        started_at = time.perf_counter()
+        plan = Plan(rows, arena, method)
+        self.planning_s += time.perf_counter() - started_at
+        return plan
+
+    def _run(self, plan: Plan, tokens: Sequence[int], ends: Sequence[int]) -> mx.array | None:
+        if self._last_rows:
+            self._last_rows.rows = mx.array(list(ends) or [0])
+        inputs = mx.array(tokens)
+        with attention_over_extents(self._modules):
+            logits = self._model(inputs[None] if plan.single else inputs[:, None], cache=self._caches(plan))
+        if not ends:  # only parts of prompts: the head is never evaluated
+            return None
+        logits = logits.reshape(-1, logits.shape[-1])
+        return logits if self._last_rows else logits[mx.array(ends)]
+
+    def _caches(self, plan: Plan) -> list:
+        if self.batched:
+            return [LayerCache(plan, layer) for layer in range(len(self.layers))]
+        return [
+            WholeCache(plan, layer) if window is None else WindowCache(plan, layer, window) for layer, window in enumerate(self.windows)
+        ]
+
+    def _arena(self, num_slots: int) -> Arena:
+        return Arena(len(self.layers), self.layers[0].num_kv_heads, self.layers[0].key_dim, num_slots, self.dtype, self.layers)
+
+    def _error(self, reference: mx.array, batched: bool) -> str | None:
+        """Why this way will not do; None when it gives the ``reference``: a prompt alone, a token beside a prompt, a token alone."""
+        self.batched = batched
+        (a, b), arena = PROBE, self._arena(WINDOW + 32)
+        n, m = len(a), len(b)
+        a_runs, b_runs = [(3, n + 1), (WINDOW + 5, WINDOW + 7)], [(20, 20 + m)]
+        steps = [
+            ([RowRun(0, n - 1, [*a_runs[:1], (WINDOW + 5, WINDOW + 6)])], a[:-1]),
+            ([RowRun(n - 1, 1, a_runs), RowRun(0, m - 1, [(20, 19 + m)])], [a[-1], *b[:-1]]),
+            ([RowRun(m - 1, 1, b_runs)], [b[-1]]),
+        ]
+        try:
+            ours = mx.concatenate([self.logits(rows, tokens, range(len(tokens)), arena, "auto") for rows, tokens in steps])
+            worst = mx.abs(ours - reference).max().item() / max(mx.abs(reference).max().item(), 1e-30)
+        except ModelError as error:
+            return str(error)
+        except Exception as error:
+            return f"this model's attention cannot read from extents: {_reason(error)}"
+        if not worst <= (TOLERANCE if self.dtype == mx.float32 else TOLERANCE_16_BIT):
+            return f"this model gives other logits over extents than by itself (relative difference {worst:.1e})"
+        return None
+
+
+def _window(layer: int, cache) -> int | None:
+    """How many tokens a layer attends to, None for all, going by the type of its cache."""
+    if type(cache) is KVCache:
+        return None
+    if type(cache) is RotatingKVCache and cache.keep == 0:
+        return cache.max_size
+    raise ModelError(
+        f"layer {layer} uses a {type(cache).__name__}: only models whose layers all use a plain KVCache or RotatingKVCache can be run"
+    )
+
+
+def _shapes(caches: list) -> tuple[list[LayerShape], mx.Dtype]:
+    """The shape of each layer's K and V, and their type, from caches that have seen tokens."""
     for layer, cache in enumerate(caches):
-        if type(cache) is not mlx_lm_cache.KVCache:
-            raise ModelError(f"layer {layer} uses a {type(cache).__name__}: only models whose layers all use a plain KVCache can be run")
-    mx.eval(model(mx.array([[0]]), cache=caches))
-    shapes = {(c.keys.shape[1], c.keys.shape[3], c.values.shape[3], c.keys.dtype) for c in caches}
-    heads, dim, value_dim, dtype = shapes.pop()
-    if shapes or dim != value_dim:
-        raise ModelError("layers whose K and V differ in heads, dimension or type cannot share one arena")
-    return len(caches), heads, dim, dtype
+        if cache.keys is None:
+            raise ModelError(f"layer {layer} never uses its {type(cache).__name__}")
+    dtypes = {array.dtype for cache in caches for array in (cache.keys, cache.values)}
+    if len(dtypes) > 1:
+        raise ModelError("K and V of this model have several types, which cannot share one arena")
+    return [LayerShape(c.keys.shape[1], c.keys.shape[3], c.values.shape[3]) for c in caches], dtypes.pop()
 
 
-def check_exact(model: nn.Module, like: Arena) -> None:
-    """`ModelError` unless two short sequences in one step give the logits that the model gives each by itself.
-
-    ``like``: the arena the model is to read from; the trial has a small one of its own.
-    """
-    prompts, arena = [[0, 1, 2], [2, 1]], Arena(like.num_layers, like.num_kv_heads, like.head_dim, PROBE_SLOTS, like.dtype)
-    rows = [RowRun(0, len(prompt), [(8 * i, 8 * i + len(prompt))]) for i, prompt in enumerate(prompts)]
-    try:
-        plan = Plan(rows, arena, "views")
-        with attention_over_extents(attention_modules(model)):
-            ours = model(mx.array([*prompts[0], *prompts[1]])[:, None], cache=[LayerCache(plan, i) for i in range(like.num_layers)])
-        theirs = mx.concatenate([model(mx.array(prompt)[None], cache=mlx_lm_cache.make_prompt_cache(model))[0] for prompt in prompts])
-        worst = mx.abs(ours[:, 0] - theirs).max().item() / max(mx.abs(theirs).max().item(), 1e-30)
-    except Exception as error:
-        raise ModelError(f"this model's attention cannot read from extents: {type(error).__name__}: {shown(str(error))}") from error
-    limit = TOLERANCE if arena.dtype == mx.float32 else TOLERANCE_16_BIT
-    if not worst <= limit:
-        raise ModelError(f"this model gives other logits over extents than by itself (relative difference {worst:.1e})")
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {shown(str(error))}"

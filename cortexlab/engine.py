@@ -1,48 +1,60 @@
 """The engine: continuous batching of an unmodified mlx-lm model over a `KVCache`.
 
-A step is: schedule, run, sample, deliver. Its rows are tokens: those of decoding sequences and of prompts in any mixture, fed to
-the model as a batch ``[rows, 1]`` with each row's own position, so matrix products see all of them at once and nothing is padded.
+A step is: schedule, launch, land. Its rows are tokens: those of decoding sequences and of prompts in any mixture, fed to the model as
+a batch ``[rows, 1]`` with each row's own position, so matrix products see all of them at once and nothing is padded. Launching builds
+the step and starts it; landing reads its tokens and delivers them. Pipelined, the next step is launched before one lands:
+
+    host      schedule+launch 1 | schedule+launch 2 | land 1 | schedule+launch 3 | land 2 | ...
+    device                      | 1 ............... | 2 ............... | 3 ...
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .allocators import Allocator, Stats
-from .attention import Plan, RowRun, check_method
+from .attention import RowRun, check_method
 from .block_manager import BlockTable
-from .driving import check_exact, kv_shape
-from .errors import BadInput, at_least, shown
-from .hook import LayerCache, attention_modules, attention_over_extents, with_last_rows
+from .driving import Driver
+from .errors import BadInput, at_least, one_of, shown
 from .kv_cache import KVCache
 from .model import model_limits
-from .request import Request, RequestState, TokenEvent
-from .scheduler import WATERMARK, Chunk, Scheduler
+from .prefix import block_hashes
+from .request import Request, RequestState, SamplingParams, TokenEvent
+from .sampling import Choice, Chooser, LogitsProcessor, Sampler
+from .scheduler import PREEMPTIONS, WATERMARK, Chunk, Scheduler
+from .text import TextStream, wrapped
 
 DEFAULT_STEP_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What one sequence held during a step. ``table`` has the tokens the sequence ended with, once it has."""
+    """What one sequence held during a step. ``table`` has the tokens the sequence ended with, once it has.
+
+    ``num_counted``: of its first slots, those in blocks that a sequence before it in the same step holds too: counted once, there.
+    """
 
     request_id: str
     table: BlockTable
     extents: tuple
     num_slots: int
     num_tokens: int
+    num_counted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step as it was run; times are seconds on the engine's clock."""
+    """One step as it was run; times are seconds on the engine's clock. ``host_s``: scheduling, block tables, plans."""
 
     started_at: float
     ended_at: float
+    host_s: float
     num_prefill_tokens: int
     num_decode_tokens: int
     num_running: int
@@ -53,6 +65,26 @@ class StepRecord:
     held: tuple[Held, ...]
 
 
+@dataclass(slots=True)
+class _Generation:
+    """What a request's tokens are made and shown with."""
+
+    chooser: Chooser
+    text: TextStream | None
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that was launched and has not landed."""
+
+    chunks: list[Chunk]
+    sampling: list[Request]  # whose next token comes of it
+    tokens: mx.array | None = None  # [len(sampling)]
+    choices: dict[Request, Choice] = field(default_factory=dict)  # where it takes more than the largest logit
+    errors: dict[Request, str] = field(default_factory=dict)  # who could not be given one
+    record: dict = field(default_factory=dict)  # of its `StepRecord`, what is known at launch
+
+
 class Engine:
     """Serves requests on ``num_blocks`` blocks of ``block_size`` slots.
 
@@ -61,12 +93,18 @@ class Engine:
     - ``max_batch_size`` requests run at once; a step computes at most ``max_step_tokens`` tokens (default: 512, or the batch size
       where that is more), prompts in chunks if need be.
     - ``oom_policy``: ``wait``, ``fail`` or ``preempt``; ``watermark``: the share of the pool kept free for growth (`Scheduler`).
-    - ``attention``: ``views``, ``windows``, ``gather`` (`cortexlab.attention`), or ``auto``, the default: windows from eight
-      decoding sequences on or where one lies in several extents, else views.
+      ``preemption``: who gives way will ``recompute`` its tokens, or is copied to the host and back (``swap``), as long as there is
+      room in its ``swap_blocks`` (default: as many as the pool has).
+    - ``prefix_caching``: whole blocks of equal prefixes are held once, and kept until memory is wanted.
+    - ``attention``: ``views``, ``windows``, ``gather`` (`cortexlab.attention`), or ``auto``, the default, which chooses for each step
+      by a rule of measured crossovers.
+    - ``pipeline``: launch a step before the last one's tokens are read (default: where the device is not the CPU, whose queue is
+      too short to gain by it).
+    - ``tokenizer``: for prompts as text, text as it comes, stop strings, and to stop at its end-of-sequence tokens.
     - ``on_step`` is called with a `StepRecord` after every step; ``clock`` gives seconds.
 
-    Greedy decoding: the tokens are those of `mlx_lm.generate.generate_step`, whatever the strategy. Raises `ModelError` for a
-    model that cannot be driven exactly (a few tokens are tried), `BadInput` for an argument that makes no sense.
+    The tokens are those of `mlx_lm.generate.generate_step`, whatever the strategy. Raises `ModelError` for a model that cannot be
+    driven exactly (a few tokens are tried), `BadInput` for an argument that makes no sense.
 
     When a step raises, the error is passed on, and everything that was running is computed again from its tokens by later steps.
     """
@@ -84,58 +122,114 @@ class Engine:
         max_step_tokens: int | None = None,
         oom_policy: str = "wait",
         watermark: float = WATERMARK,
+        preemption: str = "recompute",
+        swap_blocks: int | None = None,
+        prefix_caching: bool = False,
         attention: str = "auto",
+        pipeline: bool | None = None,
+        tokenizer=None,
         on_step: Callable[[StepRecord], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         at_least("num_blocks", num_blocks, 1)
         at_least("block_size", block_size, 1)
+        one_of("preemption", preemption, PREEMPTIONS)
+        if preemption == "swap":
+            swap_blocks = num_blocks if swap_blocks is None else at_least("swap_blocks", swap_blocks, 1)
+        elif swap_blocks is not None:
+            raise BadInput("swap_blocks is for preemption 'swap'")
         context, self.vocabulary = model_limits(model)
         self.max_seq_len = min(context, num_blocks * block_size) if max_seq_len is None else at_least("max_seq_len", max_seq_len, 1)
-        self.num_layers, num_kv_heads, head_dim, dtype = kv_shape(model)
+        self.driver = Driver(model)
+        layers = self.driver.layers
         self.cache = KVCache(
-            self.num_layers, num_kv_heads, head_dim, num_blocks * block_size, block_size, strategy,
-            growth=growth, max_seq_len=self.max_seq_len, dtype=dtype,
+            len(layers), layers[0].num_kv_heads, layers[0].key_dim, num_blocks * block_size, block_size, strategy,
+            growth=growth, max_seq_len=self.max_seq_len, dtype=self.driver.dtype, layers=layers,
+            prefix_caching=prefix_caching, swap_blocks=swap_blocks or 0,
         )  # fmt: skip
         check_method(attention, self.cache.arena)
         at_least("max_batch_size", max_batch_size, 1)
         step_tokens = max(DEFAULT_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
         self.scheduler = Scheduler(
-            self.cache.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy, watermark=watermark
+            self.cache.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy, watermark=watermark,
+            swap=self.cache.swap,
         )  # fmt: skip
         self.attention = attention
+        self.pipeline = mx.default_device() != mx.cpu if pipeline is None else bool(pipeline)
+        self.tokenizer = wrapped(tokenizer) if tokenizer is not None else None
         self.clock = clock
         self.requests: dict[str, Request] = {}  # not ended yet
-        self._model, self._last_rows = with_last_rows(model)
-        self._modules = attention_modules(model)
-        check_exact(model, self.cache.arena)
+        self._generations: dict[Request, _Generation] = {}  # the same
         self._on_step = on_step
-        self._pending_events: list[TokenEvent] = []
+        self._events: deque[TokenEvent] = deque()  # not handed to the caller yet
+        self._in_flight: _Flight | None = None
         self._num_submitted = 0
         self._started_at: float | None = None
+        self._landed_at = -math.inf
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
 
     # --- requests -------------------------------------------------------------------------------------------------------------
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | str,
         max_tokens: int = 256,
         *,
+        sampling: SamplingParams | Mapping | Sampler | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        seed: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        stop: str | Sequence[str] | Callable[[Request], bool] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        priority: int = 0,
+        on_token: Callable[[TokenEvent], None] | None = None,
         request_id: str | None = None,
         arrived_at: float | None = None,
     ) -> Request:
-        """Queue a request. `BadInput` when the prompt is empty or holds what is no token, or when it could never fit."""
+        """Queue a request: token ids, or text where the engine has a tokenizer.
+
+        - ``sampling``: `SamplingParams`, a dict of its fields, or a sampler of mlx-lm's kind; ``logits_processors`` likewise. Greedy by
+          default. ``seed``: the same seed, the same tokens, in any batch.
+        - It ends with one of ``stop_token_ids`` (and, with a tokenizer, of its end-of-sequence tokens unless ``ignore_eos``), before the
+          text of ``stop`` (one or several strings; needs a tokenizer), or where ``stop``, a function, says so of the request.
+        - ``logprobs``: tell each token's log-probability, and those of this many best ones.
+        - ``priority``: lower ones first. ``on_token`` is told of each event as it comes. What raises in a function of the caller's own
+          ends this request, and no other.
+
+        `BadInput` when something in it makes no sense, or when it could never fit; the engine goes on for the others.
+        """
+        strings = () if callable(stop) else (stop,) if isinstance(stop, str) else tuple(stop)
+        if strings and self.tokenizer is None:
+            raise BadInput("stop strings need an engine with a tokenizer: give Engine(tokenizer=...), or use stop_token_ids")
+        if wrong := [each for each in strings if not isinstance(each, str) or not each]:
+            raise BadInput(f"stop must be strings of at least one character, or a function, not {shown(wrong[0])}")
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise BadInput(f"prompt {shown(prompt)} is text: give Engine(tokenizer=...), or token ids")
+            prompt = self.tokenizer.encode(prompt)
+        stops = set(self._tokens("stop_token_ids", stop_token_ids))
+        if self.tokenizer is not None and not ignore_eos:
+            stops |= set(self.tokenizer.eos_token_ids)
         request = Request(
             id=self._new_id() if request_id is None else request_id,
             prompt=self._tokens("prompt", prompt),
             max_tokens=at_least("max_tokens", max_tokens, 1),
-            stop_token_ids=frozenset(self._tokens("stop_token_ids", stop_token_ids)),
+            stop_token_ids=frozenset(stops),
             arrived_at=self.clock() if arrived_at is None else arrived_at,
+            priority=at_least("priority", priority, -(2**31)),
+            on_token=_function("on_token", on_token),
+            stop_when=stop if callable(stop) else None,
         )
         self._check(request)
+        generation = _Generation(
+            Chooser(sampling, tuple(logits_processors), seed, logprobs, self.vocabulary),
+            TextStream(self.tokenizer, strings) if self.tokenizer is not None else None,
+        )
+        if self.cache.blocks.prefix is not None:
+            request.prefix_ids = tuple(block_hashes(request.prompt, self.cache.blocks.block_size))
         self.requests[request.id] = request
+        self._generations[request] = generation
         self.scheduler.add(request)
         return request
 
@@ -144,126 +238,277 @@ class Engine:
         request = self.requests.get(request_id)
         if request is None:
             return False
-        self.scheduler.remove(request)
         self._end(request, RequestState.CANCELLED, "cancelled")
-        self._pending_events.append(TokenEvent(request_id, None, "cancelled"))
+        self._events.append(TokenEvent(request_id, None, "cancelled"))
         return True
 
     def run(self) -> Iterator[TokenEvent]:
-        """Step until every request has ended, yielding each token as it comes."""
-        while self.requests or self._pending_events:
-            yield from self.step()
+        """Step until every request has ended, yielding each token as it comes. What is not taken comes with the next call."""
+        while self.requests or self._events:
+            if not self._events:
+                self._advance()
+            while self._events:
+                yield self._events.popleft()
 
     def step(self) -> list[TokenEvent]:
-        """Run one step and return what it delivered; nothing to do returns at once."""
-        started_at = self.clock()
-        if self._started_at is None:
-            self._started_at = started_at
-        events, self._pending_events = self._pending_events, []
-        step = self.scheduler.schedule(started_at)
-        for request in step.failed:
-            self._end(request, RequestState.FAILED, "error")
-            events.append(TokenEvent(request.id, None, "error"))
-        if not step.chunks:
-            return events
-        chunks = sorted(step.chunks, key=lambda chunk: chunk.stop - chunk.start > 1)  # decode rows first, as `Plan` wants them
-        held = self._held() if self._on_step else ()
-        running, pool = len(self.scheduler.running), self.cache.blocks.stats() if self._on_step else None
-        try:
-            self.cache.make_moves()
-            tokens = self._forward(chunks)
-        except BaseException:
-            self._recover(events)
-            raise
-        now = self.clock()
-        for chunk in chunks:
-            chunk.request.num_computed = chunk.stop
-        sampling = [chunk.request for chunk in chunks if chunk.samples]
-        num_decode = sum(chunk.stop - chunk.start == 1 and bool(chunk.request.output_tokens) for chunk in chunks)
-        num_prefill = sum(chunk.stop - chunk.start for chunk in chunks) - num_decode
-        for request, token in zip(sampling, tokens, strict=True):
-            events.append(self._deliver(request, token, now))
-        self._num_steps += 1
-        self._num_prefill_tokens += num_prefill
-        self._num_decode_tokens += num_decode
-        if self._on_step:
-            unusable = step.unusable_blocks * self.cache.blocks.block_size
-            waiting, copied = len(self.scheduler.waiting), self.cache.arena.copied_bytes
-            self._on_step(
-                StepRecord(started_at, now, num_prefill, num_decode, running, waiting, unusable, pool, copied, held)
-            )  # fmt: skip
+        """Run one step and return what it delivered; nothing to do returns at once. Pipelined, that is of the step before."""
+        self._advance()
+        events = list(self._events)
+        self._events.clear()
         return events
 
     def stats(self) -> Stats:
-        """The cache's statistics; queue, preemptions and tokens so far; tokens a second since the first step."""
+        """The cache's statistics; queue, preemptions and tokens so far; rates since the first step; how full it is now.
+
+        ``occupancy``: blocks held / all. Of H + X as interface.md defines them, ``token_share`` holds tokens, ``external_share`` is
+        free but of no use to the head of the queue, ``empty_share`` is held without a token: *reserved* or *internal*, which only the
+        end of a sequence tells apart. None where nothing is held.
+        """
         elapsed = self.clock() - self._started_at if self._started_at is not None else math.nan
+        blocks, prefix = self.cache.blocks, self.cache.blocks.prefix
+        held, unusable = blocks.num_held * blocks.block_size, self.scheduler.unusable_blocks * blocks.block_size
+        tokens = sum(each.num_tokens - each.num_counted for each in self._held())
+        room = held + unusable
         return Stats(
             self.cache.stats(),
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_preemptions=self.scheduler.num_preemptions,
+            num_swapped=len(self.cache.swap.tables) if self.cache.swap else 0,
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_decode_tokens=self._num_decode_tokens,
+            prefill_tokens_per_s=self._num_prefill_tokens / elapsed if elapsed > 0 else None,
             decode_tokens_per_s=self._num_decode_tokens / elapsed if elapsed > 0 else None,
-            prefix_hit_rate=None,  # no prefix cache yet: does not apply
+            occupancy=blocks.num_held / blocks.num_blocks,
+            token_share=tokens / room if room else None,
+            empty_share=(held - tokens) / room if room else None,
+            external_share=unusable / room if room else None,
+            prefix_hit_rate=prefix.num_found / prefix.num_asked if prefix is not None and prefix.num_asked else None,
         )
 
     # --- one step -------------------------------------------------------------------------------------------------------------
 
-    def _forward(self, chunks: list[Chunk]) -> list[int]:
-        """Run the chunks through the model; the sampled token of each that reaches its end, in order."""
+    def _advance(self) -> None:
+        try:
+            flight = self._launch()
+            if self.pipeline:
+                flight, self._in_flight = self._in_flight, flight
+            if flight:
+                self._land(flight)
+        except BaseException:
+            self._recover()
+            raise
+
+    def _launch(self) -> _Flight | None:
+        """Schedule a step and start it; None when there is nothing to run."""
+        started_at = self.clock()
+        if self._started_at is None:
+            self._started_at = started_at
+        step = self.scheduler.schedule(started_at)
+        for request in step.failed:
+            self._end(request, RequestState.FAILED, "error")
+            self._events.append(TokenEvent(request.id, None, "error"))
+        if not step.chunks:
+            return None
+        chunks = sorted(step.chunks, key=lambda chunk: chunk.stop - chunk.start > 1)  # decode rows first, as `Plan` wants them
+        flight = _Flight(chunks, [chunk.request for chunk in chunks if chunk.samples])
+        host_s = self.clock() - started_at
+        if self._on_step:
+            flight.record = {
+                "started_at": started_at,
+                "num_running": len(self.scheduler.running),
+                "num_waiting": len(self.scheduler.waiting),
+                "unusable_slots": step.unusable_blocks * self.cache.blocks.block_size,
+                "pool": self.cache.blocks.stats(),
+                "held": tuple(self._held()),
+            }
+        self.cache.make_moves()
+        planning_at = self.clock()
         tables = self.cache.blocks.tables
         rows = [RowRun(c.start, c.stop - c.start, list(tables[c.request.id].runs(0, c.stop))) for c in chunks]
-        plan = Plan(rows, self.cache.arena, self.attention)
-        inputs = mx.array([token for c in chunks for token in c.request.tokens(c.start, c.stop)])
-        ends, last = [], -1
+        host_s += self.clock() - planning_at
+        self._forward(flight, rows)
+        flight.record["host_s"] = host_s + self.driver.planning_s
         for chunk in chunks:
+            chunk.request.num_computed = chunk.stop
+        for request in flight.sampling:
+            request.num_pending = 1
+        return flight
+
+    def _forward(self, flight: _Flight, rows: list[RowRun]) -> None:
+        """Build the model's graph over the chunks, choose the tokens of those that reach their end, and start it all."""
+        ends, last = [], -1
+        for chunk in flight.chunks:
             last += chunk.stop - chunk.start
             if chunk.samples:
                 ends.append(last)
-        if self._last_rows:
-            self._last_rows.rows = mx.array(ends or [0])
-        with attention_over_extents(self._modules):
-            layers = [LayerCache(plan, layer) for layer in range(self.num_layers)]
-            logits = self._model(inputs[None] if plan.single else inputs[:, None], cache=layers)
-        if not ends:  # only parts of prompts: the head is never evaluated
-            mx.eval(self.cache.arena.arrays())
-            return []
-        logits = logits.reshape(-1, logits.shape[-1])
-        if not self._last_rows:
-            logits = logits[mx.array(ends)]
-        sampled = mx.argmax(logits, axis=-1)
-        mx.eval(sampled, self.cache.arena.arrays())
-        return sampled.tolist()
+        arena = self.cache.arena
+        logits = self.driver.logits(rows, self._inputs(flight.chunks), ends, arena, self.attention)
+        if logits is None:  # only parts of prompts
+            mx.async_eval(arena.arrays())
+            return
+        self._choose(flight, logits)
+        mx.async_eval(flight.tokens, *(array for choice in flight.choices.values() for array in choice.arrays()), arena.arrays())
 
-    def _recover(self, events: list[TokenEvent]) -> None:
-        """After a step that raised: what is in the arena is not to be trusted, and what was to be delivered still is."""
+    def _inputs(self, chunks: list[Chunk]) -> mx.array:
+        """The chunks' tokens, one behind the other; pending ones are taken from the step in flight, unread."""
+        inputs = mx.array([token for chunk in chunks for token in chunk.request.tokens(chunk.start, chunk.stop)], dtype=mx.uint32)
+        if not self._in_flight:
+            return inputs
+        place = {request: index for index, request in enumerate(self._in_flight.sampling)}
+        rows, sampled, first = [], [], 0
+        for request, start, stop in chunks:
+            first += stop - start
+            if request.num_pending and stop == request.num_tokens:
+                rows.append(first - 1)
+                sampled.append(place[request])
+        if rows:
+            inputs[mx.array(rows)] = self._in_flight.tokens[mx.array(sampled)]
+        return inputs
+
+    def _choose(self, flight: _Flight, logits: mx.array) -> None:
+        """A token for each row of ``[len(flight.sampling), vocabulary]``. Who cannot be given one is set down with the reason."""
+        flight.tokens = mx.argmax(logits, axis=-1).astype(mx.uint32)
+        special = [(i, request) for i, request in enumerate(flight.sampling) if not self._generations[request].chooser.plain]
+        for i, request in special:
+            chooser = self._generations[request].chooser
+            try:
+                choice = chooser(self._context(request) if chooser.wants_tokens else None, logits[i : i + 1])
+                if chooser.foreign:
+                    mx.eval(choice.arrays())  # here, where what it raises is its own affair
+            except Exception as error:
+                flight.errors[request] = f"its sampler or logits processor raised {type(error).__name__}: {shown(str(error))}"
+            else:
+                flight.choices[request] = choice
+        if chosen := [(i, flight.choices[request].token) for i, request in special if request in flight.choices]:
+            flight.tokens[mx.array([i for i, _ in chosen])] = mx.concatenate([token for _, token in chosen])
+
+    def _context(self, request: Request) -> mx.array:
+        """Prompt and output, as logits processors see them."""
+        tokens = mx.array([*request.prompt, *request.output_tokens])
+        if not request.num_pending:
+            return tokens
+        return mx.concatenate([tokens, self._in_flight.tokens[self._in_flight.sampling.index(request)][None].astype(tokens.dtype)])
+
+    def _land(self, flight: _Flight) -> None:
+        """Read a step's tokens and deliver them."""
+        if flight.tokens is None:
+            mx.eval(self.cache.arena.arrays())
+        tokens = flight.tokens.tolist() if flight.tokens is not None else []
+        now = self.clock()
+        num_decode = sum(chunk.stop - chunk.start == 1 and bool(chunk.request.output_tokens) for chunk in flight.chunks)
+        num_prefill = sum(chunk.stop - chunk.start for chunk in flight.chunks) - num_decode
+        self._num_steps += 1
+        self._num_prefill_tokens += num_prefill
+        self._num_decode_tokens += num_decode
+        for request, token in zip(flight.sampling, tokens, strict=True):
+            request.num_pending = 0
+            if request in self._generations:  # and has not ended since
+                if request in flight.errors:
+                    self._fail(request, flight.errors[request])
+                else:
+                    self._deliver(request, token, flight.choices.get(request), now)
+        if self._on_step:
+            started_at = max(flight.record.pop("started_at"), self._landed_at)
+            self._on_step(
+                StepRecord(
+                    started_at=started_at, ended_at=now, num_prefill_tokens=num_prefill, num_decode_tokens=num_decode,
+                    copied_bytes=self.cache.arena.copied_bytes, **flight.record,
+                )
+            )  # fmt: skip
+        self._landed_at = now
+
+    def _recover(self) -> None:
+        """After a step that raised: what is in the arena is not to be trusted; what was to be delivered still is."""
+        self._in_flight = None
+        for request in self.requests.values():
+            request.num_pending = 0
         self.cache.arena.clear()
         self.scheduler.restart_all()
-        self._pending_events = events
 
-    def _deliver(self, request: Request, token: int, now: float) -> TokenEvent:
+    def _deliver(self, request: Request, token: int, choice: Choice | None, now: float) -> None:
+        generation = self._generations[request]
+        if token >= self.vocabulary:
+            self._fail(request, f"its sampler returned token {token}, but tokens go up to {self.vocabulary - 1}")
+            return
+        if request.state is not RequestState.DECODING:
+            request.enter(RequestState.DECODING, now)
         request.output_tokens.append(token)
         request.token_times.append(now)
-        request.state = RequestState.DECODING
-        reason = None
-        if token in request.stop_token_ids:
-            reason = "stop"
-        elif len(request.output_tokens) == request.max_tokens:
-            reason = "length"
-        if reason:
-            self.scheduler.remove(request)
+        if choice is not None:
+            generation.chooser.state = choice.state
+            if (logprobs := choice.logprobs()) is not None:
+                request.logprobs.append(logprobs)
+        told = request.logprobs[-1] if request.logprobs else None
+        reason, text = "stop" if token in request.stop_token_ids else None, None
+        if generation.text:
+            text, reason = self._text(request, generation.text, token, reason)
+        try:
+            if reason is None and request.stop_when and request.stop_when(request):
+                reason = "stop"
+            if reason is None and len(request.output_tokens) == request.max_tokens:
+                reason = "length"
+            event = TokenEvent(request.id, token, reason, text, told)
+            if request.on_token:
+                request.on_token(event)
+        except Exception as error:
+            self._events.append(TokenEvent(request.id, token, None, text, told))
+            self._fail(request, f"its stop function or token consumer raised {type(error).__name__}: {shown(str(error))}")
+            return
+        self._events.append(event)
+        if reason and request in self._generations:  # its own consumer may have cancelled it
             self._end(request, RequestState.FINISHED, reason)
-        return TokenEvent(request.id, token, reason)
+
+    def _text(self, request: Request, stream: TextStream, token: int, reason: str | None) -> tuple[str, str | None]:
+        """What can be shown behind ``token``, and the reason to stop. A stop token says nothing."""
+        text = ""
+        if reason is None:
+            text, stopped = stream.add(token)
+            reason = "stop" if stopped else None
+        if len(request.output_tokens) == request.max_tokens and reason is None:
+            more, stopped = stream.finish()
+            text, reason = text + more, "stop" if stopped else None
+        elif reason and token in request.stop_token_ids:
+            text = stream.finish()[0]
+        request.text += text
+        return text, reason
+
+    def _fail(self, request: Request, error: str) -> None:
+        if request not in self._generations:  # its own consumer has cancelled it before it raised
+            return
+        request.error = error
+        self._end(request, RequestState.FAILED, "error")
+        self._events.append(TokenEvent(request.id, None, "error"))
 
     def _end(self, request: Request, state: RequestState, reason: str) -> None:
-        request.state, request.finish_reason, request.finished_at = state, reason, self.clock()
-        del self.requests[request.id]
+        """It holds nothing any more. What it has computed stays in the prefix cache."""
+        if request in self.scheduler.running or request in self.scheduler.waiting:
+            self.scheduler.remove(request, self._whole_blocks(request))
+        request.finish_reason, request.finished_at = reason, self.clock()
+        request.enter(state, request.finished_at)
+        del self.requests[request.id], self._generations[request]
 
-    def _held(self) -> tuple[Held, ...]:
-        tables = self.cache.blocks.tables
-        return tuple(Held(r.id, table := tables[r.id], table.extents, table.capacity, table.num_tokens) for r in self.scheduler.running)
+    def _whole_blocks(self, request: Request) -> Sequence:
+        """The ids of the blocks that prompt and output fill, as far as they are computed."""
+        blocks = self.cache.blocks
+        if blocks.prefix is None or request.id not in blocks.tables:
+            return ()
+        known = min(blocks.tables[request.id].num_tokens, len(request.prompt) + len(request.output_tokens))
+        return tuple(block_hashes(request.tokens(0, known - known % blocks.block_size), blocks.block_size))
+
+    def _held(self) -> Iterator[Held]:
+        tables, seen = self.cache.blocks.tables, set()
+        for request in self.scheduler.running:
+            table = tables[request.id]
+            counted = 0
+            for block in table.shared:
+                counted += block in seen
+                seen.add(block)
+            slots = counted * self.cache.blocks.block_size
+            yield Held(request.id, table, table.all_extents, table.capacity, table.num_tokens, slots)
+
+    # --- what a request may be ------------------------------------------------------------------------------------------------
 
     def _new_id(self) -> str:
         while True:
@@ -296,3 +541,9 @@ class Engine:
         if not self.cache.blocks.could_ever_hold(request.max_slots):
             pool = self.cache.blocks.num_blocks * self.cache.blocks.block_size
             raise BadInput(f"request {request.id!r} wants {request.max_slots} slots, which can never fit the pool of {pool} slots")
+
+
+def _function(name: str, given):
+    if given is not None and not callable(given):
+        raise BadInput(f"{name} must be a function, not {shown(given)}")
+    return given

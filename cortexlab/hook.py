@@ -1,8 +1,12 @@
-"""The one place that reaches into mlx-lm: how an unmodified model's attention comes to read the arena.
+"""The one place that reaches into mlx-lm: how an unmodified model's attention comes to read the arena. There are two ways.
 
-A model's layers call ``cache.update_and_fetch(k, v)`` and then their module's ``scaled_dot_product_attention``. Our layer cache
-returns an `ArenaArray` there, and while a step runs, that function is wrapped: it looks at the type of ``keys`` and hands ours to
-the plan, everything else to the original. Afterwards, and after an exception, the modules are as they were.
+In rows     A model's layers call ``cache.update_and_fetch(k, v)`` and then their module's ``scaled_dot_product_attention``. Our
+            `LayerCache` returns an `ArenaArray` there, and while a step runs, that function is wrapped: it looks at the type of
+            ``keys`` and hands ours to the plan, everything else to the original. All sequences of a step run at once.
+One by one  `WholeCache` and `WindowCache` are mlx-lm's own caches, with K and V that lie in the arena. The model gets them whole
+            and does what it likes; they are copied together where a sequence lies in several runs. Sequences take turns.
+
+Afterwards, and after an exception, the modules are as they were.
 """
 
 import contextlib
@@ -13,8 +17,10 @@ from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from .attention import Plan
+from .arena import Slots
+from .attention import Plan, tail
 from .errors import ModelError
 
 ATTENTION = "scaled_dot_product_attention"
@@ -38,9 +44,8 @@ class LayerCache:
         self.offset = plan.positions
 
     def make_mask(self, *_args, window_size: int | None = None, **_kwargs) -> None:
-        """None: the plan masks each sequence by itself, and knows no sliding window."""
-        if window_size is not None:
-            raise ModelError(f"layer {self.layer} attends to a sliding window of {window_size} tokens, which extents do not support")
+        """None: the plan masks each sequence by itself."""
+        _check_window(self.layer, window_size, None)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[ArenaArray, ArenaArray]:
         """Write ``[rows, kv_heads, 1, head_dim]`` (one sequence: ``[1, kv_heads, rows, head_dim]``) K and V."""
@@ -55,6 +60,51 @@ class LayerCache:
         if self.plan.single:
             return self.plan.attend(queries[0].swapaxes(0, 1), self.layer, scale).swapaxes(0, 1)[None]
         return self.plan.attend(queries[:, :, 0], self.layer, scale)[:, :, None]
+
+
+class _InArena:
+    """What puts one of mlx-lm's caches, for one layer, one step and one sequence, over the arena."""
+
+    window: int | None = None
+
+    def _over(self, plan: Plan, layer: int) -> None:
+        self._plan, self._layer, (self._row,) = plan, layer, plan.rows
+        self.offset = self._row.start
+
+    def make_mask(self, *args, window_size: int | None = None, **kwargs):
+        _check_window(self._layer, window_size, self.window)
+        return super().make_mask(*args, window_size=window_size, **kwargs)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write ``[1, kv_heads, rows, dim]`` K and V; the sequence's whole, or what of it the rows see through the window."""
+        arena, row = self._plan.arena, self._row
+        arena.write(self._layer, self._plan.write_slots, keys[0], values[0])
+        seen = row.stop if self.window is None else row.num_rows + min(row.start, self.window - 1)
+        self.keys, self.values = (x[None] for x in arena.read(self._layer, Slots(tail(row.runs, seen))))
+        self.offset = row.stop
+        return self.keys, self.values
+
+
+class WholeCache(_InArena, KVCache):
+    def __init__(self, plan: Plan, layer: int):
+        super().__init__()
+        self._over(plan, layer)
+
+
+class WindowCache(_InArena, RotatingKVCache):
+    """The last ``window`` tokens, in their order. The arena keeps those before them, too."""
+
+    def __init__(self, plan: Plan, layer: int, window: int):
+        super().__init__(max_size=window)
+        self.window = window
+        self._over(plan, layer)
+
+
+def _check_window(layer: int, asked: int | None, window: int | None) -> None:
+    """mlx-lm applies a mask that is wider or narrower than its cache to some chunks and not to others: nothing to be equal to."""
+    if asked not in (None, window):
+        cache = "KVCache" if window is None else f"RotatingKVCache of {window}"
+        raise ModelError(f"layer {layer} masks a sliding window of {asked} tokens over a {cache}: mlx-lm's own tokens depend on its chunks")
 
 
 def attention_modules(model: nn.Module) -> list[ModuleType]:

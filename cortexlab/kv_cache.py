@@ -6,8 +6,9 @@ import mlx.core as mx
 
 from .allocators import Allocator, Extent, Stats, strategy_of
 from .arena import Arena, LayerShape, Slots
-from .block_manager import BlockManager
+from .block_manager import BlockManager, Way, slot_runs
 from .errors import BadInput, NotContiguous, at_least
+from .host_arena import HostArena
 
 MIB = 1 << 20
 
@@ -17,7 +18,8 @@ class KVCache:
 
     ``strategy`` names a pair of placement and growth, or is a factory ``Callable[[int], Allocator]``; ``growth`` overrides the
     second half; ``max_seq_len`` is the region of ``static`` in tokens (default: an eighth of the pool). float32 unless ``dtype``.
-    ``layers``: the shape of every layer, where they are not all alike.
+    ``layers``: the shape of every layer, where they are not all alike. ``prefix_caching`` and ``swap_blocks`` (a pool on the host of
+    that many blocks) are for the engine's scheduler.
     """
 
     def __init__(
@@ -33,10 +35,14 @@ class KVCache:
         max_seq_len: int | None = None,
         dtype: mx.Dtype = mx.float32,
         layers: Sequence[LayerShape] | None = None,
+        prefix_caching: bool = False,
+        swap_blocks: int = 0,
     ):
         num_blocks = -(-at_least("max_total_tokens", max_total_tokens, 1) // at_least("block_size", block_size, 1))
-        self.blocks = BlockManager(strategy_of(strategy, growth), num_blocks, block_size, max_seq_len)
+        self.blocks = BlockManager(strategy_of(strategy, growth), num_blocks, block_size, max_seq_len, prefix_caching)
         self.arena = Arena(num_layers, num_kv_heads, head_dim, num_blocks * block_size, dtype, layers)
+        self.swap = BlockManager(strategy_of("paged"), swap_blocks, block_size) if at_least("swap_blocks", swap_blocks, 0) else None
+        self.host = HostArena(self.arena, swap_blocks * block_size) if self.swap else None
 
     # --- sequences ------------------------------------------------------------------------------------------------------------
 
@@ -110,13 +116,18 @@ class KVCache:
         return self._table(sequence).extents
 
     def make_moves(self) -> None:
-        """Make the copies that relocation and compaction owe, in order: one may land where an earlier one left. Before the next write."""
+        """Make the copies that are owed, in order: one may land where an earlier one left. Before the next write."""
         for move in self.blocks.moves:
-            size = self.blocks.block_size
             source, target = (
-                Slots(_first([(e.start * size, e.end * size) for e in extents], move.num_tokens)) for extents in (move.source, move.target)
+                Slots(list(slot_runs(extents, self.blocks.block_size, move.skipped, move.num_tokens)))
+                for extents in (move.source, move.target)
             )
-            self.arena.copy(source, target)
+            if move.way is Way.WITHIN:
+                self.arena.copy(source, target)
+            elif move.way is Way.OUT:
+                self.host.take(self.arena, source, target)
+            else:
+                self.host.give(self.arena, source, target)
         self.blocks.moves.clear()
 
     # --- the pool -------------------------------------------------------------------------------------------------------------
@@ -149,9 +160,15 @@ class KVCache:
         return self.blocks.block_size * self.arena.slot_bytes
 
     def stats(self) -> Stats:
-        """The allocator's statistics, and ``num_blocks, block_size, num_sequences, arena_bytes, copied_bytes``."""
+        """The allocator's statistics, and ``num_blocks, block_size, num_sequences, cached_blocks, arena_bytes, copied_bytes``.
+
+        Cached blocks that no sequence holds are free; the largest run and the holes are the allocator's, which they are in the way of.
+        """
         return Stats(
             self.blocks.stats(),
+            free_blocks=self.blocks.free_blocks,
+            used_blocks=self.blocks.num_held,
+            cached_blocks=self.blocks.prefix.num_idle if self.blocks.prefix is not None else 0,
             num_blocks=self.blocks.num_blocks,
             block_size=self.blocks.block_size,
             num_sequences=len(self.blocks.tables),
@@ -201,14 +218,3 @@ class KVCache:
         if len(views) != 1:
             raise NotContiguous(f"sequence {sequence!r} lies in {len(views)} extents: use get_k_views / get_v_views")
         return views[0]
-
-
-def _first(runs: list[tuple[int, int]], num_slots: int) -> list[tuple[int, int]]:
-    """The first ``num_slots`` slots of runs, in order."""
-    taken = []
-    for start, stop in runs:
-        if num_slots <= 0:
-            break
-        taken.append((start, min(stop, start + num_slots)))
-        num_slots -= stop - start
-    return taken

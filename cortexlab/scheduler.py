@@ -88,6 +88,7 @@ class Scheduler:
         self.running: list[Request] = []  # by priority, then the oldest first: the last gives way first
         self.stalled: dict[Request, int] = {}  # running, but waiting for a block -> `num_releases` when it was refused
         self.num_preemptions = 0
+        self._now = 0.0  # of the step that is planned
         self._num_added = self._num_admissions = 0
         self._refused: tuple[Request, int] | None = None  # the head of the queue, and `num_releases` when it was refused
 
@@ -102,8 +103,7 @@ class Scheduler:
             self._leave(request, prefix_ids)
         else:
             self.waiting.remove(request)
-            if self.swap and request.id in self.swap.tables:
-                self.swap.free(request.id)
+            self._forget_swapped(request)
 
     @property
     def admits(self) -> bool:
@@ -128,7 +128,7 @@ class Scheduler:
         ``due`` names the running requests to look at (default: all). The others must be decoding with room for their next token;
         they run without a chunk in the plan. This is what lets `replay` pass over tokens that need no decision.
         """
-        step = Schedule()
+        step, self._now = Schedule(), now
         asked = self.running if due is None else sorted({*due, *self.stalled}, key=_batch_order)
         prefilling = []
         for request in list(asked):
@@ -179,7 +179,8 @@ class Scheduler:
                 continue
             self.waiting.pop(0)
             self._num_admissions += 1
-            request.state, request.admission = RequestState.PREFILLING, self._num_admissions
+            request.enter(RequestState.PREFILLING, now)
+            request.admission = self._num_admissions
             insort(self.running, request, key=_batch_order)
             if request.scheduled_at is None:
                 request.scheduled_at, request.cached_tokens = now, request.num_computed
@@ -257,7 +258,7 @@ class Scheduler:
         step.preempted.append(request)
 
     def _back_to_queue(self, request: Request) -> None:
-        request.restart()
+        request.restart(self._now)
         self.num_preemptions += 1
         self._queue(request)
 
@@ -267,6 +268,11 @@ class Scheduler:
             f"{self.blocks.free_blocks} are free, and the allocator refused"
         )
         step.failed.append(request)
+        self._forget_swapped(request)
+
+    def _forget_swapped(self, request: Request) -> None:
+        if self.swap and request.id in self.swap.tables:
+            self.swap.free(request.id)
 
     def _wanted(self, request: Request) -> int:
         return self.blocks.blocks_wanted(request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt))

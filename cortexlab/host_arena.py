@@ -1,0 +1,39 @@
+"""Where swapped-out sequences wait: K and V in the host's memory, as NumPy keeps it, laid out as the arena."""
+
+import mlx.core as mx
+import numpy as np
+
+from .arena import Arena, Slots
+
+AS_BITS = {mx.bfloat16: mx.uint16}  # what NumPy has no type for
+
+
+class HostArena:
+    """``num_slots`` slots for each K and V of an arena. Untouched pages take no memory."""
+
+    def __init__(self, like: Arena, num_slots: int):
+        self._bits = AS_BITS.get(like.dtype, like.dtype)
+        numpy_type = np.array(mx.zeros((), self._bits)).dtype
+        self._pairs = [
+            tuple(np.zeros((layer.num_kv_heads, num_slots, dim), numpy_type) for dim in (layer.key_dim, layer.value_dim))
+            for layer in like.layers
+        ]
+
+    def take(self, arena: Arena, source: Slots, target: Slots) -> None:
+        """Copy tokens out of ``arena``, and count their bytes there."""
+        for layer, pair in enumerate(self._pairs):
+            for array, kept in zip((arena.keys[layer], arena.values[layer]), pair, strict=True):
+                kept[:, _indices(target)] = np.array(source.gather(array).view(self._bits))
+        arena.copied_bytes += source.count * arena.slot_bytes
+
+    def give(self, arena: Arena, source: Slots, target: Slots) -> None:
+        """Copy tokens back into ``arena``, and count their bytes there."""
+        for layer, pair in enumerate(self._pairs):
+            keys, values = (mx.array(kept[:, _indices(source)]).view(arena.dtype) for kept in pair)
+            arena.write(layer, target, keys, values)
+        mx.eval(arena.arrays())
+        arena.copied_bytes += source.count * arena.slot_bytes
+
+
+def _indices(slots: Slots) -> np.ndarray:
+    return np.concatenate([np.arange(start, stop) for start, stop in slots.runs])
