@@ -333,7 +333,7 @@ class Engine:
         for chunk in chunks:
             chunk.request.num_computed = chunk.stop
         for request in flight.sampling:
-            request.num_pending = 1
+            request.num_pending += 1
         return flight
 
     def _forward(self, flight: _Flight, rows: list[RowRun]) -> None:
@@ -373,8 +373,10 @@ class Engine:
         special = [(i, request) for i, request in enumerate(flight.sampling) if not self._generations[request].chooser.plain]
         for i, request in special:
             chooser = self._generations[request].chooser
+            before = self._in_flight.choices.get(request) if self._in_flight else None
+            state = before.state if before else chooser.state
             try:
-                choice = chooser(self._context(request) if chooser.wants_tokens else None, logits[i : i + 1])
+                choice = chooser(self._context(request) if chooser.wants_tokens else None, logits[i : i + 1], state)
                 if chooser.foreign:
                     mx.eval(choice.arrays())  # here, where what it raises is its own affair
             except Exception as error:
@@ -403,7 +405,7 @@ class Engine:
         self._num_prefill_tokens += num_prefill
         self._num_decode_tokens += num_decode
         for request, token in zip(flight.sampling, tokens, strict=True):
-            request.num_pending = 0
+            request.num_pending -= 1
             if request in self._generations:  # and has not ended since
                 if request in flight.errors:
                     self._fail(request, flight.errors[request])

@@ -49,18 +49,18 @@ class Chooser:
         seed = secrets.randbelow(MAX_SEED) if seed is None else at_least("seed", seed, 0, MAX_SEED)
         self.state = None if self.greedy else mx.random.key(seed)
 
-    def __call__(self, tokens: mx.array | None, logits: mx.array) -> "Choice":
+    def __call__(self, tokens: mx.array | None, logits: mx.array, state: mx.array | None) -> "Choice":
         """Behind ``tokens`` (prompt and output; None unless it ``wants_tokens``), from logits ``[1, vocabulary]``. Lazy.
 
-        The random state is as it was: `Choice.state` is the next one.
+        ``state`` is where the random state stands: this chooser's, once the token before is delivered, else that one's `Choice.state`.
         """
         for processor in self._processors:
             logits = processor(tokens, logits)
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         if self.greedy:
-            token, state = self._sampler(logprobs), None
+            token = self._sampler(logprobs)
         else:
-            with random_state(self.state) as after:
+            with random_state(state) as after:
                 token = self._sampler(logprobs)
             (state,) = after
         if not isinstance(token, mx.array) or token.size != 1 or not mx.issubdtype(token.dtype, mx.integer):
