@@ -49,11 +49,6 @@ class Arena:
         self.values = [mx.zeros((layer.num_kv_heads, self.num_slots, layer.value_dim), self.dtype) for layer in self.layers]
 
     @property
-    def uniform(self) -> bool:
-        """Whether K and V have one shape in all layers."""
-        return set(self.layers) == {LayerShape(self.num_kv_heads, self.head_dim, self.head_dim)}
-
-    @property
     def slot_bytes(self) -> int:
         """Bytes of one token's K and V in every layer."""
         return sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers) * self.dtype.size

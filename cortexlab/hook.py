@@ -39,13 +39,13 @@ class ArenaArray(mx.array):
 class LayerCache:
     """mlx-lm's cache protocol for one layer and one step: writes the step's rows, then stands for what attention reads."""
 
-    def __init__(self, plan: Plan, layer: int):
-        self.plan, self.layer = plan, layer
+    def __init__(self, plan: Plan, layer: int, window: int | None):
+        self.plan, self.layer, self.window = plan, layer, window
         self.offset = plan.positions
 
     def make_mask(self, *_args, window_size: int | None = None, **_kwargs) -> None:
-        """None: the plan masks each sequence by itself."""
-        _check_window(self.layer, window_size, None)
+        """None: the plan masks each sequence by itself, to this layer's window."""
+        _check_window(self.layer, window_size, self.window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[ArenaArray, ArenaArray]:
         """Write ``[rows, kv_heads, 1, head_dim]`` (one sequence: ``[1, kv_heads, rows, head_dim]``) K and V."""
@@ -55,11 +55,11 @@ class LayerCache:
         handle.layer_cache = self
         return handle, handle
 
-    def attend(self, queries: mx.array, scale: float) -> mx.array:
+    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
         """Queries as the model shapes them, and back in the same shape."""
         if self.plan.single:
-            return self.plan.attend(queries[0].swapaxes(0, 1), self.layer, scale).swapaxes(0, 1)[None]
-        return self.plan.attend(queries[:, :, 0], self.layer, scale)[:, :, None]
+            return self.plan.attend(queries[0].swapaxes(0, 1), self.layer, scale, self.window, sinks).swapaxes(0, 1)[None]
+        return self.plan.attend(queries[:, :, 0], self.layer, scale, self.window, sinks)[:, :, None]
 
 
 class _InArena:
@@ -131,9 +131,9 @@ def _dispatching(original):
     def scaled_dot_product_attention(queries, keys, values, cache=None, scale=1.0, mask=None, sinks=None, **more):
         if not isinstance(keys, ArenaArray):
             return original(queries, keys, values, cache, scale=scale, mask=mask, **({"sinks": sinks} if sinks is not None else {}), **more)
-        if mask is not None or sinks is not None or more:
-            raise ModelError("this model's attention has a mask or sinks of its own, which extents do not support")
-        return keys.layer_cache.attend(queries, scale)
+        if mask is not None or more:
+            raise ModelError("this model's attention has a mask of its own, which extents do not support")
+        return keys.layer_cache.attend(queries, scale, sinks)
 
     return scaled_dot_product_attention
 
@@ -158,9 +158,10 @@ def with_last_rows(model: nn.Module) -> tuple[nn.Module, LastRows | None]:
 
     None in the second place when the model has no inner model of its own to wrap: its head then runs on every row.
     """
-    inner = getattr(model, "model", None)
-    if not isinstance(inner, nn.Module):
-        return model, None
-    outer, last_rows = copy.copy(model), LastRows(inner)
-    outer.model = last_rows
-    return outer, last_rows
+    for name in ("language_model", "model", "transformer"):
+        if isinstance(inner := model.get(name), nn.Module):
+            wrapped, last_rows = with_last_rows(inner) if name == "language_model" else (rows := LastRows(inner), rows)
+            outer = copy.copy(model)
+            setattr(outer, name, wrapped)
+            return outer, last_rows
+    return model, None

@@ -67,6 +67,7 @@ def model_limits(model) -> tuple[int, int]:
     """``(context, vocabulary)`` in tokens; a context the model does not state counts as unlimited."""
     args = getattr(model, "args", None)
     text = getattr(args, "text_config", None) or {}
+    text = text if isinstance(text, dict) else vars(text)
     context = getattr(args, "max_position_embeddings", None) or text.get("max_position_embeddings") or sys.maxsize
     vocabulary = getattr(args, "vocab_size", None) or text.get("vocab_size") or sys.maxsize
     return context, vocabulary

@@ -60,7 +60,7 @@ def by_hand(rows, arena, queries):
 
 def test_windows_need_an_arena_as_long_as_one():
     arena = Arena(1, KV_HEADS, DIM, WINDOW - 1)
-    assert Plan([RowRun(0, 1, [(0, 1)])] * 9, arena, "windows").windows is None
+    assert Plan([RowRun(0, 1, [(0, 1)])] * 9, arena, "windows")._num_by_windows == 0
 
 
 def test_views_and_windows_copy_nothing_and_gather_counts_its_bytes():

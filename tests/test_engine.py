@@ -167,15 +167,6 @@ def test_bad_settings_are_refused(tiny, options):
         cl.Engine(tiny, **{"num_blocks": 8} | options)
 
 
-def test_a_model_with_another_kind_of_cache_is_refused_by_layer_and_cache():
-    args = llama.ModelArgs(
-        model_type="llama", hidden_size=32, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2, rms_norm_eps=1e-5,
-        vocab_size=64, layer_types=["full_attention", "sliding_attention"], sliding_window=16,
-    )  # fmt: skip
-    with pytest.raises(cl.ModelError, match="layer 1 uses a RotatingKVCache"):
-        cl.Engine(llama.Model(args), num_blocks=8)
-
-
 def test_mlx_lm_is_as_it_was_after_a_step_and_after_an_exception(tiny, monkeypatch):
     before = getattr(llama, ATTENTION)
     inner = tiny.model
@@ -245,22 +236,6 @@ def test_a_step_that_raises_loses_nothing(tiny, tiny_reference, monkeypatch):
     assert cl.TokenEvent(gone.id, None, "cancelled") in events
     for request in requests:
         assert [event.token for event in events if event.request_id == request.id] == request.output_tokens
-
-
-def test_models_whose_attention_cannot_be_hooked_are_refused_when_the_engine_is_made():
-    from mlx_lm.models import gemma2, gpt_bigcode
-
-    small = gemma2.ModelArgs(
-        model_type="gemma2", hidden_size=32, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2, head_dim=16,
-        rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=1,
-    )  # fmt: skip
-    with pytest.raises(cl.ModelError, match="extents"):
-        cl.Engine(gemma2.Model(small), num_blocks=8)
-    other = gpt_bigcode.ModelArgs(
-        model_type="gpt_bigcode", n_embd=32, n_layer=2, n_inner=64, n_head=2, n_positions=64, layer_norm_epsilon=1e-5, vocab_size=64
-    )
-    with pytest.raises(cl.ModelError, match="extents"):
-        cl.Engine(gpt_bigcode.Model(other), num_blocks=8)
 
 
 def test_prompts_may_be_arrays_and_ids_never_collide(tiny):
