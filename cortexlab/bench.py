@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
@@ -27,7 +28,7 @@ from .workload import WorkItem, default_max_seq_len, pool_blocks, prompt_tokens
 
 MLX_LM = "mlx-lm"
 ALL = (*STRATEGIES, MLX_LM)
-DEFAULT = ("static", "cortexstream", "paged", MLX_LM)  # one of each family: fixed, contiguous, scattered
+DEFAULT = ("static", "cortexstream", "paged", "runs", MLX_LM)  # one of each family: fixed, contiguous, scattered, ours
 WARMUP_PROMPT, WARMUP_TOKENS = 32, 4  # tokens of each warm-up request
 LATENCIES = [f"{statistic}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for statistic in ("mean", "median", "p99")]
 TIMED = ("duration", "request_throughput", "output_throughput", *LATENCIES)
@@ -43,6 +44,8 @@ class Setting:
     max_seq_len: int | None = None
     ignore_eos: bool = True
     seed: int = 0
+    prefix_caching: bool = False  # for mlx-lm: its own `LRUPromptCache`
+    engine: Mapping = field(default_factory=dict)  # more of `Engine`'s arguments
 
 
 @dataclass(slots=True)
@@ -61,6 +64,7 @@ class Run:
     copied_bytes: int | None = None
     num_preemptions: int | None = None
     peak_kv_bytes: int = 0
+    prefix_hit_rate: float | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -207,6 +211,17 @@ class _Job:
         """Bytes of one token's K and V."""
         return Driver(self.model).slot_bytes
 
+    @cached_property
+    def shared_tokens(self) -> dict[str, int] | None:
+        """By request, how many of its first tokens another one has too; None without prefix caching."""
+        if not self.setting.prefix_caching:
+            return None
+        seen = Counter(item.prefix_ids[:n] for item in self.items for n in range(1, len(item.prefix_ids) + 1))
+        return {
+            f"r{index}": sum(seen[item.prefix_ids[:n]] > 1 for n in range(1, len(item.prefix_ids) + 1)) * item.prefix_block
+            for index, item in enumerate(self.items)
+        }
+
     def refuse(self, strategies) -> None:
         """Leave out, for all, what one strategy cannot serve: only then are they compared on the same requests.
 
@@ -229,7 +244,9 @@ class _Job:
     def _fits(self, strategy) -> Callable[[WorkItem], str | None]:
         blocks = None
         if strategy != MLX_LM:
-            blocks = BlockManager(strategy_of(strategy), self.num_blocks, self.setting.block_size, self.max_seq_len)
+            blocks = BlockManager(
+                strategy_of(strategy), self.num_blocks, self.setting.block_size, self.max_seq_len, self.setting.prefix_caching
+            )
 
         def reason(item: WorkItem) -> str | None:
             if item.total_tokens > self.max_seq_len:
@@ -267,6 +284,7 @@ class _Job:
         engine = Engine(
             self.model, num_blocks=self.num_blocks, block_size=self.setting.block_size, strategy=strategy,
             max_batch_size=self.setting.batch_size, max_seq_len=self.max_seq_len, on_step=records.append,
+            prefix_caching=self.setting.prefix_caching, **self.setting.engine,
         )  # fmt: skip
         engine.cache.warmup()
         name = _name(strategy)
@@ -292,7 +310,8 @@ class _Job:
         return Run(
             name, requests, len(self.refused), started_at, duration, steps, self.num_blocks, self.setting.block_size, stats.arena_bytes,
             stats.copied_bytes, stats.num_preemptions,
-            max(record.pool.used_blocks for record in records) * engine.cache.block_bytes,
+            max(sum(held.num_slots - held.num_counted for held in record.held) for record in records) * engine.cache.arena.slot_bytes,
+            stats.prefix_hit_rate,
         )  # fmt: skip
 
     def mlx_lm(self, one_by_one: bool = False) -> Run:
@@ -305,9 +324,9 @@ class _Job:
             if i not in self.refused
         ]
         if one_by_one:
-            ended = run_one_by_one(self.model, requests, uses.append)
+            ended = run_one_by_one(self.model, requests, uses.append, shared_tokens=self.shared_tokens)
         else:
-            ended = run_batch_generator(self.model, requests, self.setting.batch_size, uses.append)
+            ended = run_batch_generator(self.model, requests, self.setting.batch_size, uses.append, shared_tokens=self.shared_tokens)
         for request in ended:
             self.progress(len(request.output_tokens), MLX_LM)
         duration = time.perf_counter() - started_at
@@ -370,6 +389,9 @@ def _row(runs: list[Run], setting: Setting, job: _Job, references: dict) -> dict
         "peak_kv_bytes": max(run.peak_kv_bytes for run in runs),
         "arena_bytes": first.arena_bytes,
         "num_preemptions": first.num_preemptions,
+        "prefix_hit_rate": first.prefix_hit_rate,
+        "cached_tokens": sum(request.cached_tokens for request in first.requests) if setting.prefix_caching else None,
+        **_median_of_dicts([_host_time(run) for run in runs]),
         "tokens_sha256": metrics.tokens_sha256([request.output_tokens for request in first.requests]),
         **_equality(runs, job.model, references),
         "repeats": len(runs),
@@ -396,6 +418,16 @@ def _shares(run: Run) -> dict:
     for name in ("external_fragmentation", "num_holes"):
         result[name] = metrics.weighted_mean((seconds, s[name]) for seconds, s in steps if name in s)
     return result
+
+
+def _host_time(run: Run) -> dict:
+    """What scheduling, block tables and plans take of a step in which all decode: the median, and their share of all such steps."""
+    steps = [step for step in run.steps if "host_s" in step and not step["num_prefill_tokens"]]
+    spent = sum(step["ended_at"] - step["started_at"] for step in steps)
+    return {
+        "median_host_us": median(step["host_s"] * 1e6 for step in steps) if steps else None,
+        "host_share": sum(step["host_s"] for step in steps) / spent if spent else None,
+    }
 
 
 def _equality(runs: list[Run], model: nn.Module, references: dict) -> dict:

@@ -15,10 +15,11 @@ from . import allocbench
 from ._version import __version__
 from .allocators import GROWTHS, STRATEGIES, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, at_least, one_of, shown
-from .scheduler import OOM_POLICIES, WATERMARK
+from .scheduler import OOM_POLICIES, PREEMPTIONS, WATERMARK
 
 NOTEBOOKS = Path("notebooks")
 DEFAULT_REQUESTS = 16
+BENCHED = ("static", "cortexstream", "paged", "runs", "mlx-lm")
 REPLAY_REQUESTS, REPLAY_RATE = 5000, 5.0  # of a workload; requests per second
 STRATEGIES_HELP = f"comma-separated: {', '.join(STRATEGIES)}, mlx-lm, or module:Factory of your own"
 
@@ -95,7 +96,7 @@ def build_parser() -> Parser:
 def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     add = bench.add_argument
     add("--model", default="smollm2", help="smollm2, tiny, a local folder, or a Hub repository")
-    add("--strategies", default="static,cortexstream,paged,mlx-lm", help=STRATEGIES_HELP)
+    add("--strategies", help=f"{STRATEGIES_HELP} (default: {','.join(BENCHED)}; without static, which cannot share, for --prefix-caching)")
     add("--block-size", type=int, default=16, help="slots a block")
     add(
         "--num-blocks",
@@ -103,6 +104,12 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=int, default=8, help="requests run at once, for every strategy and for mlx-lm")
     add_workload_arguments(bench, DEFAULT_REQUESTS, "inf")
+    add("--prefix-caching", action="store_true", help="share equal prefixes of prompts; mlx-lm is given its own prompt cache")
+    add("--oom-policy", choices=OOM_POLICIES, default="wait", help="what happens when memory is out")
+    add("--preemption", choices=PREEMPTIONS, default="recompute", help="whether who gives way is computed again, or swapped to the host")
+    add("--watermark", type=float, default=WATERMARK, help="share of the pool that admissions leave free for growth")
+    add("--max-step-tokens", type=int, help="tokens a step computes at most (default: 512): prompts are cut into chunks")
+    add("--attention", default="auto", help="how decoding rows read K and V: auto, views, windows or gather")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="let every request yield all of its max_tokens")
     add("--max-seq-len", type=int, help="longest request, and the region of static (default: the longest, as a power of two)")
     add("--repeats", type=int, default=1, help="runs of every strategy, in turn; medians and 95 %% intervals are reported")
@@ -155,8 +162,17 @@ def add_result_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 def run_bench(args) -> int:
     from . import results
 
-    strategies = [_strategy(name.strip()) for name in args.strategies.split(",")]
-    for name, minimum in (("block_size", 1), ("batch_size", 1), ("requests", 1), ("repeats", 1), ("max_seq_len", 1), ("seed", 0)):
+    given = args.strategies or ",".join(name for name in BENCHED if name != "static" or not args.prefix_caching)
+    strategies = [_strategy(name.strip()) for name in given.split(",")]
+    for name, minimum in (
+        ("block_size", 1),
+        ("batch_size", 1),
+        ("max_step_tokens", args.batch_size),
+        ("requests", 1),
+        ("repeats", 1),
+        ("max_seq_len", 1),
+        ("seed", 0),
+    ):
         if (value := getattr(args, name)) is not None:
             at_least(name.replace("_", "-"), value, minimum)
     target = results.check_target(Path(args.out), args.name or results.default_name("bench"), args.overwrite)
@@ -166,7 +182,10 @@ def run_bench(args) -> int:
     from .doctor import environment
     from .model import load_model, model_limits
 
-    setting = benchmarks.Setting(args.block_size, args.num_blocks, args.batch_size, args.max_seq_len, args.ignore_eos, args.seed)
+    engine = {name: getattr(args, name) for name in ("oom_policy", "preemption", "watermark", "max_step_tokens", "attention")}
+    setting = benchmarks.Setting(
+        args.block_size, args.num_blocks, args.batch_size, args.max_seq_len, args.ignore_eos, args.seed, args.prefix_caching, engine
+    )
     model, tokenizer = load_model(args.model)
     items = make_items(model_limits(model)[0])
     stops = () if tokenizer is None else tuple(tokenizer.eos_token_ids)
