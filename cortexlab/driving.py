@@ -13,7 +13,7 @@ from .errors import ModelError, shown
 from .hook import LayerCache, WholeCache, WindowCache, attention_modules, attention_over_extents, with_last_rows
 
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 5e-2  # of the largest logit
-PROBE = [0, 1, 2, 2, 1, 0], [1, 2, 0, 1, 2]  # two short sequences
+PROBE = [0, 1, 2, 2], [1, 2, 0]  # two short sequences
 
 
 class Driver:
@@ -46,10 +46,10 @@ class Driver:
                     return
         raise ModelError(reason)
 
-    def logits(self, rows: Sequence[RowRun], tokens: Sequence[int], ends: Sequence[int], arena: Arena, method: str) -> mx.array | None:
+    def logits(self, rows: Sequence[RowRun], tokens: mx.array, ends: Sequence[int], arena: Arena, method: str) -> mx.array | None:
         """``[len(ends), vocabulary]`` logits behind the rows numbered ``ends``, not evaluated yet; None when ``ends`` is empty.
 
-        ``tokens``: one a row, all sequences' one after the other.
+        ``tokens``: one a row, all sequences' one after the other. ``method`` is for batched attention.
         """
         self.planning_s = 0.0
         if self.batched:
@@ -74,12 +74,11 @@ class Driver:
         self.planning_s += time.perf_counter() - started_at
         return plan
 
-    def _run(self, plan: Plan, tokens: Sequence[int], ends: Sequence[int]) -> mx.array | None:
+    def _run(self, plan: Plan, tokens: mx.array, ends: Sequence[int]) -> mx.array | None:
         if self._last_rows:
             self._last_rows.rows = mx.array(list(ends) or [0])
-        inputs = mx.array(tokens)
         with attention_over_extents(self._modules):
-            logits = self._model(inputs[None] if plan.single else inputs[:, None], cache=self._caches(plan))
+            logits = self._model(tokens[None] if plan.single else tokens[:, None], cache=self._caches(plan))
         if not ends:  # only parts of prompts: the head is never evaluated
             return None
         logits = logits.reshape(-1, logits.shape[-1])
@@ -97,16 +96,15 @@ class Driver:
 
     def _error(self, reference: mx.array) -> str | None:
         """Why this way will not do; None when it gives the ``reference``: a prompt alone, a token beside a prompt, a token alone."""
-        (a, b), arena = PROBE, self._arena(WINDOW + 32)
-        n, m = len(a), len(b)
-        a_runs, b_runs = [(3, n + 1), (WINDOW + 5, WINDOW + 7)], [(20, 20 + m)]
+        (first, second), arena = PROBE, self._arena(WINDOW + 32)
+        scattered, whole = [(3, 5), (WINDOW + 5, WINDOW + 7)], [(20, 23)]
         steps = [
-            ([RowRun(0, n - 1, [*a_runs[:1], (WINDOW + 5, WINDOW + 6)])], a[:-1]),
-            ([RowRun(n - 1, 1, a_runs), RowRun(0, m - 1, [(20, 19 + m)])], [a[-1], *b[:-1]]),
-            ([RowRun(m - 1, 1, b_runs)], [b[-1]]),
+            ([RowRun(0, 3, [(3, 5), (WINDOW + 5, WINDOW + 6)])], first[:3]),
+            ([RowRun(3, 1, scattered), RowRun(0, 2, [(20, 22)])], first[3:] + second[:2]),
+            ([RowRun(2, 1, whole)], second[2:]),
         ]
         try:
-            ours = mx.concatenate([self.logits(rows, tokens, range(len(tokens)), arena, "auto") for rows, tokens in steps])
+            ours = mx.concatenate([self.logits(rows, mx.array(tokens), range(len(tokens)), arena, "auto") for rows, tokens in steps])
             finite = mx.isfinite(reference)  # some models never say some tokens
             worst = mx.where(finite == mx.isfinite(ours), mx.abs(mx.where(finite, ours - reference, 0)), mx.inf).max().item()
             worst /= max(mx.where(finite, mx.abs(reference), 0).max().item(), 1e-30)
