@@ -113,9 +113,20 @@ class BlockManager:
     ``moves``, in order, until somebody makes them. With ``prefix_caching``, whole blocks of a prompt are found by their prefix
     ids and shared; each is an allocation by itself, so that it can be evicted by itself. Where an allocator can ``split`` what it
     handed out, they lie side by side all the same, and a sequence's own whole blocks are cached too when it leaves.
+
+    ``max_moved_tokens``: once as many are owed, nobody else is relocated, and nothing compacted, before the copies are made: a step
+    is held up by so many at most, or by one sequence. `is_deferred` says that somebody waits for that.
     """
 
-    def __init__(self, strategy: Strategy, num_blocks: int, block_size: int, max_seq_len: int | None = None, prefix_caching: bool = False):
+    def __init__(
+        self,
+        strategy: Strategy,
+        num_blocks: int,
+        block_size: int,
+        max_seq_len: int | None = None,
+        prefix_caching: bool = False,
+        max_moved_tokens: int | None = None,
+    ):
         self.strategy = strategy
         self.growth = strategy.growth
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
@@ -127,6 +138,8 @@ class BlockManager:
         self._split = getattr(self.allocator, "split", None)
         self.tables: dict[str, BlockTable] = {}
         self.moves: list[Move] = []
+        self.max_moved_tokens = max_moved_tokens
+        self.is_deferred = False
         self.prefix = PrefixCache() if prefix_caching else None
         if prefix_caching and (one := self._empty.allocate(1)) is not None:
             if sum(map(_num_blocks, one)) > 1:
@@ -203,7 +216,7 @@ class BlockManager:
             if self.growth == "relocate" and (extents := self._relocate(table, missing)) is not None:
                 self.num_held += table.replace(extents)
                 return True
-            if not self._evict(missing):
+            if self.is_deferred or not self._evict(missing):
                 return False
 
     def free(self, sequence: str, prefix_ids: Sequence[Hashable] = ()) -> None:
@@ -228,6 +241,13 @@ class BlockManager:
         while self.prefix is not None and self.prefix.num_idle:
             self.allocator.free(self.prefix.evict().extents)
 
+    def moves_made(self) -> None:
+        """The copies owed have been made."""
+        self.moves.clear()
+        if self.is_deferred:  # who was put off may ask again
+            self.is_deferred = False
+            self.num_releases += 1
+
     def stats(self) -> Stats:
         """The allocator's; one of the user's own may report a plain dict."""
         return Stats(self.allocator.stats())
@@ -250,7 +270,7 @@ class BlockManager:
 
     def _take(self, num_blocks: int) -> tuple[Extent, ...] | None:
         """Blocks of the allocator; idle cached blocks are evicted for them while that can help."""
-        if self._compact:
+        if self._compact and not self._owes_enough():
             self._follow(self._compact(num_blocks))
         extents = self.allocator.allocate(num_blocks)
         while extents is None and self._evict(num_blocks):
@@ -377,7 +397,14 @@ class BlockManager:
             self.allocator.free(extent for block in unwritten for extent in block.extents)
         return idle
 
+    def _owes_enough(self) -> bool:
+        most = self.max_moved_tokens
+        return most is not None and bool(self.moves) and sum(move.num_tokens - move.skipped for move in self.moves) >= most
+
     def _relocate(self, table: BlockTable, missing: int) -> tuple[Extent, ...] | None:
+        if self._owes_enough():
+            self.is_deferred = True
+            return None
         extents = self.allocator.allocate(table.num_blocks - len(table.shared) + missing)
         if extents is not None:
             own_tokens = max(0, table.num_tokens - len(table.shared) * self.block_size)

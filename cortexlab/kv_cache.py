@@ -18,8 +18,8 @@ class KVCache:
 
     ``strategy`` names a pair of placement and growth, or is a factory ``Callable[[int], Allocator]``; ``growth`` overrides the
     second half; ``max_seq_len`` is the region of ``static`` in tokens (default: an eighth of the pool). float32 unless ``dtype``.
-    ``layers``: the shape of every layer, where they are not all alike. ``prefix_caching`` and ``swap_blocks`` (a pool on the host of
-    that many blocks) are for the engine's scheduler.
+    ``layers``: the shape of every layer, where they are not all alike. ``prefix_caching``, ``swap_blocks`` (a pool on the host of that
+    many blocks) and ``max_moved_tokens`` (`BlockManager`) are for the engine's scheduler.
     """
 
     def __init__(
@@ -37,9 +37,10 @@ class KVCache:
         layers: Sequence[LayerShape] | None = None,
         prefix_caching: bool = False,
         swap_blocks: int = 0,
+        max_moved_tokens: int | None = None,
     ):
         num_blocks = -(-at_least("max_total_tokens", max_total_tokens, 1) // at_least("block_size", block_size, 1))
-        self.blocks = BlockManager(strategy_of(strategy, growth), num_blocks, block_size, max_seq_len, prefix_caching)
+        self.blocks = BlockManager(strategy_of(strategy, growth), num_blocks, block_size, max_seq_len, prefix_caching, max_moved_tokens)
         self.arena = Arena(num_layers, num_kv_heads, head_dim, num_blocks * block_size, dtype, layers)
         self.swap = BlockManager(strategy_of("paged"), swap_blocks, block_size) if at_least("swap_blocks", swap_blocks, 0) else None
         self.host = HostArena(self.arena, swap_blocks * block_size) if self.swap else None
@@ -128,7 +129,7 @@ class KVCache:
                 self.host.take(self.arena, source, target)
             else:
                 self.host.give(self.arena, source, target)
-        self.blocks.moves.clear()
+        self.blocks.moves_made()
 
     # --- the pool -------------------------------------------------------------------------------------------------------------
 

@@ -161,7 +161,7 @@ class Scheduler:
             self._back_to_queue(request)
         for sequence in list(self.swap.tables) if self.swap else ():
             self.swap.free(sequence)
-        self.blocks.moves.clear()
+        self.blocks.moves_made()
         self.blocks.forget_prefixes()
 
     # --- one step -------------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class Scheduler:
             self.stalled[request] = self.blocks.num_releases
             return False
         while not self.blocks.grow(request.id, request.num_tokens):
-            if self.oom_policy == "wait":
+            if self.oom_policy == "wait" or self.blocks.is_deferred:
                 self.stalled[request] = self.blocks.num_releases
                 return False
             if self.oom_policy == "fail":
