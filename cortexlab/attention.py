@@ -90,7 +90,8 @@ class Plan:
                 k, v = [self._gathered[i].gather(keys)[:, run.start - start :]], [self._gathered[i].gather(values)[:, run.start - start :]]
                 self.arena.copied_bytes += k[0].nbytes + v[0].nbytes
             else:
-                k, v = ([array[:, a:b] for a, b in tail(run.runs, start + run.num_rows)] for array in (keys, values))
+                runs = run.runs if sliding is None else tail(run.runs, start + run.num_rows)
+                k, v = ([array[:, a:b] for a, b in runs] for array in (keys, values))
             outputs.append(attend_parts(rows, k, v, start, scale, sliding, sinks))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 

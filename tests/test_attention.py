@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortexlab.arena import Arena
+from cortexlab.arena import Arena, LayerShape
 from cortexlab.attention import METHODS, WINDOW, Plan, RowRun
 
 KV_HEADS, GROUP, DIM, SLOTS = 2, 3, 8, 600
@@ -29,33 +29,41 @@ def sequences(draw):
     return found
 
 
-@settings(max_examples=60, deadline=None)
-@given(sequences(), st.sampled_from(METHODS))
-def test_every_method_reads_what_one_piece_would_give(found, method):
+@settings(max_examples=100, deadline=None)
+@given(
+    sequences(), st.sampled_from(METHODS), st.sampled_from([None, 1, 7, 100, 1000]), st.booleans(), st.sampled_from([DIM, DIM - 3]),
+)  # fmt: skip
+def test_every_method_reads_what_one_piece_would_give(found, method, sliding, with_sinks, value_dim):
     rng = np.random.default_rng(0)
-    arena = Arena(1, KV_HEADS, DIM, SLOTS)
-    arena.keys[0], arena.values[0] = (mx.array(rng.normal(size=(KV_HEADS, SLOTS, DIM)).astype(np.float32)) for _ in range(2))
+    arena = Arena(1, KV_HEADS, DIM, SLOTS, layers=[LayerShape(KV_HEADS, DIM, value_dim)])
+    for arrays, dim in ((arena.keys, DIM), (arena.values, value_dim)):
+        arrays[0] = mx.array(rng.normal(size=(KV_HEADS, SLOTS, dim)).astype(np.float32))
+    sinks = mx.array(rng.normal(size=KV_HEADS * GROUP).astype(np.float32)) if with_sinks else None
     rows = [RowRun(sum(b - a for a, b in runs) - n, n, runs) for runs, n in found]
     rows.sort(key=lambda row: row.num_rows > 1)
     queries = mx.array(rng.normal(size=(sum(row.num_rows for row in rows), KV_HEADS * GROUP, DIM)).astype(np.float32))
-    got = np.array(Plan(rows, arena, method).attend(queries, 0, DIM**-0.5))
-    np.testing.assert_allclose(got, by_hand(rows, arena, np.array(queries)), atol=TOLERANCE, rtol=1e-5)
+    got = np.array(Plan(rows, arena, method).attend(queries, 0, DIM**-0.5, sliding, sinks))
+    np.testing.assert_allclose(got, by_hand(rows, arena, np.array(queries), sliding, sinks), atol=TOLERANCE, rtol=1e-5)
 
 
-def by_hand(rows, arena, queries):
-    """The definition: softmax(q K^T / sqrt(d)) V over the tokens up to the row's own, in float64."""
+def by_hand(rows, arena, queries, sliding, sinks):
+    """The definition: softmax(q K^T / sqrt(d)) V over the last ``sliding`` tokens up to the row's own, in float64.
+
+    A sink is one more score, of a token whose value is zero.
+    """
     keys, values = (np.array(array[0]).astype(np.float64) for array in (arena.keys, arena.values))
     outputs, first = [], 0
     for row in rows:
         slots = np.concatenate([np.arange(a, b) for a, b in row.runs])
         for i in range(row.num_rows):
-            seen = slots[: row.start + i + 1]
+            seen = slots[: row.start + i + 1][-(sliding or SLOTS) :]
             for head in range(KV_HEADS * GROUP):
                 scores = keys[head // GROUP][seen] @ queries[first + i, head] * DIM**-0.5
-                weights = np.exp(scores - scores.max())
-                outputs.append(weights @ values[head // GROUP][seen] / weights.sum())
+                weights = np.exp(scores)
+                sink = 0.0 if sinks is None else np.exp(float(sinks[head]))
+                outputs.append(weights @ values[head // GROUP][seen] / (weights.sum() + sink))
         first += row.num_rows
-    return np.array(outputs).reshape(queries.shape)
+    return np.array(outputs).reshape(*queries.shape[:2], -1)
 
 
 def test_windows_need_an_arena_as_long_as_one():
