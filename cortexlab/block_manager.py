@@ -398,8 +398,9 @@ class BlockManager:
         return idle
 
     def _owes_enough(self) -> bool:
-        most = self.max_moved_tokens
-        return most is not None and bool(self.moves) and sum(move.num_tokens - move.skipped for move in self.moves) >= most
+        if self.max_moved_tokens is None or not self.moves:
+            return False
+        return sum(move.num_tokens - move.skipped for move in self.moves if move.way is Way.WITHIN) >= self.max_moved_tokens
 
     def _relocate(self, table: BlockTable, missing: int) -> tuple[Extent, ...] | None:
         if self._owes_enough():
