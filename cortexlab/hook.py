@@ -86,6 +86,8 @@ class _InArena:
 
 
 class WholeCache(_InArena, KVCache):
+    """All tokens of the sequence."""
+
     def __init__(self, plan: Plan, layer: int):
         super().__init__()
         self._over(plan, layer)
@@ -158,10 +160,13 @@ def with_last_rows(model: nn.Module) -> tuple[nn.Module, LastRows | None]:
 
     None in the second place when the model has no inner model of its own to wrap: its head then runs on every row.
     """
-    for name in ("language_model", "model", "transformer"):
-        if isinstance(inner := model.get(name), nn.Module):
-            wrapped, last_rows = with_last_rows(inner) if name == "language_model" else (rows := LastRows(inner), rows)
-            outer = copy.copy(model)
-            setattr(outer, name, wrapped)
-            return outer, last_rows
-    return model, None
+    name = next((name for name in ("language_model", "model", "transformer") if isinstance(model.get(name), nn.Module)), None)
+    if name is None:
+        return model, None
+    if name == "language_model":
+        inner, last_rows = with_last_rows(model[name])
+    else:
+        inner = last_rows = LastRows(model[name])
+    outer = copy.copy(model)
+    setattr(outer, name, inner)
+    return outer, last_rows

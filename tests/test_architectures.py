@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import Reference, prompts_of
 from mlx_lm.generate import generate_step
@@ -60,7 +61,10 @@ def test_tokens_are_those_of_mlx_lm(name):
             on_step=lambda step: pieces.append(max(len(held.extents) for held in step.held)),
         )  # fmt: skip
         requests = [engine.submit(prompt, 24) for prompt in prompts_of(LENGTHS, VOCABULARY)]
+        engine.cache.warmup()
+        places = [pointer(array) for array in engine.cache.arena.arrays()]
         list(engine.run())
+        assert [pointer(array) for array in engine.cache.arena.arrays()] == places, "the arena was copied"
         assert sum(reference.check(request) for request in requests) >= 3, "near ties end a comparison early"
         assert name in VARIANTS or engine.driver.batched == (name in IN_ROWS)
         assert len({token for request in requests for token in request.output_tokens}) > 3, "these tokens would test nothing"
@@ -164,6 +168,10 @@ def last_logits(model, prompt: list[int], chunk_size: int) -> mx.array:
     for start in range(0, len(prompt), chunk_size):
         logits = model(mx.array([prompt[start : start + chunk_size]]), cache=cache)
     return logits[0, -1, :VOCABULARY]
+
+
+def pointer(array: mx.array) -> int:
+    return np.array(array, copy=False).__array_interface__["data"][0]
 
 
 def attention_functions() -> dict:
