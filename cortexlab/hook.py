@@ -17,13 +17,15 @@ from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+from . import fast_math
 from .arena import Slots
 from .attention import Plan, tail
 from .errors import ModelError
 
-ATTENTION = "scaled_dot_product_attention"
+ATTENTION, SWIGLU = "scaled_dot_product_attention", "swiglu"
 _lock = threading.RLock()
 
 
@@ -117,16 +119,25 @@ def attention_modules(model: nn.Module) -> list[ModuleType]:
 
 @contextlib.contextmanager
 def attention_over_extents(modules: list[ModuleType]):
-    """Within it, attention on an `ArenaArray` goes to its plan. One thread at a time."""
+    """Within it, attention on an `ArenaArray` goes to its plan, and SwiGLU where `fast_math` is wanted. One thread at a time."""
     with _lock:
-        originals = [(module, getattr(module, ATTENTION)) for module in modules]
+        originals = [(module, ATTENTION, getattr(module, ATTENTION), _dispatching) for module in modules]
+        if fast_math.wanted():
+            originals += [(module, SWIGLU, swiglu, _in_float32) for module in modules if getattr(module, SWIGLU, None) is swiglu]
         try:
-            for module, original in originals:
-                setattr(module, ATTENTION, _dispatching(original))
+            for module, name, original, wrapped in originals:
+                setattr(module, name, wrapped(original))
             yield
         finally:
-            for module, original in originals:
-                setattr(module, ATTENTION, original)
+            for module, name, original, _ in originals:
+                setattr(module, name, original)
+
+
+def _in_float32(original):
+    def swiglu(gate, x):
+        return fast_math.swiglu(gate, x) if gate.dtype == x.dtype == mx.float32 else original(gate, x)
+
+    return swiglu
 
 
 def _dispatching(original):

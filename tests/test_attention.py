@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cortexlab.arena import Arena, LayerShape
 from cortexlab.attention import METHODS, WINDOW, Plan, RowRun
+from cortexlab.fast_math import SWITCH
 
 KV_HEADS, GROUP, DIM, SLOTS = 2, 3, 8, 600
 TOLERANCE = 2e-6
@@ -32,8 +33,9 @@ def sequences(draw):
 @settings(max_examples=100, deadline=None)
 @given(
     sequences(), st.sampled_from(METHODS), st.sampled_from([None, 1, 7, 100, 1000]), st.booleans(), st.sampled_from([DIM, DIM - 3]),
+    st.sampled_from("01"),
 )  # fmt: skip
-def test_every_method_reads_what_one_piece_would_give(found, method, sliding, with_sinks, value_dim):
+def test_every_method_reads_what_one_piece_would_give(found, method, sliding, with_sinks, value_dim, fast):
     rng = np.random.default_rng(0)
     arena = Arena(1, KV_HEADS, DIM, SLOTS, layers=[LayerShape(KV_HEADS, DIM, value_dim)])
     for arrays, dim in ((arena.keys, DIM), (arena.values, value_dim)):
@@ -42,7 +44,9 @@ def test_every_method_reads_what_one_piece_would_give(found, method, sliding, wi
     rows = [RowRun(sum(b - a for a, b in runs) - n, n, runs) for runs, n in found]
     rows.sort(key=lambda row: row.num_rows > 1)
     queries = mx.array(rng.normal(size=(sum(row.num_rows for row in rows), KV_HEADS * GROUP, DIM)).astype(np.float32))
-    got = np.array(Plan(rows, arena, method).attend(queries, 0, DIM**-0.5, sliding, sinks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, fast)
+        got = np.array(Plan(rows, arena, method).attend(queries, 0, DIM**-0.5, sliding, sinks))
     np.testing.assert_allclose(got, by_hand(rows, arena, np.array(queries), sliding, sinks), atol=TOLERANCE, rtol=1e-5)
 
 

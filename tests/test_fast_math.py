@@ -1,0 +1,51 @@
+"""exp and SwiGLU made of products and additions equal the definition to float32 rounding; mlx-lm is as it was afterwards."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models import llama
+from mlx_lm.models.activations import swiglu
+
+from cortexlab import fast_math
+from cortexlab.hook import attention_over_extents
+
+on_linux_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="for MLX's CPU build")
+
+
+def test_exp_of_what_softmax_gives_it():
+    x = np.linspace(-87, 87, 1_000_001, dtype=np.float32)
+    expected = np.exp(x.astype(np.float64))
+    error = np.abs(np.array(fast_math.exp(mx.array(x))) - expected) / expected
+    assert error.max() < 4.1e-6
+    assert error[np.abs(x) < 1].max() < 4e-7
+    zero, masked, lowest, nan = fast_math.exp(mx.array([0.0, -1e5, -fast_math.LARGEST, float("nan")])).tolist()
+    assert zero == 1.0
+    assert 0 <= masked < 2e-38 and 0 <= lowest < 2e-38
+    assert nan != nan
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 5), (3, 1, 1536)])
+def test_swiglu_is_mlx_lms(shape):
+    gate, x = mx.random.normal(shape, scale=4.0, key=mx.random.key(0)), mx.random.normal(shape, key=mx.random.key(1))
+    g = np.array(gate).astype(np.float64)
+    expected = g / (1 + np.exp(-g)) * np.array(x)
+    np.testing.assert_allclose(np.array(fast_math.swiglu(gate, x)), expected, rtol=3e-6, atol=1e-7 * np.abs(expected).max())
+
+
+def test_gates_far_out():
+    gate = mx.array([1e3, 1e6, -1e3, -1e6, 0.0, float("nan")])
+    *found, nan = fast_math.swiglu(gate, mx.ones(6)).tolist()
+    np.testing.assert_allclose(found, [1e3, 1e6, 0, 0, 0], rtol=1e-6, atol=1e-30)
+    assert nan != nan
+
+
+@on_linux_cpu
+def test_a_step_has_it_and_mlx_lm_gets_its_own_back(monkeypatch):
+    gate = mx.array([1.0, -2.0], dtype=mx.bfloat16)
+    with attention_over_extents([llama]):
+        assert llama.swiglu is not swiglu
+        assert mx.array_equal(llama.swiglu(gate, gate), swiglu(gate, gate))  # 16 bits: mlx-lm's own
+    assert llama.swiglu is swiglu
+    monkeypatch.setenv(fast_math.SWITCH, "0")
+    with attention_over_extents([llama]):
+        assert llama.swiglu is swiglu
