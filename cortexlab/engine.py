@@ -12,7 +12,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from operator import index
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +23,7 @@ from .allocators import Allocator, Stats
 from .attention import RowRun, check_method
 from .block_manager import BlockTable
 from .driving import Driver
-from .errors import BadInput, at_least, one_of, shown
+from .errors import BadInput, at_least, one_of, shown, yes_or_no
 from .kv_cache import KVCache
 from .model import model_limits
 from .prefix import block_hashes
@@ -31,6 +33,7 @@ from .scheduler import PREEMPTIONS, WATERMARK, Chunk, Scheduler
 from .text import TextStream, wrapped
 
 DEFAULT_STEP_TOKENS = 512
+MAX_MOVED_TOKENS = 2048  # by relocation and compaction between two steps, or one sequence: 100 MB and a tenth of a second for SmolLM2
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,7 @@ class Engine:
     ):
         at_least("num_blocks", num_blocks, 1)
         at_least("block_size", block_size, 1)
+        yes_or_no("prefix_caching", prefix_caching)
         one_of("preemption", preemption, PREEMPTIONS)
         if preemption == "swap":
             swap_blocks = num_blocks if swap_blocks is None else at_least("swap_blocks", swap_blocks, 1)
@@ -145,7 +149,7 @@ class Engine:
         self.cache = KVCache(
             len(layers), layers[0].num_kv_heads, layers[0].key_dim, num_blocks * block_size, block_size, strategy,
             growth=growth, max_seq_len=self.max_seq_len, dtype=self.driver.dtype, layers=layers,
-            prefix_caching=prefix_caching, swap_blocks=swap_blocks or 0,
+            prefix_caching=prefix_caching, swap_blocks=swap_blocks or 0, max_moved_tokens=MAX_MOVED_TOKENS,
         )  # fmt: skip
         check_method(attention, self.cache.arena)
         at_least("max_batch_size", max_batch_size, 1)
@@ -155,12 +159,12 @@ class Engine:
             swap=self.cache.swap,
         )  # fmt: skip
         self.attention = attention
-        self.pipeline = mx.default_device() != mx.cpu if pipeline is None else bool(pipeline)
+        self.pipeline = mx.default_device() != mx.cpu if pipeline is None else yes_or_no("pipeline", pipeline)
         self.tokenizer = wrapped(tokenizer) if tokenizer is not None else None
-        self.clock = clock
+        self.clock = _function("clock", clock)
         self.requests: dict[str, Request] = {}  # not ended yet
         self._generations: dict[Request, _Generation] = {}  # the same
-        self._on_step = on_step
+        self._on_step = _function("on_step", on_step)
         self._events: deque[TokenEvent] = deque()  # not handed to the caller yet
         self._in_flight: _Flight | None = None
         self._num_submitted = 0
@@ -199,7 +203,7 @@ class Engine:
 
         `BadInput` when something in it makes no sense, or when it could never fit; the engine goes on for the others.
         """
-        strings = () if callable(stop) else (stop,) if isinstance(stop, str) else tuple(stop)
+        strings = () if callable(stop) else (stop,) if isinstance(stop, str) else _sequence("stop", stop)
         if strings and self.tokenizer is None:
             raise BadInput("stop strings need an engine with a tokenizer: give Engine(tokenizer=...), or use stop_token_ids")
         if wrong := [each for each in strings if not isinstance(each, str) or not each]:
@@ -209,21 +213,21 @@ class Engine:
                 raise BadInput(f"prompt {shown(prompt)} is text: give Engine(tokenizer=...), or token ids")
             prompt = self.tokenizer.encode(prompt)
         stops = set(self._tokens("stop_token_ids", stop_token_ids))
-        if self.tokenizer is not None and not ignore_eos:
+        if not yes_or_no("ignore_eos", ignore_eos) and self.tokenizer is not None:
             stops |= set(self.tokenizer.eos_token_ids)
         request = Request(
-            id=self._new_id() if request_id is None else request_id,
+            id=self._new_id() if request_id is None else _text_of("request_id", request_id),
             prompt=self._tokens("prompt", prompt),
             max_tokens=at_least("max_tokens", max_tokens, 1),
             stop_token_ids=frozenset(stops),
-            arrived_at=self.clock() if arrived_at is None else arrived_at,
+            arrived_at=self.clock() if arrived_at is None else _seconds("arrived_at", arrived_at),
             priority=at_least("priority", priority, -(2**31)),
             on_token=_function("on_token", on_token),
             stop_when=stop if callable(stop) else None,
         )
         self._check(request)
         generation = _Generation(
-            Chooser(sampling, tuple(logits_processors), seed, logprobs, self.vocabulary),
+            Chooser(sampling, _sequence("logits_processors", logits_processors), seed, logprobs, self.vocabulary),
             TextStream(self.tokenizer, strings) if self.tokenizer is not None else None,
         )
         if self.cache.blocks.prefix is not None:
@@ -239,7 +243,7 @@ class Engine:
         if request is None:
             return False
         self._end(request, RequestState.CANCELLED, "cancelled")
-        self._events.append(TokenEvent(request_id, None, "cancelled"))
+        self._end_event(request)
         return True
 
     def run(self) -> Iterator[TokenEvent]:
@@ -308,8 +312,9 @@ class Engine:
         step = self.scheduler.schedule(started_at)
         for request in step.failed:
             self._end(request, RequestState.FAILED, "error")
-            self._events.append(TokenEvent(request.id, None, "error"))
+            self._end_event(request)
         if not step.chunks:
+            self.cache.make_moves()  # of who was swapped out
             return None
         chunks = sorted(step.chunks, key=lambda chunk: chunk.stop - chunk.start > 1)  # decode rows first, as `Plan` wants them
         flight = _Flight(chunks, [chunk.request for chunk in chunks if chunk.samples])
@@ -377,8 +382,8 @@ class Engine:
             state = before.state if before else chooser.state
             try:
                 choice = chooser(self._context(request) if chooser.wants_tokens else None, logits[i : i + 1], state)
-                if chooser.foreign:
-                    mx.eval(choice.arrays())  # here, where what it raises is its own affair
+            except BadInput as error:
+                flight.errors[request] = str(error)
             except Exception as error:
                 flight.errors[request] = f"its sampler or logits processor raised {type(error).__name__}: {shown(str(error))}"
             else:
@@ -434,7 +439,7 @@ class Engine:
         if token >= self.vocabulary:
             self._fail(request, f"its sampler returned token {token}, but tokens go up to {self.vocabulary - 1}")
             return
-        if request.state is not RequestState.DECODING:
+        if request.state is RequestState.PREFILLING:  # not where it gave way while this token was under way
             request.enter(RequestState.DECODING, now)
         request.output_tokens.append(token)
         request.token_times.append(now)
@@ -446,21 +451,28 @@ class Engine:
         reason, text = "stop" if token in request.stop_token_ids else None, None
         if generation.text:
             text, reason = self._text(request, generation.text, token, reason)
+        place, error = len(self._events), None
         try:
             if reason is None and request.stop_when and request.stop_when(request):
-                reason = "stop"
-            if reason is None and len(request.output_tokens) == request.max_tokens:
-                reason = "length"
-            event = TokenEvent(request.id, token, reason, text, told)
-            if request.on_token:
+                reason, text = "stop", self._rest(request, generation.text, text)
+        except Exception as raised:
+            error = raised
+        if reason is None and len(request.output_tokens) == request.max_tokens:
+            reason = "length"
+        event = TokenEvent(request.id, token, reason, text, told)
+        self._events.insert(place, event)  # before the end of a request that its own function cancels
+        try:
+            if request.on_token and error is None:
                 request.on_token(event)
-        except Exception as error:
-            self._events.append(TokenEvent(request.id, token, None, text, told))
-            self._fail(request, f"its stop function or token consumer raised {type(error).__name__}: {shown(str(error))}")
-            return
-        self._events.append(event)
-        if reason and request in self._generations:  # its own consumer may have cancelled it
-            self._end(request, RequestState.FINISHED, reason)
+        except Exception as raised:
+            error = raised
+        finally:  # it has had its last token, even if the whole run is interrupted here
+            if reason and error is None and request in self._generations:
+                self._end(request, RequestState.FINISHED, reason)
+        if reason and request.state is not RequestState.FINISHED:
+            self._events[place] = replace(event, finish_reason=None)
+        if error is not None:
+            self._fail(request, f"its stop function or token consumer raised {type(error).__name__}: {shown(str(error))}", tell=False)
 
     def _text(self, request: Request, stream: TextStream, token: int, reason: str | None) -> tuple[str, str | None]:
         """What can be shown behind ``token``, and the reason to stop. A stop token says nothing."""
@@ -476,12 +488,28 @@ class Engine:
         request.text += text
         return text, reason
 
-    def _fail(self, request: Request, error: str) -> None:
+    def _rest(self, request: Request, stream: TextStream | None, text: str | None) -> str | None:
+        """``text`` and what is held back behind it, when no token comes any more."""
+        if stream is None or len(request.output_tokens) == request.max_tokens:
+            return text
+        more, _ = stream.finish()
+        request.text += more
+        return text + more
+
+    def _fail(self, request: Request, error: str, tell: bool = True) -> None:
         if request not in self._generations:  # its own consumer has cancelled it before it raised
             return
         request.error = error
         self._end(request, RequestState.FAILED, "error")
-        self._events.append(TokenEvent(request.id, None, "error"))
+        self._end_event(request, tell)
+
+    def _end_event(self, request: Request, tell: bool = True) -> None:
+        """The event of an end without a token. What a consumer raises at that is lost: there is nothing left to end."""
+        event = TokenEvent(request.id, None, request.finish_reason)
+        self._events.append(event)
+        if tell and request.on_token:
+            with suppress(Exception):
+                request.on_token(event)
 
     def _end(self, request: Request, state: RequestState, reason: str) -> None:
         """It holds nothing any more. What it has computed stays in the prefix cache."""
@@ -521,12 +549,15 @@ class Engine:
     def _tokens(self, name: str, tokens: Sequence[int]) -> tuple[int, ...]:
         """Token ids as plain ints; NumPy's and MLX's are welcome."""
         try:
-            given = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
+            given = list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
         except TypeError:
             raise BadInput(f"{name} must be a sequence of token ids, not {shown(tokens)}") from None
         found = []
         for token in given:
-            number = token.__index__() if hasattr(token, "__index__") and not isinstance(token, bool) else -1
+            try:
+                number = -1 if isinstance(token, bool) else index(token)
+            except (TypeError, ValueError):  # an array of no single whole number says it in either way
+                number = -1
             if not 0 <= number < self.vocabulary:
                 raise BadInput(f"{name} has token {shown(token)}, but tokens are whole numbers from 0 to {self.vocabulary - 1}")
             found.append(number)
@@ -548,4 +579,23 @@ class Engine:
 def _function(name: str, given):
     if given is not None and not callable(given):
         raise BadInput(f"{name} must be a function, not {shown(given)}")
+    return given
+
+
+def _sequence(name: str, given) -> tuple:
+    try:
+        return tuple(given)
+    except TypeError:
+        raise BadInput(f"{name} must be a sequence, not {shown(given)}") from None
+
+
+def _text_of(name: str, given) -> str:
+    if not isinstance(given, str) or not given:
+        raise BadInput(f"{name} must be a string of at least one character, not {shown(given)}")
+    return given
+
+
+def _seconds(name: str, given) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+        raise BadInput(f"{name} must be seconds on the engine's clock, not {shown(given)}")
     return given

@@ -31,6 +31,13 @@ def at_least(name: str, value: object, minimum: int, maximum: int = MAX_COUNT) -
     return value
 
 
+def yes_or_no(name: str, value: object) -> bool:
+    """``value``, or `BadInput` naming ``name`` when it is neither True nor False."""
+    if not isinstance(value, bool):
+        raise BadInput(f"{name} must be True or False, not {shown(value)}")
+    return value
+
+
 def shown(value: object, longest: int = 160) -> str:
     """``value`` as a message names it: cut, and on one line."""
     text = repr(value)
@@ -39,7 +46,7 @@ def shown(value: object, longest: int = 160) -> str:
 
 def one_of(kind: str, value: object, allowed) -> None:
     """`BadInput` naming ``value`` and the ``allowed`` names, unless it is one of them."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise BadInput(f"unknown {kind} {shown(value)}: use one of {', '.join(sorted(allowed))}")
 
 

@@ -35,6 +35,7 @@ class Chooser:
         vocabulary: int,
     ):
         self.foreign = callable(sampling) or bool(processors)  # code of the user's own: what it does is its request's affair alone
+        self._vocabulary = vocabulary
         self.num_logprobs = num_logprobs
         if num_logprobs is not None:
             at_least("logprobs", num_logprobs, 0, vocabulary - 1)
@@ -52,10 +53,14 @@ class Chooser:
     def __call__(self, tokens: mx.array | None, logits: mx.array, state: mx.array | None) -> "Choice":
         """Behind ``tokens`` (prompt and output; None unless it ``wants_tokens``), from logits ``[1, vocabulary]``. Lazy.
 
+        A sampler or processor of the user's own is computed at once; `BadInput` says what is wrong with what it returned.
         ``state`` is where the random state stands: this chooser's, once the token before is delivered, else that one's `Choice.state`.
         """
+        shape = logits.shape
         for processor in self._processors:
             logits = processor(tokens, logits)
+            if not isinstance(logits, mx.array) or logits.shape != shape:
+                raise BadInput(f"its logits processor must return logits {list(shape)}, not {_kind(logits)}")
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         if self.greedy:
             token = self._sampler(logprobs)
@@ -63,14 +68,21 @@ class Chooser:
             with random_state(state) as after:
                 token = self._sampler(logprobs)
             (state,) = after
-        if not isinstance(token, mx.array) or token.size != 1 or not mx.issubdtype(token.dtype, mx.integer):
-            raise BadInput(f"a sampler must return one token id, not {shown(token)}")
+        if self.foreign:
+            self._check(token)
         token = token.reshape(1).astype(mx.uint32)
         if self.num_logprobs is None:
             return Choice(token, state, [])
         best = mx.argsort(-logprobs[0])[: self.num_logprobs]
         named = mx.concatenate([token.astype(best.dtype), best])
         return Choice(token, state, [named, logprobs[0, named]])
+
+    def _check(self, token) -> None:
+        """Compute it now: what raises here is its own affair, and no other token than the model knows may reach the next step."""
+        if not isinstance(token, mx.array) or token.size != 1 or not mx.issubdtype(token.dtype, mx.integer):
+            raise BadInput(f"its sampler must return one token id, not {_kind(token)}")
+        if not 0 <= token.item() < self._vocabulary:
+            raise BadInput(f"its sampler returned token {token.item()}, but tokens go from 0 to {self._vocabulary - 1}")
 
 
 class Choice:
@@ -103,6 +115,11 @@ def random_state(state: mx.array):
         mx.random.state[0][...] = before
 
 
+def _kind(value: object) -> str:
+    """What something returned is, in a few words."""
+    return f"an array {list(value.shape)} of {value.dtype}" if isinstance(value, mx.array) else shown(value)
+
+
 def checked(sampling: SamplingParams | Mapping | None, vocabulary: int) -> SamplingParams:
     """`BadInput` naming the first value that makes no sense."""
     if sampling is None:
@@ -128,6 +145,8 @@ def checked(sampling: SamplingParams | Mapping | None, vocabulary: int) -> Sampl
     at_least("top_k", sampling.top_k, 0, vocabulary - 1)
     at_least("min_tokens_to_keep", sampling.min_tokens_to_keep, 1, vocabulary)
     at_least("penalty_context", sampling.penalty_context, 1)
+    if sampling.logit_bias is not None and not isinstance(sampling.logit_bias, Mapping):
+        raise BadInput(f"logit_bias must be a dict of token -> number, not {shown(sampling.logit_bias)}")
     for token, bias in (sampling.logit_bias or {}).items():
         at_least("token of logit_bias", token, 0, vocabulary - 1)
         if isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias):
