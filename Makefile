@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: all bench test lab sweep lint clean
+.PHONY: all bench test soak lab sweep lint clean
 all: bench
 
 $(READY): pyproject.toml
@@ -19,6 +19,11 @@ bench: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# the engine's whole matrix and 2,000 requests with every kind of preemption; a million steps an allocator
+soak: $(READY)
+	$(BIN)/python tests/soak_engine.py
+	$(BIN)/python tests/soak_allocators.py --steps 1000000
 
 lab: $(READY)
 	$(BIN)/cortexlab lab $(ARGS)

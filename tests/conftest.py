@@ -5,6 +5,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_sampler
 
 from cortexlab.model import load_model
 
@@ -26,6 +27,7 @@ class Reference:
 
     def __init__(self, model):
         self.model = model
+        self.seeds: dict = {}  # of requests that are sampled
         self._known: dict[tuple, list[tuple[int, float]]] = {}
 
     def steps(self, prompt, max_tokens):
@@ -38,9 +40,38 @@ class Reference:
             self._known[key] = found
         return self._known[key]
 
+    def sampled(self, prompt, max_tokens, seed, temperature):
+        """The same behind ``mx.random.seed(seed)``; the gap is that of the two best once the noise is added that the draw adds."""
+        key = (tuple(prompt), max_tokens, seed, temperature)
+        if key not in self._known:
+            gaps, draw = [], make_sampler(temperature)
+
+            def sampler(logprobs):
+                noise = mx.random.gumbel(logprobs.shape, key=mx.random.split(mx.random.state[0])[1])
+                low, high = sorted(mx.topk((logprobs / temperature + noise)[0], 2).tolist())
+                gaps.append(high - low)
+                return draw(logprobs)
+
+            before = mx.array(mx.random.state[0])
+            mx.random.seed(seed)
+            tokens = [int(token) for token, _ in generate_step(mx.array(list(prompt)), self.model, max_tokens=max_tokens, sampler=sampler)]
+            mx.random.state[0][...] = before
+            self._known[key] = list(zip(tokens, gaps, strict=False))
+        return self._known[key]
+
     def check(self, request) -> bool:
         """True when identical, False when it parts at a near tie; anything else is an AssertionError."""
-        expected = self.steps(request.prompt, request.max_tokens)
+        return self._agree(request, self.steps(request.prompt, request.max_tokens))
+
+    def check_any(self, request, temperature) -> bool:
+        """The same of one that may have been cancelled, and may have been sampled by its seed in ``seeds``."""
+        seed = self.seeds.get(request)
+        known = self.steps(request.prompt, request.max_tokens) if seed is None else self.sampled(
+            request.prompt, request.max_tokens, seed, temperature
+        )  # fmt: skip
+        return self._agree(request, known[: len(request.output_tokens)] if request.finish_reason == "cancelled" else known)
+
+    def _agree(self, request, expected) -> bool:
         assert len(request.output_tokens) == len(expected), f"{request.id} ended after {len(request.output_tokens)} tokens"
         for position, (token, (wanted, gap)) in enumerate(zip(request.output_tokens, expected, strict=True)):
             if token != wanted:
