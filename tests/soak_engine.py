@@ -43,9 +43,8 @@ def soak(model, reference, num_requests: int, seed: int, preemption: str, pipeli
     """Random requests and cancels, a pool for a tenth of them; counts of what happened. `AssertionError` when a promise is broken."""
     rng = random.Random(f"{seed} {preemption}")
     load = [engine_cases.Arrival(**engine_cases.drawn(engine_cases.ARRIVAL, rng)) for _ in range(num_requests)]
-    blocks = max(
-        sum(-(-arrival.longest // 16) for arrival in load) // 10 // max(1, num_requests // 200), max(a.longest for a in load) // 16 + 1
-    )
+    longest = sorted(-(-arrival.longest // 16) for arrival in load)
+    blocks = max(sum(longest[-32:]) // 10, longest[-1] + 1)  # a tenth of what the longest 32 could fill, and room for any one
     engine = cl.Engine(
         model, num_blocks=blocks, max_batch_size=32, max_step_tokens=256, oom_policy="preempt", watermark=0.0, preemption=preemption,
         prefix_caching=True, pipeline=pipeline,
@@ -84,6 +83,7 @@ def soak(model, reference, num_requests: int, seed: int, preemption: str, pipeli
     early, late = (sum(part) / len(part) for part in (memory[tenth : 2 * tenth], memory[-tenth:]))
     assert abs(late / early - 1) <= MEMORY, f"active memory went from {early:.0f} to {late:.0f} bytes"
     stats = engine.stats()
+    assert stats.num_preemptions, "nobody had to give way: the pool is too large to prove anything"
     return {
         "requests": len(requests), "steps": step, "blocks": blocks, "tokens": sum(len(request.output_tokens) for request in requests),
         "cancelled": sum(request.finish_reason == "cancelled" for request in requests), "preemptions": stats.num_preemptions,
