@@ -12,6 +12,7 @@ decided (an arrival, an admission, a request that needs a block or ends) all ste
 import gc
 import math
 import time
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -133,6 +134,7 @@ class Replay:
         self.samples: list[dict] = []
         self.row: dict = {}
         self.totals = Totals()
+        self._num_arrived = 0
         self._num_decoding = 0
         self._base_sum = 0  # of the decoding requests
         self._decode_slots = 0  # they hold
@@ -164,11 +166,12 @@ class Replay:
 
     def _serve(self, coming: list[Counted]) -> None:
         scheduler, arrived = self.scheduler, 0
+        self._num_arrived = 0
         next_arrival = coming[0].arrived_ns
         while True:
             while next_arrival is not None and next_arrival <= self.now:
                 scheduler.add(coming[arrived])
-                arrived += 1
+                arrived = self._num_arrived = arrived + 1
                 next_arrival = coming[arrived].arrived_ns if arrived < len(coming) else None
             if scheduler.running or scheduler.waiting:
                 self._step(next_arrival)
@@ -461,6 +464,7 @@ class Replay:
         self._next_sample = at + self._sample_every
         blocks, scheduler = self.blocks, self.scheduler
         pool, size = blocks.stats(), blocks.block_size
+        arrived = bisect_right(self.requests, at, key=attrgetter("arrived_ns")) - self._num_arrived  # since these steps began
         shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
         held = blocks.num_held * size
         token = self._still_tokens + self._base_sum + self._num_decoding * (self.step + ahead) - shared * size
@@ -477,7 +481,7 @@ class Replay:
                 "external_slots": unusable * size,
                 "pool_slots": blocks.num_blocks * size,
                 "num_running": len(scheduler.running),
-                "num_waiting": len(scheduler.waiting),
+                "num_waiting": len(scheduler.waiting) + arrived,
                 **pool,
             }
         )

@@ -1075,3 +1075,10 @@ def test_the_first_minute_of_azure_step_by_step():
     options = {"growth": None, "oom_policy": "wait", "num_blocks": 60, "block_size": 128, "max_batch_size": 16, "max_step_tokens": 512,
                "max_seq_len": 4096, "prefix_caching": False, "watermark": 0.1}  # fmt: skip
     agree(items, {"strategy": "buddy"} | options, (30_000_000, 10_000, 100_000))
+
+
+def test_a_sample_counts_who_arrives_while_a_full_batch_takes_many_steps_at_once():
+    """Steps of 50 ms: r0 decodes in the batch of one, r1 waits, and r2 arrives in the middle of what is taken in one jump."""
+    options = {"strategy": "best_fit", "num_blocks": 1, "block_size": 3, "max_batch_size": 1, "max_step_tokens": 1, "watermark": 0}
+    options |= {"growth": None, "oom_policy": "wait", "max_seq_len": None, "prefix_caching": False}
+    agree([WorkItem(0.0, 1, 3), WorkItem(0.05, 1, 1), WorkItem(0.1, 1, 1)], options, (0, 0, 50_000_000))
