@@ -8,11 +8,21 @@ windows   for decode rows, all sequences in two calls. The arena is seen as over
           (`mx.as_strided`, no copy); `mx.gather_mm` multiplies each (row, window) pair; partial softmaxes are merged by their
           maxima, as FlashAttention and flash-decoding do.
 gather    copies a sequence's K and V together first. The bytes are counted.
+
+`auto` takes for each step what was cheaper where it was measured (SmolLM2's layers in float32, MLX's CPU build, two cores; `rule`):
+
+decode rows   views    for at most `VIEWS_UP_TO_ROWS` of them with `VIEWS_UP_TO_TOKENS` together, each in one extent;
+              gather   where extents have on average fewer than `GATHER_BELOW` slots, which is paged with blocks of 1 to 4;
+              windows  else, and where MLX cannot (16-bit on the CPU): gather below `GATHER_PROMPTS_BELOW` slots, or views
+prompts       gather   for more than `GATHER_FROM_EXTENTS` extents of on average fewer than `GATHER_PROMPTS_BELOW` slots, else views
 """
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -24,10 +34,14 @@ from .errors import BadInput, one_of
 METHODS = ("auto", "views", "windows", "gather")
 WINDOW = 128  # slots a window
 QUERY_BLOCK = 64  # queries of a prompt attended at once: later ones see more keys, and scores stay in the cache
-WINDOWS_FROM_ROWS = 8  # `auto`: fewer decode rows than this, all in one extent each, are cheaper as views
+VIEWS_UP_TO_ROWS, VIEWS_UP_TO_TOKENS, GATHER_BELOW, GATHER_FROM_EXTENTS, GATHER_PROMPTS_BELOW = 2, 1024, 6, 4, 128
+PRODUCTS_A_STREAM = 200  # fewer are not worth another stream: it takes 70 us to begin and to wait for
 MASKED = -1e5  # added to a score that is not to be seen; finite, as `fast_math.exp` wants it
 
 Exp = Callable[[mx.array], mx.array]
+
+# One for each core besides the first, up to what memory has room for; the threads behind them begin with the first use.
+_STREAMS = [mx.new_thread_local_stream(mx.cpu) for _ in range(min(len(os.sched_getaffinity(0)), 8) - 1)] if sys.platform == "linux" else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +60,40 @@ class RowRun:
 def can_use_windows(arena: Arena) -> bool:
     """MLX's `gather_mm` knows only float32 on the CPU."""
     return arena.dtype == mx.float32 or mx.default_device() != mx.cpu
+
+
+def rule() -> dict:
+    """What `auto` goes by on this machine, for the record of a run."""
+    return {
+        "window_slots": WINDOW,
+        "streams": len(_STREAMS) + 1 if mx.default_device() == mx.cpu else 1,
+        "products_a_stream": PRODUCTS_A_STREAM,
+        "views_up_to_rows": VIEWS_UP_TO_ROWS,
+        "views_up_to_tokens": VIEWS_UP_TO_TOKENS,
+        "gather_below_slots": GATHER_BELOW,
+        "gather_prompts_from_extents": GATHER_FROM_EXTENTS + 1,
+        "gather_prompts_below_slots": GATHER_PROMPTS_BELOW,
+        "fast_math": fast_math.wanted(),
+    }
+
+
+def _way_of_decode(rows: Sequence[RowRun], arena: Arena, method: str) -> str:
+    num_extents, num_tokens = sum(len(run.runs) for run in rows), sum(run.stop for run in rows)
+    can = arena.num_slots >= WINDOW and can_use_windows(arena)
+    if method != "auto":
+        return "views" if method == "windows" and not can else method
+    if num_extents > len(rows):
+        if num_tokens < num_extents * (GATHER_BELOW if can else GATHER_PROMPTS_BELOW):
+            return "gather"
+    elif len(rows) <= VIEWS_UP_TO_ROWS and num_tokens <= VIEWS_UP_TO_TOKENS:
+        return "views"
+    return "windows" if can else "views"
+
+
+def _way_of_prompt(run: RowRun, method: str) -> str:
+    if method == "auto":
+        return "gather" if len(run.runs) > GATHER_FROM_EXTENTS and run.stop < len(run.runs) * GATHER_PROMPTS_BELOW else "views"
+    return "gather" if method == "gather" else "views"
 
 
 def check_method(method: str, arena: Arena) -> None:
@@ -84,16 +132,17 @@ class Plan:
         self._biases = Biases()
         self.exp = fast_math.exp if arena.dtype == mx.float32 and fast_math.wanted() else None
         self.single = len(rows) == 1  # one sequence: fed as [1, n] with an integer offset, as mlx-lm does
-        self._decode = decode = [run for run in rows if run.num_rows == 1]
-        scattered = any(len(run.runs) > 1 for run in decode)
-        wanted = method == "windows" or (method == "auto" and can_use_windows(arena) and (len(decode) >= WINDOWS_FROM_ROWS or scattered))
-        self._num_by_windows = len(decode) if wanted and arena.num_slots >= WINDOW else 0
+        self._decode = [run for run in rows if run.num_rows == 1]
+        prompts = rows[len(self._decode) :]
+        ways = [_way_of_decode(self._decode, arena, method)] * len(self._decode) + [_way_of_prompt(run, method) for run in prompts]
+        self.ways = ways  # of each sequence
+        self._num_by_windows = ways.count("windows")
+        self._gathered = [Slots(run.runs) if way == "gather" else None for run, way in zip(rows, ways, strict=True)]
         self._windows: dict[tuple[int, int | None], Windows] = {}  # by KV heads and sliding window, made when a layer asks
         self.write_slots = Slots([run for row in rows for run in tail(row.runs, row.num_rows)])
         self.positions = rows[0].start if self.single else mx.array(
             np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in rows])
         )  # fmt: skip
-        self._gathered = [Slots(run.runs) for run in rows] if method == "gather" else None
 
     def attend(self, queries: mx.array, layer: int, scale: float, sliding: int | None = None, sinks: mx.array | None = None) -> mx.array:
         """``[num_rows, heads, key_dim]`` queries -> ``[num_rows, heads, value_dim]``, causal within each sequence.
@@ -102,16 +151,18 @@ class Plan:
         """
         keys, values = self.arena.keys[layer], self.arena.values[layer]
         outputs, first, index = [], 0, 0
-        if self._num_by_windows and sinks is None:
+        if self._num_by_windows:
             index = first = self._num_by_windows
-            outputs.append(self._windows_for(keys.shape[0], sliding).attend(queries[:first], keys, values, scale, self.exp or mx.exp))
+            windows = self._windows_for(keys.shape[0], sliding)
+            outputs.append(windows.attend(queries[:first], keys, values, scale, self.exp or mx.exp, sinks))
         for i, run in enumerate(self.rows[index:], start=index):
             rows = queries[first : first + run.num_rows]
             first += run.num_rows
             start = run.start if sliding is None else min(run.start, sliding - 1)  # of them, tokens that any of the rows sees
-            if self._gathered:
-                k, v = [self._gathered[i].gather(keys)[:, run.start - start :]], [self._gathered[i].gather(values)[:, run.start - start :]]
+            if self._gathered[i]:
+                k, v = ([self._gathered[i].gather(array)] for array in (keys, values))
                 self.arena.copied_bytes += k[0].nbytes + v[0].nbytes
+                k, v = ([array[0][:, run.start - start :]] for array in (k, v))
             else:
                 runs = run.runs if sliding is None else tail(run.runs, start + run.num_rows)
                 k, v = ([array[:, a:b] for a, b in runs] for array in (keys, values))
@@ -217,47 +268,93 @@ class Windows:
 
     extent            |-------- 300 slots --------|
     windows of 128    [---------][---------][---------]     the last one reaches past the extent: a bias masks it
+
+    Each pair gives a maximum, a sum of weights and a weighted sum of V, which are merged row by row at the end (flash-decoding). On
+    the CPU the pairs are shared among the cores, a stream each, and every head has products of its own: a matrix times a vector
+    takes a third of the time of a matrix times three, which a BLAS spreads over threads that wait for each other.
     """
 
     def __init__(self, rows: Sequence[RowRun], arena: Arena, num_kv_heads: int):
         self.num_rows = len(rows)
+        self.on_cpu = mx.default_device() == mx.cpu
         self._num_starts = arena.num_slots - WINDOW + 1
         pieces = [(i, a, b) for i, row in enumerate(rows) for start, stop in row.runs for a, b in _pieces(start, stop)]
         row, first, stop = np.array(pieces, dtype=np.int32).T
         window = np.minimum(first, self._num_starts - 1)  # the arena's last window serves every extent behind its start
         slot = window[:, None] + np.arange(WINDOW, dtype=np.int32)
         outside = (slot < first[:, None]) | (slot >= stop[:, None])
-        heads = np.arange(num_kv_heads)[:, None]
-        pairs = len(pieces)
         counts = np.bincount(row)
         nth = np.minimum(np.arange(counts.max()), counts[:, None] - 1)  # a row's pairs lie together; the last one fills up
         self._row = mx.array(row)
         self._pairs_of_row = mx.array((np.cumsum(counts) - counts)[:, None] + nth)
-        self._query = mx.array((heads * self.num_rows + row).astype(np.uint32))
-        self._window = mx.array((heads * self._num_starts + window).astype(np.uint32))
-        self._pair = mx.array((heads * pairs + np.arange(pairs)).astype(np.uint32))
-        self._bias = mx.array(np.where(outside, np.float32(MASKED), np.float32(0)))[:, None]
         self._of_row = mx.array((row == np.arange(self.num_rows)[:, None]).astype(np.float32))
         self._ones = mx.ones((WINDOW, 1))
+        self._num_pairs = len(pieces)
+        self._pieces = row, window, np.where(outside, np.float32(MASKED), np.float32(0))
+        self._heads = np.arange(num_kv_heads)[:, None, None]
+        self._shares: list[_Share] = []
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, exp: Exp = mx.exp) -> mx.array:
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, exp: Exp = mx.exp, sinks: mx.array | None = None
+    ) -> mx.array:  # fmt: skip
         """``[rows, heads, key_dim]`` queries -> ``[rows, heads, value_dim]``."""
         rows, heads, dim = queries.shape
         kv_heads, num_slots, value_dim = values.shape
         group = heads // kv_heads
-        q = (queries * scale).reshape(rows, kv_heads, group, dim).swapaxes(0, 1)
+        products = group if self.on_cpu else 1  # a pair: of one query each, or of the group
+        shares = self._shares_for(products)
+        q = (queries * scale).reshape(rows, kv_heads, products, group // products, dim).swapaxes(0, 1)
         shape = kv_heads, self._num_starts
         k = mx.as_strided(keys, (*shape, dim, WINDOW), (num_slots * dim, dim, 1, dim))
         v = mx.as_strided(values, (*shape, WINDOW, value_dim), (num_slots * value_dim, value_dim, value_dim, 1))
-        scores = mx.gather_mm(q, k, self._query, self._window).astype(mx.float32) + self._bias  # [kv_heads, pairs, group, WINDOW]
+        found = []
+        for share, stream in zip(shares, [mx.default_stream(mx.default_device()), *_STREAMS], strict=False):
+            with mx.stream(stream):
+                found.append(share.attend(q, k, v, self._ones, exp))
+        largest, sums, parts = (each[0] if len(each) == 1 else mx.concatenate(each, axis=1) for each in zip(*found, strict=True))
+        largest = largest.reshape(kv_heads, -1, group)
+        of_rows = largest[:, self._pairs_of_row].max(axis=2)
+        if sinks is not None:  # one more token, of no value
+            sink = sinks.astype(mx.float32).reshape(kv_heads, 1, group)
+            of_rows = mx.maximum(of_rows, sink)
+        factors = exp(largest - of_rows[:, self._row])  # to the row's maximum
+        sums = self._of_row @ (sums.reshape(factors.shape) * factors)
+        if sinks is not None:
+            sums = sums + exp(sink - of_rows)
+        parts = parts.astype(mx.float32).reshape(*factors.shape, value_dim) * factors[..., None]
+        out = (self._of_row @ parts.reshape(kv_heads, -1, group * value_dim)).reshape(kv_heads, rows, group, value_dim)
+        return (out / sums[..., None]).swapaxes(0, 1).reshape(rows, heads, value_dim).astype(queries.dtype)
+
+    def _shares_for(self, products: int) -> list["_Share"]:
+        if not self._shares:
+            row, window, bias = self._pieces
+            wanted = self._num_pairs * len(self._heads) * products // PRODUCTS_A_STREAM if self.on_cpu else 1
+            bounds = np.linspace(0, self._num_pairs, max(1, min(wanted, len(_STREAMS) + 1)) + 1).astype(int)
+            for a, b in pairwise(bounds):
+                each = np.arange(products)
+                pair = self._heads * (b - a) + np.arange(b - a)[:, None]
+                query = self._heads * self.num_rows + row[a:b, None]
+                start = self._heads * self._num_starts + window[a:b, None] + 0 * each
+                numbers = (query * products + each, start, pair * products + each)
+                self._shares.append(_Share(*(mx.array(number.astype(np.uint32)) for number in numbers), mx.array(bias[a:b, None, None])))
+        return self._shares
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A stream's share of the pairs: numbers of query, window and weights for each product, ``[kv_heads, pairs, products]``."""
+
+    query: mx.array
+    window: mx.array
+    weights: mx.array
+    bias: mx.array  # [pairs, 1, 1, WINDOW]
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, ones: mx.array, exp: Exp) -> tuple[mx.array, mx.array, mx.array]:
+        """Of each pair: the largest score, the sum of the weights by it, and the sum of V by the weights."""
+        scores = mx.gather_mm(q, k, self.query, self.window).astype(mx.float32) + self.bias
         largest = scores.max(axis=-1, keepdims=True)
-        largest = largest[:, self._pairs_of_row].max(axis=2)  # of the row: one maximum for all its windows
-        weights = exp(scores - largest[:, self._row])
-        parts = mx.gather_mm(weights.astype(values.dtype), v, self._pair, self._window)  # [kv_heads, pairs, group, value_dim]
-        out = self._of_row @ parts.astype(mx.float32).reshape(kv_heads, -1, group * value_dim)
-        sums = self._of_row @ (weights @ self._ones).reshape(kv_heads, -1, group)
-        out = out.reshape(kv_heads, rows, group, value_dim) / sums[..., None]
-        return out.swapaxes(0, 1).reshape(rows, heads, value_dim).astype(queries.dtype)
+        weights = exp(scores - largest)
+        return largest, weights @ ones, mx.gather_mm(weights.astype(v.dtype), v, self.weights, self.window)
 
 
 def _pieces(start: int, stop: int):

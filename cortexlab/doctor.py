@@ -14,6 +14,7 @@ from statistics import median
 from . import __version__, blas
 
 SLOW_SGEMM_GFLOPS = 20.0  # the reference BLAS gives 2, two old cores with OpenBLAS 60 and more
+EXTENT_SLOTS = 4, 16, 128, 512  # slots an extent, for which `examine` measures attention
 NEEDED_MEMORY_BYTES = 3 << 30  # the float32 model, an arena, and mlx-lm's batch beside it
 
 
@@ -35,11 +36,15 @@ def environment() -> dict:
     """What a result must say about where it was measured."""
     import mlx.core as mx
 
+    from . import attention
+
     return machine() | {
         "mlx_version": metadata.version("mlx"),
         "mlx_lm_version": metadata.version("mlx-lm"),
         "device": str(mx.default_device().type).rpartition(".")[2],
         "blas": blas.active.name,
+        "blas_block_time_ms": os.environ.get("KMP_BLOCKTIME"),
+        "attention": attention.rule(),
         "cpp_compiler": compiler(),
         "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
     }
@@ -53,6 +58,7 @@ def examine() -> dict:
     found["blas_path"] = blas.active.path
     found["sgemm_gflops"] = sgemm_gflops()
     found["memory_bandwidth_gb_s"] = memory_bandwidth()
+    found["attention"] |= {"ms_a_layer": attention_ms()}
     path = model.find_smollm2()
     found["model"] = str(path) if path else None
     found["problems"] = _problems(found, path)
@@ -82,6 +88,14 @@ def memory_bandwidth(repeats: int = 5) -> float:
     return weights.nbytes / _seconds(lambda: mx.eval(x @ weights), repeats) / 1e9
 
 
+def attention_ms(repeats: int = 3) -> list[dict]:
+    """Decode attention of 8 sequences of 512 tokens, SmolLM2's layers, by method and length of extents: median ms a layer."""
+    from .arena import LayerShape
+    from .step_parts import measure_extents
+
+    return measure_extents([LayerShape(3, 64, 64)] * 10, 9, EXTENT_SLOTS, 8, 512, repeats=repeats).to_dict("records")
+
+
 def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -109,6 +123,7 @@ def report(found: dict) -> str:
         f"processor  {found['processor']}, {found['cores']} cores",
         f"BLAS       {found['blas']}: {found['sgemm_gflops']:.0f} GFLOP/s (float32, 1024 x 576 x 1536)",
         f"memory     {gib:.1f} GiB, {found['memory_bandwidth_gb_s']:.1f} GB/s (read by a matrix-vector product)",
+        *_attention_lines(found["attention"]["ms_a_layer"]),
         f"compiler   {found['cpp_compiler'] or 'none: MLX runs its compiled functions piece by piece'}",
         f"model      {found['model'] or 'not here'}",
     ]
@@ -118,6 +133,17 @@ def report(found: dict) -> str:
         lines += [f"PROBLEM    {problem['what']}", f"   cure    {problem['cure']}"]
     lines.append("The main job can run." if can_run(found) else "The main job cannot run.")
     return "\n".join(lines)
+
+
+def _attention_lines(measured: list[dict]) -> list[str]:
+    methods = list(dict.fromkeys(row["method"] for row in measured))
+    lines = ["attention  ms a layer, 8 sequences of 512 tokens" + "".join(f"{method:>9}" for method in methods)]
+    for slots in dict.fromkeys(row["extent_slots"] for row in measured):
+        each = [row["ms"] for row in measured if row["extent_slots"] == slots]
+        lines.append(
+            f"           in extents of {slots:4d} slots".ljust(len(lines[0]) - 9 * len(methods)) + "".join(f"{ms:9.2f}" for ms in each)
+        )
+    return lines
 
 
 def _problems(found: dict, path: Path | None) -> list[dict]:

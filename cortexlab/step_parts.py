@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import mlx.core as mx
@@ -22,8 +23,8 @@ import numpy as np
 import pandas as pd
 
 from . import fast_math
-from .arena import Arena
-from .attention import Plan, RowRun
+from .arena import Arena, LayerShape
+from .attention import METHODS, Plan, RowRun
 from .driving import Driver
 from .errors import ModelError, at_least
 from .hook import SWIGLU, LayerCache
@@ -60,32 +61,36 @@ def measure_steps(
     steps = {f"decode, {n} row{'s' * (n > 1)}": _neighbours(n, at_least("context", context, 1), 1) for n in decode_rows}
     steps |= {f"prefill, {n} rows": _neighbours(1, 0, n) for n in prefill_rows}
     driver = Driver(model)
-    arena = _filled_arena(driver, max(rows[-1].runs[-1][1] for rows in steps.values()), seed)
+    arena = _filled_arena(driver.layers, driver.dtype, max(rows[-1].runs[-1][1] for rows in steps.values()), seed)
     return pd.DataFrame([{"step": name} | _measure_step(driver, model, rows, arena, repeats) for name, rows in steps.items()])
 
 
 def measure_extents(
-    model: nn.Module, extent_slots: Sequence[int], methods: Sequence[str], num_sequences: int, context: int, repeats: int = 5, seed: int = 0
-) -> pd.DataFrame:
-    """A row a method and length of extents: ms of one layer's decode attention, over ``num_sequences`` of ``context`` tokens.
+    layers: Sequence[LayerShape], num_heads: int, extent_slots: Sequence[int], num_sequences: int, context: int,
+    methods: Sequence[str] = METHODS, repeats: int = 5, dtype: mx.Dtype = mx.float32, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """A row a length of extents and method: ms of one layer's decode attention, over ``num_sequences`` of ``context`` tokens.
 
     The tokens are the same everywhere; only in how many pieces they lie differs. Measured over all layers in a row, as in a step, so
     that no layer's K and V are left in the processor's cache by the one before; the plan is shared among them and counted.
     """
-    driver = Driver(model)
     num_slots = at_least("sequences", num_sequences, 1) * at_least("context", context, 1)
-    arena = _filled_arena(driver, num_slots, seed)
-    attends = [call for call in record_step(driver, model, _neighbours(1, context - 1, 1), arena) if call.part == ATTENTION]
-    works = {}
-    for slots in extent_slots:
-        rows = _scattered(num_sequences, context, at_least("extent-slots", slots, 1), seed)
-        for method in methods:
-            works[method, slots] = _attention_work(attends, rows, arena, method)
-    times = time_in_turn(works, repeats)
+    rows = {each: _scattered(num_sequences, context, at_least("extent-slots", each, 1), seed) for each in extent_slots}
+    arena = _filled_arena(layers, dtype, num_slots, seed)
+    works = {(each, method): partial(attend, rows[each], arena, num_heads, method) for each in extent_slots for method in methods}
     return pd.DataFrame(
-        {"method": method, "extent_slots": slots, "num_extents": -(-context // slots), "ms": median(seconds) / len(attends) * 1000}
-        for (method, slots), seconds in times.items()
+        {"extent_slots": each, "num_extents": -(-context // each), "method": method, "ms": median(seconds) / len(layers) * 1000}
+        for (each, method), seconds in time_in_turn(works, repeats).items()
     )
+
+
+def attend(rows: Sequence[RowRun], arena: Arena, num_heads: int, method: str) -> None:
+    """One step's attention, of every layer, with any queries."""
+    plan, chain = Plan(rows, arena, method), mx.array(0)
+    for layer, shape in enumerate(arena.layers):
+        queries = mx.full((plan.num_rows, num_heads, shape.key_dim), 0.1, arena.dtype)
+        chain = mx.depends(chain, plan.attend(queries, layer, shape.key_dim**-0.5))
+    mx.eval(chain)
 
 
 def time_in_turn(works: Mapping, repeats: int) -> dict:
@@ -230,30 +235,14 @@ def _scattered(num_sequences: int, context: int, extent_slots: int, seed: int) -
     return [RowRun(context - 1, 1, runs[n * each : (n + 1) * each]) for n in range(num_sequences)]
 
 
-def _attention_work(attends: Sequence[Call], rows: list[RowRun], arena: Arena, method: str) -> Callable[[], None]:
-    """Attention of every layer over ``rows``, with the queries that the recorded calls of one row had, one for each row."""
-    calls = []
-    for call in attends:
-        cache, queries, *others = call.args
-        calls.append((cache, mx.repeat(queries, len(rows), axis=0), others, call.kwargs))
-
-    def work() -> None:
-        plan, chain = Plan(rows, arena, method), mx.array(0)
-        for cache, queries, others, kwargs in calls:
-            chain = mx.depends(chain, LayerCache(plan, cache.layer, cache.window).attend(queries, *others, **kwargs))
-        mx.eval(chain)
-
-    return work
-
-
-def _filled_arena(driver: Driver, num_slots: int, seed: int) -> Arena:
+def _filled_arena(layers: Sequence[LayerShape], dtype: mx.Dtype, num_slots: int, seed: int) -> Arena:
     """Random K and V, every layer's the same numbers in memory of its own: zeros would be pages that nobody has touched."""
-    arena = Arena(len(driver.layers), 1, 1, num_slots, driver.dtype, driver.layers)
+    arena = Arena(len(layers), 1, 1, num_slots, dtype, layers)
     numbers: dict[tuple, mx.array] = {}
     for arrays in (arena.keys, arena.values):
         for layer, array in enumerate(arrays):
             if array.shape not in numbers:
-                numbers[array.shape] = mx.random.normal(array.shape, dtype=driver.dtype, key=mx.random.key(seed))
+                numbers[array.shape] = mx.random.normal(array.shape, dtype=dtype, key=mx.random.key(seed))
             arrays[layer] = numbers[array.shape] + 0
     arena.warmup()
     return arena

