@@ -61,7 +61,7 @@ def measure_steps(
     steps = {f"decode, {n} row{'s' * (n > 1)}": _neighbours(n, at_least("context", context, 1), 1) for n in decode_rows}
     steps |= {f"prefill, {n} rows": _neighbours(1, 0, n) for n in prefill_rows}
     driver = Driver(model)
-    arena = _filled_arena(driver.layers, driver.dtype, max(rows[-1].runs[-1][1] for rows in steps.values()), seed)
+    arena = filled_arena(driver.layers, driver.dtype, max(rows[-1].runs[-1][1] for rows in steps.values()), seed)
     return pd.DataFrame([{"step": name} | _measure_step(driver, model, rows, arena, repeats) for name, rows in steps.items()])
 
 
@@ -76,7 +76,7 @@ def measure_extents(
     """
     num_slots = at_least("sequences", num_sequences, 1) * at_least("context", context, 1)
     rows = {each: _scattered(num_sequences, context, at_least("extent-slots", each, 1), seed) for each in extent_slots}
-    arena = _filled_arena(layers, dtype, num_slots, seed)
+    arena = filled_arena(layers, dtype, num_slots, seed)
     works = {(each, method): partial(attend, rows[each], arena, num_heads, method) for each in extent_slots for method in methods}
     return pd.DataFrame(
         {"extent_slots": each, "num_extents": -(-context // each), "method": method, "ms": median(seconds) / len(layers) * 1000}
@@ -235,7 +235,7 @@ def _scattered(num_sequences: int, context: int, extent_slots: int, seed: int) -
     return [RowRun(context - 1, 1, runs[n * each : (n + 1) * each]) for n in range(num_sequences)]
 
 
-def _filled_arena(layers: Sequence[LayerShape], dtype: mx.Dtype, num_slots: int, seed: int) -> Arena:
+def filled_arena(layers: Sequence[LayerShape], dtype: mx.Dtype, num_slots: int, seed: int) -> Arena:
     """Random K and V, every layer's the same numbers in memory of its own: zeros would be pages that nobody has touched."""
     arena = Arena(len(layers), 1, 1, num_slots, dtype, layers)
     numbers: dict[tuple, mx.array] = {}

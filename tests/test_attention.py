@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cortexlab import attention
 from cortexlab.arena import Arena, LayerShape
 from cortexlab.attention import METHODS, WINDOW, Plan, RowRun
 from cortexlab.fast_math import SWITCH
@@ -33,9 +34,9 @@ def sequences(draw):
 @settings(max_examples=100, deadline=None)
 @given(
     sequences(), st.sampled_from(METHODS), st.sampled_from([None, 1, 7, 100, 1000]), st.booleans(), st.sampled_from([DIM, DIM - 3]),
-    st.sampled_from("01"),
+    st.sampled_from("01"), st.sampled_from([1, 200]),
 )  # fmt: skip
-def test_every_method_reads_what_one_piece_would_give(found, method, sliding, with_sinks, value_dim, fast):
+def test_every_method_reads_what_one_piece_would_give(found, method, sliding, with_sinks, value_dim, fast, products_a_stream):
     rng = np.random.default_rng(0)
     arena = Arena(1, KV_HEADS, DIM, SLOTS, layers=[LayerShape(KV_HEADS, DIM, value_dim)])
     for arrays, dim in ((arena.keys, DIM), (arena.values, value_dim)):
@@ -46,6 +47,7 @@ def test_every_method_reads_what_one_piece_would_give(found, method, sliding, wi
     queries = mx.array(rng.normal(size=(sum(row.num_rows for row in rows), KV_HEADS * GROUP, DIM)).astype(np.float32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, fast)
+        patch.setattr(attention, "PRODUCTS_A_STREAM", products_a_stream)
         got = np.array(Plan(rows, arena, method).attend(queries, 0, DIM**-0.5, sliding, sinks))
     np.testing.assert_allclose(got, by_hand(rows, arena, np.array(queries), sliding, sinks), atol=TOLERANCE, rtol=1e-5)
 
@@ -88,3 +90,35 @@ def test_views_and_windows_copy_nothing_and_gather_counts_its_bytes():
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="'magic'"):
         Plan([RowRun(0, 1, [(0, 1)])], Arena(1, 1, 8, 16), "magic")
+
+
+SHORT, LONG = [(8 * i, 8 * i + 3) for i in range(30)], [(0, 200), (300, 400)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "ways"),
+    [
+        ([RowRun(99, 1, [(0, 100)])], ["views"]),
+        ([RowRun(99, 1, [(0, 100)]), RowRun(99, 1, [(100, 200)])], ["views"] * 2),
+        ([RowRun(9, 1, [(10 * i, 10 * i + 10)]) for i in range(3)], ["windows"] * 3),
+        ([RowRun(299, 1, LONG)], ["windows"]),
+        ([RowRun(89, 1, SHORT)], ["gather"]),
+        ([RowRun(280, 20, LONG)], ["views"]),
+        ([RowRun(80, 10, SHORT)], ["gather"]),
+        ([RowRun(299, 1, LONG), RowRun(80, 10, SHORT), RowRun(0, 50, [(450, 500)])], ["windows", "gather", "views"]),
+    ],
+)  # fmt: skip
+def test_auto_goes_by_the_rule(rows, ways):
+    assert Plan(rows, Arena(1, KV_HEADS, DIM, SLOTS)).ways == ways
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="elsewhere gather_mm knows 16 bits")
+def test_where_windows_cannot_be_had_short_extents_are_gathered_and_long_ones_viewed():
+    arena = Arena(1, KV_HEADS, DIM, SLOTS, mx.bfloat16)
+    assert Plan([RowRun(299, 1, LONG)], arena).ways == ["views"]
+    assert Plan([RowRun(89, 1, SHORT)], arena).ways == ["gather"]
+
+
+def test_the_rule_is_told_with_its_numbers():
+    rule = attention.rule()
+    assert rule["window_slots"] == WINDOW and rule["streams"] >= 1 and all(value is not None for value in rule.values())

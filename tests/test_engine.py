@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mlx_lm.models import llama
 
 import cortexlab as cl
+from cortexlab import attention as attention_module
 from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit
 from cortexlab.attention import METHODS
 from cortexlab.baseline import first_difference
@@ -130,6 +131,23 @@ def test_time_stamps_are_in_order(tiny):
         ([1] * 100, {"max_tokens": 100}, "max_seq_len"),
         ([1], {"request_id": "taken"}, "taken"),
         ([1], {"stop_token_ids": [999]}, "999"),
+        ("text", {}, "tokenizer"),
+        ([1], {"sampling": {"temprature": 1}}, "temprature"),
+        ([1], {"sampling": {"temperature": -1}}, "-1"),
+        ([1], {"sampling": {"top_p": 2}}, "2"),
+        ([1], {"sampling": "hot"}, "hot"),
+        ([1], {"seed": "x"}, "seed"),
+        ([1], {"logprobs": -1}, "logprobs"),
+        ([1], {"logprobs": 1000}, "1000"),
+        ([1], {"logits_processors": [3]}, "3"),
+        ([1], {"logits_processors": 3}, "logits_processors"),
+        ([1], {"stop": "end"}, "tokenizer"),
+        ([1], {"stop": 3}, "stop"),
+        ([1], {"priority": "high"}, "priority"),
+        ([1], {"on_token": "print"}, "on_token"),
+        ([1], {"ignore_eos": "yes"}, "ignore_eos"),
+        ([1], {"arrived_at": float("nan")}, "arrived_at"),
+        ([1], {"request_id": 7}, "request_id"),
     ],
 )
 def test_a_bad_request_is_refused_by_name_and_the_engine_goes_on(tiny, tiny_reference, prompt, options, names):
@@ -160,11 +178,23 @@ def test_a_request_that_can_never_fit_the_strategy_is_refused(tiny):
         {"strategy": "best"},
         {"growth": "x"},
         {"attention": "x"},
+        {"oom_policy": "x"},
+        {"watermark": 1.5},
+        {"preemption": "x"},
+        {"swap_blocks": 4},
+        {"preemption": "swap", "swap_blocks": 0},
+        {"prefix_caching": "yes"},
+        {"prefix_caching": True, "strategy": "static"},
+        {"prefix_caching": True, "strategy": "cortexstream_buddy"},
+        {"pipeline": "x"},
+        {"clock": 3},
+        {"on_step": 3},
     ],
 )
 def test_bad_settings_are_refused(tiny, options):
-    with pytest.raises(cl.BadInput):
+    with pytest.raises(cl.BadInput) as error:
         cl.Engine(tiny, **{"num_blocks": 8} | options)
+    assert "\n" not in str(error.value)
 
 
 def test_mlx_lm_is_as_it_was_after_a_step_and_after_an_exception(tiny, monkeypatch):
@@ -189,10 +219,13 @@ def test_two_engines_in_one_process_do_not_disturb_each_other(tiny, tiny_referen
     assert all(tiny_reference.check(request) for request in requests)
 
 
-def test_a_step_writes_the_arena_in_place(tiny):
-    """By pointer: through prefill and decode every layer's K and V stay where they were made."""
+@pytest.mark.parametrize("pipeline", [False, True])
+@pytest.mark.parametrize("products_a_stream", [1, 200])
+def test_a_step_writes_the_arena_in_place(tiny, monkeypatch, pipeline, products_a_stream):
+    """By pointer: through prefill and decode every layer's K and V stay where they were made, whoever else reads them."""
+    monkeypatch.setattr(attention_module, "PRODUCTS_A_STREAM", products_a_stream)
     for attention in METHODS:
-        engine = cl.Engine(tiny, num_blocks=64, attention=attention, max_batch_size=4)
+        engine = cl.Engine(tiny, num_blocks=64, attention=attention, max_batch_size=4, pipeline=pipeline)
         engine.cache.warmup()
         before = [pointer(array) for array in engine.cache.arena.arrays()]
         for prompt in prompts_of([20, 30, 40, 50], 256):
@@ -213,6 +246,12 @@ def test_sixteen_bit_models_run_where_windows_cannot(dtype):
     model.set_dtype(dtype)
     for strategy in ("paged", "cortexstream"):
         _, requests = serve(model, prompts_of([20] * 10, 256), 12, num_blocks=64, strategy=strategy, max_batch_size=10)
+        for request in requests:
+            difference = first_difference(model, request.prompt, request.output_tokens)
+            assert difference is None or difference.near_tie
+        requests[:] = serve(  # three fit: the others go to the host and come back
+            model, prompts_of([20] * 6, 256), 24, num_blocks=9, strategy=strategy, oom_policy="preempt", preemption="swap", watermark=0.0
+        )[1]  # fmt: skip
         for request in requests:
             difference = first_difference(model, request.prompt, request.output_tokens)
             assert difference is None or difference.near_tie

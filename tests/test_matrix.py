@@ -1,5 +1,6 @@
 """Token equality over the product of everything the engine can be set to: whatever is switched on, the tokens are mlx-lm's."""
 
+import pytest
 from engine_cases import ARRIVAL, DRAWN, PRODUCT, Arrival, engine_options, play
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,3 +17,18 @@ arrivals = drawn_from(ARRIVAL).map(lambda chosen: Arrival(**chosen))
 @given(case=drawn_from(PRODUCT | DRAWN), load=st.lists(arrivals, min_size=1, max_size=8))
 def test_any_setting_and_any_load_yield_the_reference_tokens(tiny, tiny_reference, case, load):
     play(tiny, tiny_reference, engine_options(case, load), load)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_twelve_cases_that_touch_each_value_yield_the_default_models_tokens(smollm2, smollm2_reference, number):
+    case = {name: values[number % len(values)] for name, values in (PRODUCT | DRAWN).items()}
+    load = [
+        Arrival(**{name: values[(3 * number + i) % len(values)] for name, values in ARRIVAL.items()} | {"max_tokens": 6}) for i in range(3)
+    ]
+    if number == 11:
+        load.append(Arrival(400, 0, 1600, 3))
+    play(smollm2[0], smollm2_reference, engine_options(case, load), load)
+
+
+def test_the_twelve_cases_touch_each_value():
+    assert max(map(len, (PRODUCT | DRAWN).values())) <= 12
