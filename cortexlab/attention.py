@@ -186,11 +186,9 @@ def attend_parts(
     Each part is ``[kv_heads, length, dim]``, together ``start + n`` tokens. ``sliding``, ``sinks`` as `Plan.attend`. ``exp``: the
     one for prompts; None leaves them to MLX's own attention, where K and V are in one part. Returns ``[n, heads, value_dim]``.
     """
-    n, heads, dim = queries.shape
-    kv_heads = keys[0].shape[0]
-    if n == len(keys) == 1 and sinks is None:  # the heads of one KV head are so many queries to it: no mask, and no K repeated
-        q = queries.reshape(1, kv_heads, heads // kv_heads, dim)
-        return mx.fast.scaled_dot_product_attention(q, keys[0][None], values[0][None], scale=scale).reshape(1, heads, -1)
+    n = len(queries)
+    if n == len(keys) == 1 and sinks is None:  # no mask, and products of one row: see `Windows`
+        return mx.fast.scaled_dot_product_attention(queries[:, :, None], keys[0][None], values[0][None], scale=scale)[:, :, 0]
     blocks = []
     for first in range(0, n, QUERY_BLOCK):
         block = queries[first : first + QUERY_BLOCK]

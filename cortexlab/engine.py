@@ -102,7 +102,7 @@ class Engine:
     - ``attention``: ``views``, ``windows``, ``gather`` (`cortexlab.attention`), or ``auto``, the default, which chooses for each step
       by a rule of measured crossovers.
     - ``pipeline``: launch a step before the last one's tokens are read (default: where the device is not the CPU, whose queue is
-      too short to gain by it).
+      too short to gain by it; one request at a time does, by a tenth).
     - ``tokenizer``: for prompts as text, text as it comes, stop strings, and to stop at its end-of-sequence tokens.
     - ``on_step`` is called with a `StepRecord` after every step; ``clock`` gives seconds.
 
@@ -159,7 +159,8 @@ class Engine:
             swap=self.cache.swap,
         )  # fmt: skip
         self.attention = attention
-        self.pipeline = mx.default_device() != mx.cpu if pipeline is None else yes_or_no("pipeline", pipeline)
+        gains = mx.default_device() != mx.cpu or max_batch_size == 1
+        self.pipeline = gains if pipeline is None else yes_or_no("pipeline", pipeline)
         self.tokenizer = wrapped(tokenizer) if tokenizer is not None else None
         self.clock = _function("clock", clock)
         self.requests: dict[str, Request] = {}  # not ended yet

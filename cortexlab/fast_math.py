@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 SWITCH = "CORTEXLAB_FAST_MATH"
+FROM_SIZE = 4096  # numbers: below, six small functions cost more than one slow exp
 LARGEST = 2e6  # |x|: beyond it n no longer fits
 LOG2_E = 1.4426950408889634
 # 2^f on [-1/2, 1/2], c0 = 1: the best polynomial of degree 5 (Lawson's reweighted least squares), relative error 9.2e-8.
