@@ -15,6 +15,7 @@ from functools import partial
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models import activations
 
 SWITCH = "CORTEXLAB_FAST_MATH"
 FROM_SIZE = 4096  # numbers: below, six small functions cost more than one slow exp
@@ -71,7 +72,7 @@ def exp(x: mx.array) -> mx.array:
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """``silu(gate) * x`` in float32, as `mlx_lm.models.activations.swiglu`."""
-    return _gate(_exp(-gate, _scale_within), gate, x)
+    return activations.swiglu(gate, x) if gate.size < FROM_SIZE else _gate(_exp(-gate, _scale_within), gate, x)
 
 
 def _exp(x: mx.array, scale) -> mx.array:

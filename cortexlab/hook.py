@@ -135,8 +135,7 @@ def attention_over_extents(modules: list[ModuleType]):
 
 def _in_float32(original):
     def swiglu(gate, x):
-        ours = gate.dtype == x.dtype == mx.float32 and gate.size >= fast_math.FROM_SIZE
-        return fast_math.swiglu(gate, x) if ours else original(gate, x)
+        return fast_math.swiglu(gate, x) if gate.dtype == x.dtype == mx.float32 else original(gate, x)
 
     return swiglu
 

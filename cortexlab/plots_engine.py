@@ -17,7 +17,7 @@ def against_batch_limit(rows: pd.DataFrame) -> list[Axes]:
     values = {
         "output tokens per second": rows["output_throughput"],
         "median time to first token (s)": rows["median_ttft_ms"] / 1000,
-        "99th percentile of the gaps between tokens (ms)": rows["p99_itl_ms"],
+        "p99 gap between two tokens (ms)": rows["p99_itl_ms"],
     }
     for panel, (label, column) in zip(axes, values.items(), strict=True):
         for strategy, part in rows.groupby("strategy", sort=False):

@@ -14,6 +14,7 @@ from cortexlab.driving import Driver
 from cortexlab.errors import BadInput
 from cortexlab.hook import LayerCache
 from cortexlab.step_parts import (
+    ACTIVATION,
     ATTENTION,
     NORMS,
     PARTS,
@@ -42,7 +43,11 @@ def test_a_step_is_written_down_call_by_call_and_the_model_is_as_it_was(tiny):
     counts = {part: sum(call.part == part for call in calls) for part in PARTS}
     layers = len(driver.layers)
     assert counts[PRODUCTS] == 7 * layers + 1, "q, k, v, o, gate, up, down, and the head"
-    assert counts[ATTENTION] == counts[WRITES] == layers and counts[ROPE] == 2 * layers and counts[NORMS] == 2 * layers + 1
+    assert (
+        counts[ATTENTION] == counts[WRITES] == counts[ACTIVATION] == layers
+        and counts[ROPE] == 2 * layers
+        and counts[NORMS] == 2 * layers + 1
+    )
     shapes = [call.args[1].shape for call in calls if call.part == PRODUCTS]
     assert all(shape[0] == 3 or shape[1] == 3 for shape in shapes), "three rows"
     assert LayerCache.attend is before
