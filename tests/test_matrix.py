@@ -23,8 +23,7 @@ def test_any_setting_and_any_load_yield_the_reference_tokens(tiny, tiny_referenc
 def test_twelve_cases_that_touch_each_value_yield_the_default_models_tokens(smollm2, smollm2_reference, number):
     case = {name: values[number % len(values)] for name, values in (PRODUCT | DRAWN).items()}
     load = [
-        Arrival(**{name: values[(3 * number + i) % len(values)] for name, values in ARRIVAL.items()} | {"max_tokens": 6, "seed": None})
-        for i in range(3)
+        Arrival(**{name: values[(3 * number + i) % len(values)] for name, values in ARRIVAL.items()} | {"max_tokens": 6}) for i in range(3)
     ]
     if number == 11:
         load.append(Arrival(400, 0, 1600, 3))
@@ -35,11 +34,6 @@ def test_the_twelve_cases_touch_each_value():
     assert max(map(len, (PRODUCT | DRAWN).values())) <= 12
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="open: log-probabilities agree to 5e-5, yet 33527 comes instead of 33521. MLX 0.32.4's categorical does not add Gumbel noise, as"
-    " Reference.sampled takes it to: its gap is no distance to a tie. Neighbours in the cumulative sum are the likely tie",
-)
 def test_sampled_tokens_are_the_default_models_after_a_second_turn(smollm2, smollm2_reference):
-    arrival = Arrival(40, 2, 1, 6, seed=7, turns=2)
-    play(smollm2[0], smollm2_reference, {"num_blocks": 64}, [arrival])
+    """One of them lies where two tokens' parts of the cumulated probabilities meet."""
+    play(smollm2[0], smollm2_reference, {"num_blocks": 64}, [Arrival(40, 2, 1, 6, seed=7, turns=2)])
