@@ -379,15 +379,16 @@ class BlockManager:
         table.num_blocks -= len(singles)
 
     def _is_written(self, block: CachedBlock) -> bool:
-        """Whether a step before the coming one has computed a cached block; if not, a copy would hold nothing."""
-        if not block.num_holders:
-            return True
+        """Whether a step before the coming one has computed a cached block; if not, a copy would hold nothing.
+
+        Not while one of its holders is to compute it: the others count it as theirs from their admission on.
+        """
         for table in self.tables.values():
             if block in table.shared:
                 end = (table.shared.index(block) + 1) * self.block_size
-                if table.num_tokens >= min(end, table.prompt_tokens):
-                    return True
-        return False
+                if table.num_tokens < min(end, table.prompt_tokens):
+                    return False
+        return True
 
     def _release(self, shared: Sequence[CachedBlock], num_written: int) -> int:
         """One holder less for each cached block; those behind the first ``num_written`` are forgotten. How many are now free."""

@@ -101,6 +101,16 @@ def test_lower_priorities_come_first_and_the_last_one_gives_way(tiny, tiny_refer
     assert all(tiny_reference.check(request) for request in (late, urgent, middle))
 
 
+def test_a_block_that_two_hold_and_none_has_computed_is_not_copied_from(tiny, tiny_reference):
+    """All three in one step: the second shares the first's whole block, and the third would copy two tokens of it."""
+    first = prompts_of([60], 256)[0]
+    engine = cl.Engine(tiny, num_blocks=32, prefix_caching=True)
+    requests = [engine.submit(prompt, 4) for prompt in (first, [*first[:20], *range(20)], first[:3])]
+    list(engine.run())
+    assert [request.cached_tokens for request in requests] == [0, 16, 0]
+    assert all(tiny_reference.check(request) for request in requests)
+
+
 @pytest.mark.parametrize("strategy", ["cortexstream", "segregated", "buddy", "paged", "runs"])
 def test_a_shared_prompt_is_held_once_and_copied_where_it_parts_inside_a_block(tiny, tiny_reference, strategy):
     """a and b have 64 tokens in common, four blocks and nothing copied; c parts from a eight tokens into the fifth."""
