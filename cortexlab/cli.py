@@ -82,10 +82,15 @@ def build_parser() -> Parser:
     text = "what bookkeeping costs: microseconds an operation, by strategy and size of pool"
     allocbench.add_arguments(command("allocbench", run_allocbench, text))
 
-    sweep = command("sweep", run_sweep, "run a notebook over a grid of parameters with papermill and collect its rows")
-    sweep.add_argument("file", help="YAML: notebook, grid (parameter: list of values), optionally plot (x, lines, y)")
+    sweep = command(
+        "sweep", run_sweep, "run a notebook or a replay over a grid of parameters and collect the rows; goes on where it was killed"
+    )
+    sweep.add_argument("file", help="YAML: notebook or function, grid (parameter: list of values), optionally plot (x, lines, y)")
     sweep.add_argument("--name", help="folder under --out (default: the file's name)")
     sweep.add_argument("--out", default="results", help="where results go")
+    sweep.add_argument("--jobs", type=int, default=1, help="processes; the BLAS's threads are divided among them")
+    sweep.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler whose workers run the points instead, such as tcp://host:8786")
+    sweep.add_argument("--retry", action="store_true", help="run the points again that failed before")
 
     command("fetch-model", run_fetch, "fetch the embedded model into the user's cache, unless it is there")
 
@@ -273,7 +278,7 @@ def run_fetch(args) -> int:
 def run_sweep(args) -> int:
     from . import sweep
 
-    return sweep.run(Path(args.file), Path(args.out), args.name)
+    return sweep.run(Path(args.file), Path(args.out), args.name, jobs=args.jobs, dask=args.dask, retry=args.retry)
 
 
 def run_lab(args) -> int:
