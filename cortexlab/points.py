@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -88,12 +88,13 @@ class Function:
 def replay(
     *, strategy: str = "paged", block_size: int = 16, num_blocks: str = "60%", workload: str = "chat", trace: str = "",
     num_requests: int = 0, request_rate: float = 0.0, scale_lengths: float = 1.0, growth: str = "", oom_policy: str = "wait",
-    watermark: float = WATERMARK, max_batch_size: int = MAX_BATCH_SIZE, prefix_caching: bool = False, seed: int = 0,
+    watermark: float = WATERMARK, max_batch_size: int = MAX_BATCH_SIZE, prefix_caching: bool = False, base_ms: float = 30.0, seed: int = 0,
 ) -> pd.DataFrame:  # fmt: skip
     """A row of `cortexlab.replay`, with its goodput. Zeros and empty texts leave a choice to the replay.
 
     ``num_blocks``: a number, ``unlimited``, or a percentage of what ``paged`` holds at its peak when nothing limits it.
     ``request_rate``: requests a second (0: the trace's own times, or 5). ``num_requests`` 0: all of a trace, or 1,000.
+    ``base_ms``: what a step takes on the virtual clock besides its tokens and sequences, whose share is the reference's.
 
     Columns ``goodput_<ttft>_<tpot>``: completed requests a second that had their first token within that many ms and, behind it, a
     token within that many on average (the request rate a server keeps its promise for; DistServe, OSDI 2024).
@@ -105,7 +106,8 @@ def replay(
     options = {"growth": growth} if growth else {}
     done = replays.replay(
         items, [strategy], block_sizes=[block_size], num_blocks=int(num_blocks) if num_blocks.isdecimal() else num_blocks,
-        max_batch_size=max_batch_size, oom_policy=oom_policy, watermark=watermark, prefix_caching=prefix_caching, **options,
+        max_batch_size=max_batch_size, oom_policy=oom_policy, watermark=watermark, prefix_caching=prefix_caching,
+        step_time=replace(replays.reference, base_s=base_ms / 1000), **options,
     )  # fmt: skip
     tables = replays.tables(done)
     goodputs = {

@@ -271,6 +271,6 @@ def _collect(target: Path, folder: Path, spec: dict, grid: list[Point]) -> None:
         part.write_text(json.dumps({"command": "sweep", "spec": told, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
     if "plot" in spec:
         plots.use_style()
-        plot = spec["plot"] | {"x": PREFIX + spec["plot"]["x"]}
+        swept = {name: PREFIX + spec["plot"][name] for name in ("x", "lines") if spec["plot"][name] in spec["grid"]}
         with results.replacing(target / "sweep.png") as part:
-            plots.sweep_figure(rows, **plot)[0].figure.savefig(part, format="png")
+            plots.sweep_figure(rows, **(spec["plot"] | swept))[0].figure.savefig(part, format="png")
