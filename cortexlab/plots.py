@@ -305,10 +305,11 @@ def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("ou
     """
     _, axes = plt.subplots(1, len(y), figsize=(WIDTH, 3.8), squeeze=False, layout="constrained")
     values = sorted(rows[x].unique())
+    shades = dict(zip(sorted(map(str, set(rows[lines]) - set(COLORS))), cycle(SPARE_COLORS), strict=False)) | COLORS
     for panel, measure in zip(axes[0], y, strict=True):
         for (line, part), style in zip(rows.groupby(lines), cycle(("o-", "s--", "D-.", "^:")), strict=False):  # some lie on each other
             repeats = part.groupby(x)[measure]
-            panel.plot(repeats.median(), style, color=(shade := color(str(line))), label=line, markersize=5)
+            panel.plot(repeats.median(), style, color=(shade := shades[str(line)]), label=line, markersize=5)
             bounds = pd.DataFrame({at: median_interval(list(each)) or (np.nan, np.nan) for at, each in repeats}).T
             panel.fill_between(bounds.index, bounds[0], bounds[1], color=shade, alpha=0.2, linewidth=0)
         panel.set_xscale("log", base=2)

@@ -1,6 +1,6 @@
 """Figures of where KV memory goes and what that costs: of `replay`'s rows and samples, theory dashed. They never measure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -154,3 +154,20 @@ def _plain(value: float, _) -> str:
 def _smooth(values: pd.Series) -> pd.Series:
     """A running mean over a sixtieth of the time: single samples jump about."""
     return values.rolling(max(1, len(values) // 60), center=True, min_periods=1).mean()
+
+
+def kv_bytes_by_context(table: pd.DataFrame, contexts: Sequence[int], memory_gb: float) -> Axes:
+    """GB of K and V against the tokens held, a line a model; dashed: the memory there is. ``table``: bytes a token at 16 bits."""
+    _, axes = plt.subplots(figsize=(WIDTH * 0.7, 4.2), layout="constrained")
+    for of, alike in table.groupby("16 bits").groups.items():
+        axes.plot(contexts, [of * tokens / 1e9 for tokens in contexts], "o-", markersize=4, label=", ".join(alike))
+    axes.axhline(memory_gb, color="#333333", linestyle="--", linewidth=1.4)
+    axes.annotate("memory for K and V", (contexts[0], memory_gb), (0, 4), textcoords="offset points")
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens held, of all sequences (logarithmic)", ylabel="K and V in float16, GB (logarithmic)"
+    )
+    axes.set_xticks(contexts, [f"{tokens:,}" for tokens in contexts])
+    axes.minorticks_off()
+    plain_numbers(axes.yaxis)
+    axes.legend()
+    return axes
