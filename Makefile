@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: all bench test soak lab sweep lint clean
+.PHONY: all bench test soak lab explorer sweep lint clean
 all: bench
 
 $(READY): pyproject.toml
@@ -27,6 +27,11 @@ soak: $(READY)
 
 lab: $(READY)
 	$(BIN)/cortexlab lab $(ARGS)
+
+# the explorer as a page of its own
+explorer: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[explorer]'
+	$(BIN)/voila notebooks/explorer.ipynb $(ARGS)
 
 sweep: $(READY)
 	$(BIN)/cortexlab sweep experiments/quickstart.yaml

@@ -82,10 +82,24 @@ def build_parser() -> Parser:
     text = "what bookkeeping costs: microseconds an operation, by strategy and size of pool"
     allocbench.add_arguments(command("allocbench", run_allocbench, text))
 
-    sweep = command("sweep", run_sweep, "run a notebook over a grid of parameters with papermill and collect its rows")
-    sweep.add_argument("file", help="YAML: notebook, grid (parameter: list of values), optionally plot (x, lines, y)")
+    sweep = command(
+        "sweep", run_sweep, "run a notebook or a replay over a grid of parameters and collect the rows; goes on where it was killed"
+    )
+    sweep.add_argument("file", help="YAML: notebook or function, grid (parameter: list of values), optionally plot (x, lines, y)")
     sweep.add_argument("--name", help="folder under --out (default: the file's name)")
     sweep.add_argument("--out", default="results", help="where results go")
+    sweep.add_argument("--jobs", type=int, default=1, help="processes; the BLAS's threads are divided among them")
+    sweep.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler whose workers run the points instead, such as tcp://host:8786")
+    sweep.add_argument("--retry", action="store_true", help="run the points again that failed before")
+
+    compare = command("compare", run_compare, "what differs between two results: settings, machine, figures with their intervals")
+    compare.add_argument("first", metavar="RUN", help="a folder of results, or its name under --out")
+    compare.add_argument("second", metavar="RUN", help="the other")
+    compare.add_argument("--out", default="results", help="where results are")
+
+    report = command("report", run_report, "one self-contained HTML page of a result: figures, tables, machine, how to reproduce it")
+    report.add_argument("of", metavar="NAME", help="a folder of results, or its name under --out")
+    report.add_argument("--out", default="results", help="where results are")
 
     command("fetch-model", run_fetch, "fetch the embedded model into the user's cache, unless it is there")
 
@@ -273,7 +287,22 @@ def run_fetch(args) -> int:
 def run_sweep(args) -> int:
     from . import sweep
 
-    return sweep.run(Path(args.file), Path(args.out), args.name)
+    return sweep.run(Path(args.file), Path(args.out), args.name, jobs=args.jobs, dask=args.dask, retry=args.retry)
+
+
+def run_compare(args) -> int:
+    from . import report
+
+    width = min(120, shutil.get_terminal_size((120, 24)).columns)
+    print(report.comparison(*(report.find(name, Path(args.out)) for name in (args.first, args.second)), width))
+    return 0
+
+
+def run_report(args) -> int:
+    from . import report
+
+    print(f"page: {report.write(report.find(args.of, Path(args.out)))}")
+    return 0
 
 
 def run_lab(args) -> int:

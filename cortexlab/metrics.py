@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 
 from .request import Request
 
@@ -41,6 +42,17 @@ def latency_summary(requests: Iterable[Request]) -> dict[str, float | None]:
         for statistic, of in (("mean", np.mean), ("median", np.median), ("p99", lambda v: np.percentile(v, 99))):
             summary[f"{statistic}_{name}_ms"] = float(of(values)) if len(values) else None
     return summary
+
+
+def goodput(requests: pd.DataFrame, duration: float, ttft: float, tpot: float) -> float:
+    """Completed requests a second that keep both promises: first token within ``ttft`` seconds, then ``tpot`` a token on average.
+
+    ``requests``: ``arrived_at, first_token_at, finished_at`` in seconds, ``output_tokens`` and ``state`` (DistServe, OSDI 2024).
+    """
+    behind = (requests["output_tokens"] - 1).clip(lower=1)  # of a single token there is no time per token: 0
+    each = (requests["finished_at"] - requests["first_token_at"]) / behind
+    kept = (requests["state"] == "finished") & (requests["first_token_at"] - requests["arrived_at"] <= ttft) & (each <= tpot)
+    return float(kept.sum() / duration)
 
 
 def counted_latency_summary(latency: dict[str, Counter]) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import cycle
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .errors import BadInput
-from .metrics import SHARES, shares
+from .metrics import SHARES, median_interval, shares
 from .theory import paged_utilization
 
 COLORS = {
@@ -31,6 +32,12 @@ STYLE = {
     "figure.dpi": 100, "savefig.dpi": 150, "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True, "legend.frameon": False,
     "svg.hashsalt": "cortexlab",
+}  # fmt: skip
+SWEEP_WORDS = {
+    "output_throughput": "output tokens per second", "token_share": "share of the memory that is tokens",
+    "block_size": "block size (slots)", "mean_ttft_ms": "mean time to first token (ms)", "extents_per_sequence": "extents a sequence",
+    "goodput_2000_100": "requests/s within 2 s and 100 ms a token", "goodput_500_30": "requests/s within 500 ms and 30 ms a token",
+    "request_rate": "requests arriving per second", "max_batch_size": "requests run at once, at most",
 }  # fmt: skip
 WIDTH = 10.0  # inches
 IDLE_S = 0.05  # a longer gap between two steps means that nothing was running
@@ -292,22 +299,25 @@ def plain_numbers(axis) -> None:
 
 
 def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("output_throughput", "token_share")) -> list[Axes]:
-    """Collected rows of a sweep: one panel a measure over the swept parameter ``x``, one line a value of ``lines``."""
-    words = {
-        "output_throughput": "output tokens per second", "token_share": "share of the memory that is tokens",
-        "block_size": "block size (slots)",
-    }  # fmt: skip
+    """Collected rows of a sweep: one panel a measure over the swept parameter ``x``, one line a value of ``lines``.
+
+    Rows that differ in nothing drawn are repeats: the line is their median, the band its 95 % interval.
+    """
     _, axes = plt.subplots(1, len(y), figsize=(WIDTH, 3.8), squeeze=False, layout="constrained")
+    values = sorted(rows[x].unique())
+    shades = dict(zip(sorted(map(str, set(rows[lines]) - set(COLORS))), cycle(SPARE_COLORS), strict=False)) | COLORS
     for panel, measure in zip(axes[0], y, strict=True):
-        for line, part in rows.groupby(lines, sort=False):
-            part = part.sort_values(x)
-            panel.plot(part[x], part[measure], "o-", color=color(str(line)), label=line)
+        for (line, part), style in zip(rows.groupby(lines), cycle(("o-", "s--", "D-.", "^:")), strict=False):  # some lie on each other
+            repeats = part.groupby(x)[measure]
+            panel.plot(repeats.median(), style, color=(shade := shades[str(line)]), label=line, markersize=5)
+            bounds = pd.DataFrame({at: median_interval(list(each)) or (np.nan, np.nan) for at, each in repeats}).T
+            panel.fill_between(bounds.index, bounds[0], bounds[1], color=shade, alpha=0.2, linewidth=0)
         panel.set_xscale("log", base=2)
-        panel.set_xticks(sorted(rows[x].unique()), [str(value) for value in sorted(rows[x].unique())])
+        panel.set_xticks(values, [f"{value:g}" if isinstance(value, int | float) else str(value) for value in values])
         panel.minorticks_off()
         name = x.removeprefix("param_")
-        panel.set(xlabel=words.get(name, name), ylabel=words.get(measure, measure), ylim=(0, rows[measure].max() * 1.1))
-    axes[0][0].legend()
-    runs = int(rows["repeats"].max())
-    axes[0][0].set_title(f"{len(rows)} points, {runs} run{'s' * (runs > 1)} each", loc="left")
+        panel.set(xlabel=SWEEP_WORDS.get(name, name), ylabel=SWEEP_WORDS.get(measure, measure), ylim=(0, rows[measure].max() * 1.1 or 1))
+    axes[0][0].figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    runs = int(rows.groupby([x, lines]).size().max())
+    axes[0][0].set_title(f"{len(rows)} points" + (f", median of {runs} and 95 % interval" if runs > 1 else ""), loc="left")
     return list(axes[0])

@@ -1,6 +1,6 @@
 """Figures of where KV memory goes and what that costs: of `replay`'s rows and samples, theory dashed. They never measure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -154,3 +154,63 @@ def _plain(value: float, _) -> str:
 def _smooth(values: pd.Series) -> pd.Series:
     """A running mean over a sixtieth of the time: single samples jump about."""
     return values.rolling(max(1, len(values) // 60), center=True, min_periods=1).mean()
+
+
+def kv_bytes_by_context(table: pd.DataFrame, contexts: Sequence[int], memory_gb: float) -> Axes:
+    """GB of K and V against the tokens held, a line a model; dashed: the memory there is. ``table``: bytes a token at 16 bits."""
+    _, axes = plt.subplots(figsize=(WIDTH * 0.7, 4.2), layout="constrained")
+    for of, alike in table.groupby("16 bits").groups.items():
+        axes.plot(contexts, [of * tokens / 1e9 for tokens in contexts], "o-", markersize=4, label=", ".join(alike))
+    axes.axhline(memory_gb, color="#333333", linestyle="--", linewidth=1.4)
+    axes.annotate("memory for K and V", (contexts[0], memory_gb), (0, 4), textcoords="offset points")
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens held, of all sequences (logarithmic)", ylabel="K and V in float16, GB (logarithmic)"
+    )
+    axes.set_xticks(contexts, [f"{tokens:,}" for tokens in contexts])
+    axes.minorticks_off()
+    plain_numbers(axes.yaxis)
+    axes.legend()
+    return axes
+
+
+def four_granularities(accounting: pd.Series, theory: pd.Series, prefix: pd.Series, growth: pd.Series, attention: pd.Series) -> list[Axes]:
+    """What each of four sizes costs by itself, all 0 when it costs nothing: shares of memory and of prefix tokens lost, pieces, time.
+
+    Series by size in slots. ``theory`` belongs to ``accounting``, dashed; ``attention`` is a multiple of the least.
+    """
+    _, axes = plt.subplots(1, 4, figsize=(WIDTH, 3.2), layout="constrained")
+    panels = {
+        "accounting: block size\nmemory without a token (%)": 100 * accounting,
+        "sharing: hashed block\nprefix tokens not found (%)": 100 * prefix,
+        "growth: slots left behind a sequence\nextents a sequence": growth,
+        "attention: slots an extent\ntime of decode attention (multiple)": attention,
+    }
+    for panel, (words, values) in zip(axes, panels.items(), strict=True):
+        title, label = words.split("\n")
+        panel.plot(values.index, values, "o-", color=color("runs"), markersize=4)
+        panel.set_title(title.partition(":")[0], loc="left")
+        panel.set(xlabel=title.partition(": ")[2] + ("" if "slots" in title else " (slots)"), ylabel=label, ylim=(0, 1.08 * values.max()))
+        linear = {"linthresh": values.index[values.index > 0].min() / 2} if 0 in values.index else {}
+        panel.set_xscale("symlog" if linear else "log", base=2, **linear)
+        panel.set_xticks(list(values.index)[:: 1 + len(values) // 6], [str(size) for size in list(values.index)[:: 1 + len(values) // 6]])
+        panel.minorticks_off()
+    axes[0].plot(theory.index, 100 * theory, **DASHED)
+    return list(axes)
+
+
+def shares_by_workload(rows: pd.DataFrame) -> list[Axes]:
+    """Where memory went, a panel a workload and a bar a strategy; behind each bar the mean time to first token."""
+    workloads = list(dict.fromkeys(rows["workload"]))
+    figure, axes = plt.subplots(1, len(workloads), figsize=(WIDTH, 3.2), sharey=True, squeeze=False, layout="constrained")
+    for panel, workload in zip(axes[0], workloads, strict=True):
+        part = rows[rows["workload"] == workload]
+        left = np.zeros(len(part))
+        for share in SHARES:
+            panel.barh(part["strategy"], part[f"{share}_share"], left=left, color=SHARE_COLORS[share], label=SHARE_WORDS[share])
+            left += part[f"{share}_share"].to_numpy()
+        for strategy, ms in zip(part["strategy"], part["mean_ttft_ms"], strict=True):
+            panel.annotate(f"{ms / 1000:,.1f} s", (1.02, strategy), va="center", annotation_clip=False)
+        panel.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], xlabel=f"{workload}: share of the memory tied up\n(behind: mean time to first token)")
+    axes[0][0].invert_yaxis()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return list(axes[0])

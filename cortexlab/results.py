@@ -97,3 +97,14 @@ def read(folder: Path | str) -> dict:
         raise BadInput(f"{folder} is no result of cortexlab: it has no run.json")
     found = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES if (folder / f"{name}.parquet").exists()}
     return found | {"run": json.loads((folder / "run.json").read_text(encoding="utf-8"))}
+
+
+def read_rows(folder: Path | str) -> pd.DataFrame:
+    """The rows of every result in ``folder`` or below it, one below the other; the column ``run`` says whose (its path from there)."""
+    folder = Path(folder)
+    found = sorted(path.parent for path in folder.rglob("run.json") if not any(part.startswith(".") for part in path.parts))
+    tables = {str(run.relative_to(folder)): read(run).get("rows") for run in found}
+    tables = {name: table for name, table in tables.items() if table is not None}
+    if not tables:
+        raise BadInput(f"{folder} holds no result of cortexlab: no run.json with rows.parquet beside it")
+    return pd.concat(tables, names=["run"]).reset_index("run").reset_index(drop=True)

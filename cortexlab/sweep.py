@@ -1,107 +1,177 @@
-"""Sweeps: a notebook run over a grid of parameters with papermill, its rows collected into one table.
+"""Sweeps: a notebook, or a replay, over a grid of parameters; every point's rows in one table. Killed at any moment, it goes on.
 
 A sweep file is YAML::
 
-    notebook: ../notebooks/00_quickstart.ipynb     # relative to the file
+    notebook: ../notebooks/00_quickstart.ipynb     # relative to the file; or `function: replay` (`cortexlab.points.replay`)
     parameters: {num_requests: 8}                  # the same at every point
     grid: {block_size: [16, 64], ...}              # every combination is a point
     plot: {x: block_size, lines: strategy}         # optional
 
-The notebook leaves its rows where its parameter ``rows_file`` says. A point is named by the SHA-256 of its parameters, the
-notebook's code and the package's source; points that are done are skipped.
+A point is named by the SHA-256 of its parameters, the notebook's code, the package's source and the trace's content, and is done when
+``points/<name>.parquet`` is there: only this process writes it, last of all, by a rename. So a sweep that was killed runs only what is
+not done, an edited allocator makes all points new, and no half file is ever read. ``rows.parquet`` is sorted by point and has nothing
+in it that differs from run to run of a replay; what the wall clock said is in ``timings.parquet``.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import papermill
 import yaml
+from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
 
-from . import results
+from . import points, results
 from .doctor import environment
-from .errors import BadInput, shown
+from .errors import BadInput, at_least, shown
+from .points import ROWS_PARAMETER, Function, Notebook, Outcome
 
-ROWS_PARAMETER = "rows_file"
+FUNCTIONS = {"replay": Function(points.replay)}
 PREFIX = "param_"  # of the swept parameters' columns: a measured column may have the same name
+KEYS = ("notebook", "function", "parameters", "grid", "plot")
+WALL_CLOCK = re.compile(r"seconds|duration|.*_throughput|.*_ms|point_seconds")  # where rows are measured
 
 
-def run(file: Path, out: Path = Path("results"), name: str | None = None) -> int:
-    """Run the sweep, print where its table is, and return the exit code: 1 when a point failed."""
+@dataclass(frozen=True, slots=True)
+class Point:
+    name: str
+    parameters: dict
+
+    @property
+    def columns(self) -> dict:
+        return {"point": self.name} | {f"{PREFIX}{name}": value for name, value in self.parameters.items()}
+
+
+def run(
+    file: Path, out: Path = Path("results"), name: str | None = None, *, jobs: int = 1, dask: str | None = None, retry: bool = False
+) -> int:
+    """Run the sweep, print where its tables are, and return the exit code: 1 when a point failed.
+
+    ``jobs``: processes, among which the BLAS's threads are divided. ``dask``: a scheduler's address instead. ``retry``: points that
+    failed before are run again; else they are left as they are.
+    """
+    at_least("jobs", jobs, 1)
     spec = read_spec(file)
-    notebook = nbformat.read(spec["notebook"], as_version=4)
-    # The finding holds for the notebook's defaults; a sweep asks what happens elsewhere.
-    notebook.cells = [cell for cell in notebook.cells if "finding" not in cell.metadata.get("tags", [])]
+    if "notebook" in spec:
+        # The finding holds for the notebook's defaults; a sweep asks what happens elsewhere.
+        notebook = nbformat.read(spec["notebook"], as_version=4)
+        notebook.cells = [cell for cell in notebook.cells if "finding" not in cell.metadata.get("tags", [])]
+        work = Notebook(nbformat.writes(notebook), str(spec["notebook"].parent))
+    else:
+        work = FUNCTIONS[spec["function"]]
+    grid = named(spec, work)
     target = results.check_target(out, name or file.stem, overwrite=True)
-    points = target / "points"
+    folder = target / "points"
     try:
-        points.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"results folder {points} cannot be written: {error.strerror}") from error
-    source = source_hash(notebook)
-    rows, failed, reused = [], [], 0
-    for parameters in tqdm(list(grid_points(spec)), unit="point", disable=None):
-        key = hashlib.sha256(json.dumps([parameters, source], sort_keys=True).encode()).hexdigest()[:16]
-        done = points / f"{key}.parquet"
-        reused += done.exists()
-        if not done.exists() and not _run_point(notebook, spec["notebook"], parameters, points, key):
-            failed.append((parameters, points / f"{key}.failed.ipynb"))
-            continue
-        swept = {f"{PREFIX}{name}": value for name, value in parameters.items()}
-        rows.append(pd.read_parquet(done).assign(point=key, **swept))
-    for parameters, left in failed:
-        print(f"failed: {parameters}: see {left}")
-    if rows:
-        _collect(target, spec, pd.concat(rows, ignore_index=True))
-        print(
-            f"{len(rows)} points ({reused} done before): {target}/rows.parquet" + (f", figure {target}/sweep.png" if "plot" in spec else "")
-        )
+        raise BadInput(f"results folder {folder} cannot be written: {error.strerror}") from error
+    done = [point for point in grid if _rows_of(folder, point).exists()]
+    skipped = done + [point for point in grid if not retry and _error_of(folder, point).exists()]
+    coming = [point for point in grid if point not in skipped]
+    with contextlib.closing(outcomes(work, coming, jobs, dask)) as found:
+        for point, outcome in tqdm(found, total=len(grid), initial=len(skipped), unit="point", disable=None):
+            _keep(folder, point, outcome)
+    failed = [point for point in grid if not _rows_of(folder, point).exists()]
+    for point in failed:
+        where = _notebook_of(folder, point, failed=True)
+        print(f"failed: {point.parameters}: {points.last_line(_error_of(folder, point).read_text(encoding='utf-8'))}")
+        print(f"        see {where if where.exists() else _error_of(folder, point)}; --retry runs it again")
+    if len(failed) < len(grid):
+        _collect(target, folder, spec, [point for point in grid if point not in failed])
+        figure = f", figure {target}/sweep.png" if "plot" in spec else ""
+        print(f"{len(grid) - len(failed)} points ({len(done)} done before): {target}/rows.parquet{figure}")
     return 1 if failed else 0
 
 
+def outcomes(work: Callable[[dict], Outcome], coming: list[Point], jobs: int, dask: str | None) -> Iterator[tuple[Point, Outcome]]:
+    """Each point with what became of it, as they end."""
+    with contextlib.ExitStack() as stack:
+        if dask is not None:
+            try:
+                from distributed import Client
+            except ImportError as error:
+                raise BadInput("--dask needs the package distributed: pip install 'cortexlab[dask]'") from error
+            try:
+                stack.enter_context(Client(dask, timeout="20s"))
+            except (OSError, ValueError) as error:
+                raise BadInput(f"no Dask scheduler answers at {shown(dask)}") from error
+            stack.enter_context(parallel_config(backend="dask"))
+            jobs = -1
+        elif jobs > 1:
+            stack.enter_context(parallel_config(backend="loky", inner_max_num_threads=max(1, cpu_count() // jobs)))
+        parallel = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered" if jobs != 1 else "generator")
+        yield from parallel(delayed(_run)(work, point) for point in coming)
+
+
+def _run(work: Callable[[dict], Outcome], point: Point) -> tuple[Point, Outcome]:
+    return point, work(point.parameters)
+
+
+# --- the sweep file -----------------------------------------------------------------------------------------------------------
+
+
 def read_spec(file: Path) -> dict:
-    """The sweep file, checked against the notebook's own parameters."""
+    """The sweep file, checked against the parameters of its notebook or function."""
     try:
         spec = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{file} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(spec, dict) or not isinstance(spec.get("notebook"), str) or not isinstance(spec.get("grid"), dict):
-        raise BadInput(f"{file} must have `notebook` (a path) and `grid` (parameter: list of values)")
-    if unknown := set(spec) - {"notebook", "parameters", "grid", "plot"}:
-        raise BadInput(f"{file}: unknown key {sorted(unknown)[0]!r}: use notebook, parameters, grid, plot")
-    notebook = (file.parent / spec["notebook"]).resolve()
-    if not notebook.is_file():
-        raise BadInput(f"{file}: notebook {spec['notebook']} does not exist")
-    known = papermill.inspect_notebook(str(notebook))
-    if ROWS_PARAMETER not in known:
-        raise BadInput(f"{file}: notebook {spec['notebook']} has no parameter {ROWS_PARAMETER}, so it leaves no rows")
+    if not isinstance(spec, dict) or not isinstance(spec.get("grid"), dict) or ("notebook" in spec) == ("function" in spec):
+        raise BadInput(f"{file} must have `notebook` (a path) or `function`, and `grid` (parameter: list of values)")
+    if unknown := set(spec) - set(KEYS):
+        raise BadInput(f"{file}: unknown key {shown(sorted(map(str, unknown))[0])}: use {', '.join(KEYS)}")
+    if "notebook" in spec:
+        spec["notebook"] = (file.parent / str(spec["notebook"])).resolve()
+        known = _notebook_parameters(file, spec["notebook"])
+    else:
+        if spec["function"] not in FUNCTIONS:
+            raise BadInput(f"{file}: unknown function {shown(spec['function'])}: use {', '.join(FUNCTIONS)}")
+        known = {name: kind.__name__ for name, kind in FUNCTIONS[spec["function"]].known().items()}
     fixed = spec.get("parameters") or {}
     if not isinstance(fixed, dict):
         raise BadInput(f"{file}: parameters must be a mapping, not {shown(fixed)}")
+    if both := sorted(map(str, set(fixed) & set(spec["grid"]))):
+        raise BadInput(f"{file}: {both[0]} is in parameters and in grid")
     plot = spec.get("plot", {"x": "", "lines": ""})
     if not isinstance(plot, dict) or not {"x", "lines"} <= set(plot) <= {"x", "lines", "y"}:
         raise BadInput(f"{file}: plot must have x and lines, and may have y, not {shown(plot)}")
     if "plot" in spec and plot["x"] not in spec["grid"]:
         raise BadInput(f"{file}: plot.x must be a parameter of the grid, not {plot['x']!r}")
     for parameter, values in itertools.chain(((p, [v]) for p, v in fixed.items()), spec["grid"].items()):
-        if parameter not in known:
-            raise BadInput(f"{file}: the notebook has no parameter {parameter!r}: use {', '.join(sorted(known))}")
-        if not isinstance(values, list) or not values:
-            raise BadInput(f"{file}: grid.{parameter} must be a list of values, not {values!r}")
-        wanted = known[parameter]["inferred_type_name"]
-        for value in values:
-            given = type(value).__name__
-            if wanted in ("int", "float", "str", "bool") and given != wanted and (wanted, given) != ("float", "int"):
-                raise BadInput(f"{file}: {parameter} must be {wanted}, not {value!r}")
-    return spec | {"notebook": notebook, "parameters": fixed}
+        _check_values(file, known, parameter, values)
+    return spec | {"parameters": fixed}
+
+
+def _notebook_parameters(file: Path, notebook: Path) -> dict[str, str]:
+    if not notebook.is_file():
+        raise BadInput(f"{file}: notebook {notebook.name} does not exist")
+    known = {name: each["inferred_type_name"] for name, each in papermill.inspect_notebook(str(notebook)).items()}
+    if known.pop(ROWS_PARAMETER, None) is None:
+        raise BadInput(f"{file}: notebook {notebook.name} has no parameter {ROWS_PARAMETER}, so it leaves no rows")
+    return known
+
+
+def _check_values(file: Path, known: dict[str, str], parameter: str, values: list) -> None:
+    if parameter not in known:
+        raise BadInput(f"{file}: there is no parameter {shown(parameter)}: use {', '.join(sorted(known))}")
+    if not isinstance(values, list) or not values:
+        raise BadInput(f"{file}: grid.{parameter} must be a list of values, not {shown(values)}")
+    wanted = known[parameter]
+    for value in values:
+        given = type(value).__name__
+        if wanted in ("int", "float", "str", "bool") and given != wanted and (wanted, given) != ("float", "int"):
+            raise BadInput(f"{file}: {parameter} must be {wanted}, not {shown(value)}")
 
 
 def grid_points(spec: dict) -> Iterator[dict]:
@@ -111,47 +181,96 @@ def grid_points(spec: dict) -> Iterator[dict]:
         yield spec["parameters"] | dict(zip(names, values, strict=True))
 
 
-def source_hash(notebook: nbformat.NotebookNode) -> str:
-    """SHA-256 of the notebook's code cells and of this package's source."""
+# --- names --------------------------------------------------------------------------------------------------------------------
+
+
+def named(spec: dict, work: Notebook | Function) -> list[Point]:
+    """The grid's points, each once, in the order of their names. `BadInput` for a trace that is not there."""
+    source, grid = source_hash(work), {}
+    for parameters in grid_points(spec):
+        content = trace_hash(parameters.get("trace"))
+        key = hashlib.sha256(json.dumps([parameters, source, content], sort_keys=True).encode()).hexdigest()[:16]
+        grid[key] = Point(key, parameters)
+    return [grid[key] for key in sorted(grid)]
+
+
+def source_hash(work: Notebook | Function) -> str:
+    """SHA-256 of the notebook's code cells, or the function's name, and of this package's source."""
+    code = points.code_of(work.body) if isinstance(work, Notebook) else [work.function.__name__]
+    package = Path(__file__).parent
+    files = [part for path in sorted(package.rglob("*.py")) for part in (str(path.relative_to(package)).encode(), path.read_bytes())]
+    return _sha256(cell.encode() for cell in code) + _sha256(files)
+
+
+def trace_hash(trace: str | None) -> str | None:
+    if not trace:
+        return None
+    from .traces import find_trace
+
+    return _sha256([find_trace(trace).read_bytes()])
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    """Of parts whose borders count."""
     digest = hashlib.sha256()
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            digest.update(cell.source.encode() + b"\0")
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes() + b"\0")
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()
 
 
-def _run_point(notebook, path: Path, parameters: dict, points: Path, key: str) -> bool:
-    body, executed, rows = points / f".{key}.body.ipynb", points / f"{key}.ipynb", points / f".{key}.parquet"
-    nbformat.write(notebook, body)
-    try:
-        papermill.execute_notebook(
-            str(body), str(executed), parameters | {ROWS_PARAMETER: str(rows.resolve())}, cwd=str(path.parent),
-            progress_bar=False, log_output=False,
-        )  # fmt: skip
-    except papermill.PapermillExecutionError:
-        os.replace(executed, points / f"{key}.failed.ipynb")
-        return False
-    finally:
-        body.unlink(missing_ok=True)
-    os.replace(rows, points / f"{key}.parquet")  # last, so that a point is done only when all of it is
-    return True
+# --- on disk ------------------------------------------------------------------------------------------------------------------
 
 
-def _collect(target: Path, spec: dict, rows: pd.DataFrame) -> None:
+def _rows_of(folder: Path, point: Point) -> Path:
+    return folder / f"{point.name}.parquet"
+
+
+def _error_of(folder: Path, point: Point) -> Path:
+    return folder / f"{point.name}.error.txt"
+
+
+def _notebook_of(folder: Path, point: Point, failed: bool = False) -> Path:
+    return folder / f"{point.name}{'.failed' * failed}.ipynb"
+
+
+def _keep(folder: Path, point: Point, outcome: Outcome) -> None:
+    failed = outcome.error is not None
+    if outcome.notebook is not None:
+        with results.replacing(_notebook_of(folder, point, failed)) as part:
+            part.write_text(outcome.notebook, encoding="utf-8")
+    if failed:
+        with results.replacing(_error_of(folder, point)) as part:
+            part.write_text(outcome.error, encoding="utf-8")
+        return
+    for old in (_error_of(folder, point), _notebook_of(folder, point, failed=True)):
+        old.unlink(missing_ok=True)
+    with results.replacing(_rows_of(folder, point)) as part:  # last: now it is done
+        outcome.rows.assign(point_seconds=outcome.seconds).to_parquet(part, index=False)
+
+
+def _collect(target: Path, folder: Path, spec: dict, grid: list[Point]) -> None:
+    """All points' rows in two tables: what is the same in every run, and what the wall clock said."""
     import matplotlib
 
     matplotlib.use("Agg")
     from . import plots
 
-    with results.replacing(target / "rows.parquet") as part:
-        rows.to_parquet(part, index=False)
-    run = {"command": "sweep", "spec": spec | {"notebook": spec["notebook"].name}, "environment": environment()}
+    parts = [pd.read_parquet(_rows_of(folder, point)) for point in grid]
+    rows = pd.concat(
+        [part.assign(row=range(len(part)), **point.columns) for part, point in zip(parts, grid, strict=True)], ignore_index=True
+    )
+    virtual = "seconds" in rows  # a replay's row: only this is the wall clock's
+    clocked = [name for name in rows if (name in ("seconds", "point_seconds") if virtual else WALL_CLOCK.fullmatch(name))]
+    names = ["point", "row", *(name for name in rows if name.startswith(PREFIX))]
+    tables = {"timings": rows[[*names, *clocked]], "rows": rows[[*names, *(each for each in rows if each not in {*names, *clocked})]]}
+    for name, table in tables.items():
+        with results.replacing(target / f"{name}.parquet") as part:
+            table.to_parquet(part, index=False)
+    told = spec | ({"notebook": spec["notebook"].name} if "notebook" in spec else {})
     with results.replacing(target / "run.json") as part:
-        part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({"command": "sweep", "spec": told, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
     if "plot" in spec:
         plots.use_style()
-        plot = spec["plot"] | {"x": PREFIX + spec["plot"]["x"]}
+        swept = {name: PREFIX + spec["plot"][name] for name in ("x", "lines") if spec["plot"][name] in spec["grid"]}
         with results.replacing(target / "sweep.png") as part:
-            plots.sweep_figure(rows, **plot)[0].figure.savefig(part, format="png")
+            plots.sweep_figure(rows, **(spec["plot"] | swept))[0].figure.savefig(part, format="png")

@@ -65,3 +65,17 @@ def fifty_percent_rule(num_allocations: ArrayLike, remainder_share: float = 1.0)
     the two cancel. It says nothing about the sizes of the holes, so it is no bound on the memory lost.
     """
     return np.asarray(num_allocations) * remainder_share / 2
+
+
+def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, bits: int = 16, group_size: int = 64) -> float:
+    """K and V of one token, in bytes. Below 16 bits as mlx-lm's `QuantizedKVCache` holds them: numbers of ``bits`` bits, and a 16-bit
+    scale and a 16-bit bias for each group of ``group_size``.
+    """
+    bits_a_number = bits if bits >= 16 else bits + 2 * 16 / group_size
+    return 2 * num_layers * num_kv_heads * head_dim * bits_a_number / 8
+
+
+def sequences_that_fit(memory_bytes: float, bytes_per_token: float, mean_tokens: ArrayLike, block_size: int = 1) -> np.ndarray:
+    """How many sequences of ``mean_tokens`` tokens the memory holds, each in whole blocks, with half a block lost on average."""
+    held = np.asarray(mean_tokens) + (block_size - 1) / 2
+    return np.floor(memory_bytes / bytes_per_token / held)

@@ -429,7 +429,7 @@ def test_a_killed_writer_leaves_no_half_result(before, tmp_path):
 # --- the other commands -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["doctor", "bench", "replay", "allocbench", "sweep", "fetch-model", "lab"])
+@pytest.mark.parametrize("command", ["doctor", "bench", "replay", "allocbench", "sweep", "compare", "report", "fetch-model", "lab"])
 def test_every_command_explains_itself(command, run):
     code, stdout, stderr = run(command, "--help")
     assert (code, stderr) == (0, "")

@@ -117,3 +117,12 @@ def test_half_as_many_holes_as_allocations_where_any_may_be_freed_next(placement
 def test_the_rule_is_about_lifetimes_that_do_not_know_of_each_other():
     holes, remainder_share = in_equilibrium("first_fit", range(1, 200), lambda rng, n: n - 1)
     assert holes < 0.05 * theory.fifty_percent_rule(400, remainder_share), "last in, first out leaves one hole at the end"
+
+
+def test_kv_bytes_of_a_token_and_how_many_sequences_they_leave_room_for():
+    """Llama-3.1-8B: 128 KiB in 16 bits; 8 bits are 8.5 with a scale and a bias for 64 numbers."""
+    assert theory.kv_bytes_per_token(32, 8, 128) == 131072
+    assert theory.kv_bytes_per_token(32, 8, 128, bits=8) == 131072 * 8.5 / 16
+    assert theory.kv_bytes_per_token(32, 8, 128, bits=32) == 2 * 131072
+    assert theory.sequences_that_fit(1000, 1, [10, 300]).tolist() == [100, 3]
+    assert theory.sequences_that_fit(1000, 1, 10, block_size=5) == 83, "two tokens a sequence are lost"
