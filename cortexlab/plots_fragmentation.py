@@ -214,3 +214,20 @@ def shares_by_workload(rows: pd.DataFrame) -> list[Axes]:
     axes[0][0].invert_yaxis()
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return list(axes[0])
+
+
+def prefix_hits(rows: pd.DataFrame) -> list[Axes]:
+    """Share of prompt tokens found in the cache: against the block size, a line a pool, and against the pool, a line a block size."""
+    _, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
+    words = {"block_size": "block size (slots)", "pool_slots": "pool (slots)"}
+    for panel, (x, line) in zip(axes, (("block_size", "pool_slots"), ("pool_slots", "block_size")), strict=True):
+        of_line = list(rows.groupby(line))
+        for shade, (value, part) in zip(plt.colormaps["viridis"](np.linspace(0, 0.9, len(of_line))), of_line, strict=True):
+            panel.plot(part[x], 100 * part["prefix_hit_tokens_rate"], "o-", markersize=4, color=shade, label=f"{value:,}")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted(set(rows[x])), [f"{value:,}" for value in sorted(set(rows[x]))])
+        panel.minorticks_off()
+        panel.set(xlabel=words[x], ylim=(0, 100))
+        panel.legend(title=words[line], fontsize=8)
+    axes[0].set_ylabel("prompt tokens found in the cache (%)")
+    return list(axes)

@@ -10,9 +10,11 @@ Sources of the lengths:
 Arrivals follow `vllm bench serve`: gaps are gamma distributed with mean 1 / rate and shape ``burstiness`` (1: Poisson).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
@@ -182,3 +184,32 @@ def prompt_tokens(items: Sequence[WorkItem], vocabulary: int, seed: int = 0) -> 
         tokens += np.random.default_rng([seed, 0, index]).integers(vocabulary, size=own).tolist()
         prompts.append(tokens[: item.prompt_tokens])
     return prompts
+
+
+def conversations(
+    num_conversations: int, num_turns: int, system_tokens: int, *, request_rate: float, pause: float = 30.0, unit: int = 16, seed: int = 0
+) -> list[WorkItem]:
+    """Conversations behind one system prompt; each turn's prompt is all that was said before, and some more. In order of arrival.
+
+    Conversations begin by a Poisson process of ``request_rate`` a second; a turn comes ``pause`` seconds behind the one before, on
+    average (exponential). What a user says and what the model answers is as long as in ``lognormal``. Prefix ids stand for ``unit``
+    tokens each, so block sizes that are its multiples find them.
+    """
+    at_least("conversations", num_conversations, 1)
+    at_least("turns", num_turns, 1)
+    at_least("system-tokens", system_tokens, 0)
+    rng = generator(seed)
+    says, answers = LENGTHS["lognormal"]
+    new_id = itertools.count(system_tokens // unit)
+    items = []
+    for begun in arrivals(num_conversations, request_rate, 1.0, rng):
+        ids, said = list(range(system_tokens // unit)), system_tokens
+        gaps = rng.exponential(pause, num_turns)
+        gaps[0] = 0.0
+        for at, more, answer in zip(begun + np.cumsum(gaps), says(rng, num_turns), answers(rng, num_turns), strict=True):
+            said += int(more)
+            ids += [next(new_id) for _ in range(-(-said // unit) - len(ids))]
+            items.append(WorkItem(float(at), said, int(answer), tuple(ids), unit))
+            del ids[said // unit :]  # the answer goes on inside it
+            said += int(answer)
+    return sorted(items, key=attrgetter("arrived_at"))

@@ -1,5 +1,6 @@
 """Workloads and traces: seeded, bounded, and refused with file and line when they are broken."""
 
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from cortexlab import CortexLabError
 from cortexlab.traces import MOONCAKE_BUCKET_S, load_trace
-from cortexlab.workload import LENGTHS, SHARED_PREFIX_TOKENS, WorkItem, make_workload, prompt_tokens, scale, with_arrivals
+from cortexlab.workload import LENGTHS, SHARED_PREFIX_TOKENS, WorkItem, conversations, make_workload, prompt_tokens, scale, with_arrivals
 
 BOUNDS = {  # shortest and longest prompt and output, as interface.md has them
     "lognormal": (8, 600, 4, 200),
@@ -51,6 +52,25 @@ def test_prompts_spread_by_the_published_sigma(name, sigma):
     logs = np.log([item.prompt_tokens for item in make_workload(name, 5000, seed=1)])
     quartiles = np.quantile(logs, [0.25, 0.75])
     assert quartiles[1] - quartiles[0] == pytest.approx(2 * 0.6745 * sigma, rel=0.1)
+
+
+def test_a_turn_of_a_conversation_begins_with_all_that_was_said_before():
+    items = conversations(6, 3, 48, request_rate=1.0, unit=16, seed=2)
+    assert items == conversations(6, 3, 48, request_rate=1.0, unit=16, seed=2) and len(items) == 18
+    assert [item.arrived_at for item in items] == sorted(item.arrived_at for item in items)
+    by_conversation = {}
+    for item in items:
+        assert item.prefix_ids[:3] == (0, 1, 2), "the system prompt"
+        assert len(item.prefix_ids) == math.ceil(item.prompt_tokens / 16)
+        by_conversation.setdefault(item.prefix_ids[3], []).append(item)
+    assert len(by_conversation) == 6
+    for turns in by_conversation.values():
+        for before, turn in itertools.pairwise(turns):
+            said = before.prompt_tokens + before.output_tokens
+            assert turn.prompt_tokens > said
+            assert turn.prefix_ids[: before.prompt_tokens // 16] == before.prefix_ids[: before.prompt_tokens // 16]
+    with pytest.raises(CortexLabError, match="turns"):
+        conversations(6, 0, 48, request_rate=1.0)
 
 
 @every_workload
