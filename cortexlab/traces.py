@@ -1,5 +1,6 @@
 """Readers for real traces: Azure's CSV and Mooncake's JSONL. What is wrong with a file is named with its line."""
 
+import contextlib
 import csv
 import json
 import os
@@ -30,6 +31,15 @@ def load_trace(name: str, seed: int = 0) -> list[WorkItem]:
     """The trace in a file, or a known name looked up in ``$CORTEXLAB_TRACES`` and the user's cache. In order of arrival."""
     path = find_trace(name)
     return read_azure(path) if path.suffix.lower() == ".csv" else read_mooncake(path, seed)
+
+
+def known_here() -> list[str]:
+    """Known names whose file is on this machine."""
+    found = []
+    for name in KNOWN:
+        with contextlib.suppress(BadInput):
+            found += [name] if find_trace(name) else []
+    return found
 
 
 def find_trace(name: str) -> Path:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from . import plots
+from . import plots, traces
 from .allocators import STRATEGIES
 from .errors import BadInput
 from .metrics import SHARES
@@ -167,19 +167,27 @@ class Stage:
         return f'<div style="display:flex;line-height:1.3">{"".join(parts)}</div>'
 
 
+def explored(name: str, num_requests: int, request_rate: float, seed: int) -> list[WorkItem]:
+    """A workload made at ``request_rate``, or the beginning of a trace, at its own times."""
+    if name in traces.KNOWN:
+        return traces.load_trace(name, seed)[:num_requests]
+    return make_workload(name, num_requests, seed=seed, request_rate=request_rate)
+
+
 def explorer(
     workload: str = "lognormal", num_requests: int = 300, request_rate: float = 10.0,
     strategies: tuple[str, str] = ("cortexstream", "runs"), block_size: int = 16, num_blocks: str = "60%", seed: int = 1,
 ) -> ipywidgets.VBox:  # fmt: skip
-    """Choose a workload, two strategies, a block size and a pool; play, pause and scrub through both replays on one clock.
+    """Choose a workload or trace, two strategies, a block size and a pool; play, pause and scrub through both replays on one clock.
 
-    What goes wrong is shown in the page: the children are controls, player, picture, tables and message.
+    A trace (those that are on this machine are offered) is its first ``num_requests``, at its own times. What goes wrong is shown
+    in the page: the children are controls, player, picture, tables and message.
     """
     wide = {"layout": ipywidgets.Layout(width="16em"), "style": {"description_width": "6em"}}
     sizes = sorted({1, 4, 8, 16, 32, 64, 128, block_size})
     pools = list(dict.fromkeys([num_blocks, "30%", "45%", "60%", "80%", "100%"]))
     chosen = {
-        "workload": ipywidgets.Dropdown(options=EXPLORED, value=workload, description="workload", **wide),
+        "workload": ipywidgets.Dropdown(options=[*EXPLORED, *traces.known_here()], value=workload, description="workload", **wide),
         "left": ipywidgets.Dropdown(options=list(STRATEGIES), value=strategies[0], description="left", **wide),
         "right": ipywidgets.Dropdown(options=list(STRATEGIES), value=strategies[1], description="right", **wide),
         "block_size": ipywidgets.Dropdown(options=sizes, value=block_size, description="block size", **wide),
@@ -204,7 +212,7 @@ def explorer(
         names = chosen["left"].value, chosen["right"].value
         if names[0] == names[1]:
             raise BadInput(f"left and right are both {names[0]}: choose two strategies")
-        items = make_workload(chosen["workload"].value, num_requests, seed=seed, request_rate=request_rate)
+        items = explored(chosen["workload"].value, num_requests, request_rate, seed)
         stage[:] = [Stage(record(items, names, chosen["block_size"].value, chosen["pool"].value))]
 
     for control in chosen.values():

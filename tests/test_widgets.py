@@ -58,3 +58,17 @@ def test_every_control_changes_the_picture_and_an_error_shows(monkeypatch):
     monkeypatch.setattr(widgets.Stage, "png", lambda *_: 1 / 0)
     slider.value = 10
     assert "ZeroDivisionError" in message.value
+
+
+def test_a_trace_on_this_machine_can_be_chosen_and_one_that_is_not_is_not_offered(tmp_path, monkeypatch):
+    monkeypatch.setenv("CORTEXLAB_CACHE", str(tmp_path / "nothing"))
+    monkeypatch.setenv("CORTEXLAB_TRACES", str(tmp_path))
+    workload = widgets.explorer(num_requests=20).children[0].children[0]
+    assert list(workload.options) == list(widgets.EXPLORED)
+    lines = [f"2023-11-16 18:17:{second:02}.0000000,{100 + second},{20 + second}" for second in range(30)]
+    (tmp_path / "azure_2023_conv.csv").write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    page = widgets.explorer(num_requests=20)
+    workload, picture = page.children[0].children[0], page.children[2]
+    before = picture.value
+    workload.value = "azure_2023_conv"
+    assert picture.value != before and not page.children[-1].value
