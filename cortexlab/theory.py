@@ -3,7 +3,7 @@
 L is a sequence's live tokens, B the slots of a block, and all sums are over the decode steps of all requests.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -79,3 +79,14 @@ def sequences_that_fit(memory_bytes: float, bytes_per_token: float, mean_tokens:
     """How many sequences of ``mean_tokens`` tokens the memory holds, each in whole blocks, with half a block lost on average."""
     held = np.asarray(mean_tokens) + (block_size - 1) / 2
     return np.floor(memory_bytes / bytes_per_token / held)
+
+
+def padding_share(lengths: Sequence[int], batch_size: int) -> float:
+    """Share of a dense batch that is padding, when ``batch_size`` sequences are drawn at random and padded to their longest.
+
+    1 - mean / E[longest of n], exact for draws with replacement: the i-th smallest of N lengths is the longest with probability
+    (i / N)^n - ((i - 1) / N)^n. It is the ratio of expectations: of all slots held over many batches, so many are padding.
+    """
+    ordered = np.sort(np.asarray(lengths, dtype=float))
+    at_most = np.linspace(0, 1, len(ordered) + 1) ** batch_size
+    return 1 - ordered.mean() / float((ordered * np.diff(at_most)).sum())

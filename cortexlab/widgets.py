@@ -2,6 +2,7 @@
 
 import html
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ def block_map_slider(steps: pd.DataFrame) -> ipywidgets.VBox:
 NUM_FRAMES = 400  # of the slider, over the longer of the two replays
 LISTED = 8  # live sequences in a table: those that hold most
 EXPLORED = ("lognormal", "chat", "heavy-tail")
+CELL = '<{} style="text-align:right;padding:0 .6em">'  # JupyterLab and Voila align them each in its own way
 COLUMNS = ("sequence", "tokens", "of", "blocks", "extents")
 
 
@@ -87,15 +89,17 @@ class Recorded(Replay):
         super()._sample(unusable, dt)
         sample = self.samples[-1]
         owners = np.full(self.blocks.num_blocks, -1, dtype=np.int32)
-        live = []
+        live, held = [], []
         ahead = round((sample["started_at"] * 1e9 - self.now) / dt)  # of the steps that are taken in one jump
         for request in self.scheduler.running:
             number = int("".join(filter(str.isdigit, request.id)))
             extents = request.table.all_extents
+            held.append((request.id, [(extent.start, extent.num_blocks) for extent in extents]))
             for extent in extents:
                 owners[extent.start : extent.end] = number
             tokens = request.num_tokens + (ahead if request.base is not None else 0)
             live.append((number, tokens, len(request.prompt) + request.output_length, request.table.num_blocks, len(extents)))
+        sample["extents"] = json.dumps(held)  # as the steps of a bench run have them
         self._moments[sample["started_at"]] = Moment(sample["started_at"], owners, live, sample["num_waiting"])
 
 
@@ -162,6 +166,7 @@ class Stage:
         for name, moment in self.moments(at):
             most = sorted(moment.live, key=lambda each: -each[3])[:LISTED]
             table = pd.DataFrame(most, columns=COLUMNS).to_html(index=False, border=0)
+            table = table.replace("<td>", CELL.format("td")).replace("<th>", CELL.format("th"))
             more = f"<br>and {len(moment.live) - len(most)} more" if len(moment.live) > len(most) else ""
             parts.append(f'<div style="margin-right:4em"><b style="color:{plots.color(name)}">{html.escape(name)}</b>{table}{more}</div>')
         return f'<div style="display:flex;line-height:1.3">{"".join(parts)}</div>'
