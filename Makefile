@@ -20,10 +20,11 @@ bench: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# the engine's whole matrix and 2,000 requests with every kind of preemption; a million steps an allocator
+# the engine's whole matrix and 2,000 requests with every kind of preemption; a million steps an allocator; findings elsewhere
 soak: $(READY)
 	$(BIN)/python tests/soak_engine.py
 	$(BIN)/python tests/soak_allocators.py --steps 1000000
+	$(BIN)/python tests/soak_findings.py
 
 lab: $(READY)
 	$(BIN)/cortexlab lab $(ARGS)
