@@ -22,7 +22,7 @@ TRIED = {  # beside seed 2, which is tried of all that have one
     "07_triton_style": [{"workload": "chat", "request_rates": "1,2,4,6,8", "pool_slots": 48000, "block_size_rate": 6.0}],
     "08_prefix_sharing": [{"system_tokens": 450, "num_conversations": 200}],
     "09_batch_size": [{"workloads": "heavy-tail,lognormal", "num_requests": 12}],
-    "10_memory_calculator": [{"memory_gb": 60.0, "group_size": 32}],
+    "10_memory_calculator": [{"memory_gb": 60.0, "block_size": 32}],
     "explorer": [{"workload": "chat", "request_rate": 4.0}],
 }
 SHORT = "its finding says what differs for short requests"
