@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog} {args.name_of_command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        kept = "what is finished is kept, the same command goes on" if args.command is run_sweep else "nothing was written"
+        print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `cortexlab ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -383,10 +384,12 @@ def _write_bench(target: Path, args, bench, document: dict) -> None:
     import pandas as pd
 
     from . import plots, results
+    from .bench import recommendation
 
     plots.use_style()
     tables = {"rows": pd.DataFrame(bench.rows), "requests": bench.requests(), "steps": bench.steps()}
-    run = {"command": "bench", "arguments": _arguments(args), "environment": document["environment"], "ratios": document["ratios"]}
+    run = {"command": "bench", "arguments": _arguments(args), "recommendation": recommendation(bench)}
+    run |= {"environment": document["environment"], "ratios": document["ratios"]}
     with results.written_atomically(target) as folder:
         results.write_tables(folder, run, **tables)
         if fitted := bench.step_time():

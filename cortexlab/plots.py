@@ -36,7 +36,7 @@ STYLE = {
 SWEEP_WORDS = {
     "output_throughput": "output tokens per second", "token_share": "share of the memory that is tokens",
     "block_size": "block size (slots)", "mean_ttft_ms": "mean time to first token (ms)", "extents_per_sequence": "extents a sequence",
-    "goodput_2000_100": "requests/s within 2 s and 100 ms a token", "goodput_500_30": "requests/s within 500 ms and 30 ms a token",
+    "goodput_2000_100": "requests/s in time (2 s, 100 ms a token)", "goodput_500_30": "requests/s in time (500 ms, 30 ms a token)",
     "request_rate": "requests arriving per second", "max_batch_size": "requests run at once, at most",
 }  # fmt: skip
 WIDTH = 10.0  # inches
@@ -303,7 +303,8 @@ def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("ou
 
     Rows that differ in nothing drawn are repeats: the line is their median, the band its 95 % interval.
     """
-    _, axes = plt.subplots(1, len(y), figsize=(WIDTH, 3.8), squeeze=False, layout="constrained")
+    alike = len({measure.partition("_")[0] for measure in y}) == 1  # goodput under two promises: one scale
+    _, axes = plt.subplots(1, len(y), figsize=(WIDTH, 3.8), squeeze=False, sharey=alike, layout="constrained")
     values = sorted(rows[x].unique())
     shades = dict(zip(sorted(map(str, set(rows[lines]) - set(COLORS))), cycle(SPARE_COLORS), strict=False)) | COLORS
     for panel, measure in zip(axes[0], y, strict=True):
@@ -316,8 +317,9 @@ def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("ou
         panel.set_xticks(values, [f"{value:g}" if isinstance(value, int | float) else str(value) for value in values])
         panel.minorticks_off()
         name = x.removeprefix("param_")
-        panel.set(xlabel=SWEEP_WORDS.get(name, name), ylabel=SWEEP_WORDS.get(measure, measure), ylim=(0, rows[measure].max() * 1.1 or 1))
+        most = max(rows[each].max() for each in (y if alike else [measure]))
+        panel.set(xlabel=SWEEP_WORDS.get(name, name), ylabel=SWEEP_WORDS.get(measure, measure), ylim=(0, most * 1.1 or 1))
     axes[0][0].figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     runs = int(rows.groupby([x, lines]).size().max())
-    axes[0][0].set_title(f"{len(rows)} points" + (f", median of {runs} and 95 % interval" if runs > 1 else ""), loc="left")
+    axes[0][0].set_title(f"{len(rows)} points" + (f", median of {runs} and its 95 % interval" if runs > 1 else ""), loc="left")
     return list(axes[0])

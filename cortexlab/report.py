@@ -2,22 +2,33 @@
 
 import base64
 import html
-import json
 import shlex
 from pathlib import Path
 
 import pandas as pd
+import yaml
+from PIL import Image
 
-from . import results
+from . import plots, results
 from .errors import BadInput, shown
 from .metrics import median_interval
 
-MEASURES = (
-    "output_throughput", "request_throughput", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_itl_ms",
-    "goodput_2000_100", "goodput_500_30", "token_share", "reserved_share", "internal_share", "external_share", "external_fragmentation",
-    "utilization", "extents_per_sequence", "long_extent_share", "prefix_hit_rate", "copied_bytes", "copied_blocks", "peak_kv_bytes",
-    "num_preemptions",
-)  # fmt: skip
+MEASURES = {  # how a page calls them
+    "output_throughput": "output tokens/s", "request_throughput": "requests/s", "mean_ttft_ms": "TTFT, mean (ms)",
+    "median_ttft_ms": "TTFT, median (ms)", "p99_ttft_ms": "TTFT, p99 (ms)", "median_tpot_ms": "TPOT, median (ms)",
+    "p99_itl_ms": "ITL, p99 (ms)", "goodput_2000_100": "requests/s in time (2 s, 100 ms)",
+    "goodput_500_30": "requests/s in time (500 ms, 30 ms)", "token_share": "token share", "reserved_share": "reserved share",
+    "internal_share": "internal share", "external_share": "external share", "external_fragmentation": "external fragmentation",
+    "utilization": "utilization", "extents_per_sequence": "extents a sequence", "long_extent_share": "tokens in long extents (share)",
+    "prefix_hit_rate": "prefix hits (share)", "copied_bytes": "copied (bytes)", "copied_blocks": "copied (blocks)",
+    "peak_kv_bytes": "peak KV (bytes)", "num_preemptions": "preemptions",
+}  # fmt: skip
+CAPTIONS = {
+    "memory": "KV memory over time", "throughput": "Speed and waiting", "latency": "Latency",
+    "block_map": "Which sequence holds which block",
+    "fragmentation": "External fragmentation over time", "extents": "Pieces and waiting", "block_size": "By block size",
+    "sweep": "What was swept",
+}  # fmt: skip
 REPEATED = ("param_seed", "seed")  # rows that differ in nothing else are repeats
 UNTOLD = ("date", "name", "out", "overwrite", "json")  # differ from run to run and say nothing
 
@@ -25,8 +36,9 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-img {{ max-width: 100% }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 td, th {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }} th:first-child, td:first-child {{ text-align: left }}
+td, thead th {{ white-space: nowrap }} .words td {{ text-align: left; white-space: normal }}
 pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto }} .wide {{ overflow-x: auto }}
 </style>
 <h1>{title}</h1>
@@ -52,15 +64,22 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     keys = [name for name in ("strategy", "block_size") if name in rows]
     keys += [name for name in rows if name.startswith("param_") and name not in REPEATED and name.removeprefix("param_") not in keys]
     found = []
-    for which, part in rows.groupby(keys, dropna=False):
+    for which, part in rows.astype({name: "Int64" for name in keys if name == "block_size"}).groupby(keys, dropna=False):
         for measure in (name for name in MEASURES if name in rows):
             values = part[measure].dropna().tolist()
             if not values:
                 continue
             given = [part.iloc[0].get(f"{measure}_{end}") for end in ("low", "high")]
             low, high = (median_interval(values) or (None, None)) if len(values) > 1 else given
-            found.append((*map(str, which), measure, float(pd.Series(values).median()), low, high))
-    return pd.DataFrame(found, columns=[*keys, "measure", "value", "low", "high"]).set_index([*keys, "measure"])
+            found.append((*which, measure, float(pd.Series(values).median()), low, high))
+    table = pd.DataFrame(found, columns=[*keys, "measure", "value", "low", "high"]).set_index([*keys, "measure"])
+    return table.astype(float)  # None is nan
+
+
+def common(*tables: pd.DataFrame) -> dict:
+    """What names the rows of summaries and is the same in all of them."""
+    names = pd.concat([table.index.to_frame(index=False) for table in tables]).drop(columns=["strategy", "measure"], errors="ignore")
+    return {name: names[name].iloc[0] for name in names if names[name].nunique(dropna=False) == 1}
 
 
 # --- two results --------------------------------------------------------------------------------------------------------------
@@ -78,22 +97,34 @@ def comparison(first: Path, second: Path, width: int = 120) -> str:
     tables = [summary(run["rows"]) for run in runs]
     if tables[0].index.names != tables[1].index.names:
         raise BadInput(f"{first} and {second} cannot be compared: their rows are named by {_words(tables[0])} and by {_words(tables[1])}")
+    same = common(*tables)
     both = tables[0].merge(tables[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
     for letter, table in zip("AB", tables, strict=True):
-        if alone := sorted({_name(index) for index in table.index.difference(both.index)}):
-            lines.append(f"only in {letter}: {', '.join(alone)}"[:width])
+        if alone := sorted({_name(table, index, same) for index in table.index.difference(both.index)}):
+            lines.append(f"only in {letter}: {'; '.join(alone)}"[:width])
     differ = both[both["value_a"] != both["value_b"]]
     lines += ["", f"{len(both) - len(differ)} of {len(both)} figures are equal" + (";  * intervals apart" if len(differ) else "")]
-    if len(differ):
-        table = [
-            {
-                "": " ".join((_name(index), index[-1])), "A": _value(row, "a"), "B": _value(row, "b"),
-                "B/A": f"{row['value_b'] / row['value_a']:.3f}" if row["value_a"] else "", " ": "*" * _apart(row),
-            }
-            for index, row in differ.iterrows()
-        ]  # fmt: skip
-        lines.append(pd.DataFrame(table).to_string(index=False, justify="right"))
-    return "\n".join(lines)
+    for digits, interval in ((4, True), (3, True), (3, False)):  # the first that fits, or else the last
+        table = _differences(differ, same, digits, interval)
+        if max(map(len, table), default=0) <= width:
+            break
+    return "\n".join(lines + table + ["intervals left out for width"] * (not interval))
+
+
+def _differences(differ: pd.DataFrame, same: dict, digits: int, interval: bool) -> list[str]:
+    """The lines of a table: what names the rows, and below it their measures."""
+    cells, heads = [("", "A", "B", "B/A")], {}
+    for index, row in differ.iterrows():
+        heads.setdefault(_name(differ, index, same), len(cells))
+        ratio = f"{row['value_b'] / row['value_a']:.3f}" if row["value_a"] else "-"
+        cells.append((f"  {index[-1]}", *(_value(row, end, digits, interval) for end in "ab"), ratio + (" *" if _apart(row) else "  ")))
+    widths = [max(len(line[i]) for line in cells) for i in range(4)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]) for line in cells
+    ]
+    for head, at in reversed(heads.items()):
+        lines.insert(at, head)
+    return [line.rstrip() for line in lines] if heads else []
 
 
 def _flat(run: dict) -> dict:
@@ -102,18 +133,24 @@ def _flat(run: dict) -> dict:
     return {name: str(value) for name, value in flat.items() if name.rpartition(".")[2] not in UNTOLD}
 
 
-def _name(index: tuple) -> str:
-    return " ".join(map(str, index[:-1]))
+def _name(table: pd.DataFrame, index: tuple, same: dict) -> str:
+    """What names a row, without what names all of them."""
+    told = {name: value for name, value in zip(table.index.names[:-1], index[:-1], strict=True) if name not in same and pd.notna(value)}
+    return ", ".join(str(value) if name == "strategy" else f"{name.removeprefix('param_')} {value}" for name, value in told.items())
 
 
 def _words(table: pd.DataFrame) -> str:
     return ", ".join(table.index.names[:-1])
 
 
-def _value(row: pd.Series, which: str) -> str:
-    low, high = row[f"low_{which}"], row[f"high_{which}"]
-    interval = "" if pd.isna(low) else f" [{low:.4g}, {high:.4g}]"
-    return f"{row[f'value_{which}']:.4g}{interval}"
+def _value(row: pd.Series, which: str, digits: int = 4, interval: bool = True) -> str:
+    value, low, high = (row[f"{name}_{which}"] for name in ("value", "low", "high"))
+    return _number(value, digits) + ("" if pd.isna(low) or not interval else f" [{_number(low, digits)}, {_number(high, digits)}]")
+
+
+def _number(value: float, digits: int) -> str:
+    """Without an exponent where that is still readable."""
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e15 else f"{value:.{digits}g}"
 
 
 def _apart(row: pd.Series) -> bool:
@@ -127,28 +164,42 @@ def write(folder: Path) -> Path:
     """``report.html`` in the folder of a result: all of it in one file, without a link to anywhere."""
     found = results.read(folder)
     run, parts = found["run"], []
-    for picture in sorted(folder.glob("*.png")):
+    if "recommendation" in run:
+        parts.append(f"<p><b>{html.escape(run['recommendation'])}</b></p>")
+    for picture in sorted(folder.glob("*.png"), key=lambda path: [*CAPTIONS, path.stem].index(path.stem)):
         data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<h2>{html.escape(picture.stem)}</h2><img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">')
+        caption = html.escape(CAPTIONS.get(picture.stem, picture.stem))
+        with Image.open(picture) as image:
+            width = min(1.0, image.width / (plots.WIDTH * plots.STYLE["savefig.dpi"]))  # letters of one size on all
+        parts.append(f'<h2>{caption}</h2><img alt="{caption}" style="width:{width:.0%}" src="data:image/png;base64,{data}">')
     if "rows" in found:
-        table = summary(found["rows"])
-        text = pd.Series([_value(row.add_suffix("_a"), "a") for _, row in table.iterrows()], index=table.index)
-        shown_table = text.unstack("measure").reindex(columns=[name for name in MEASURES if name in text.index.unique("measure")])
-        wide = shown_table.reset_index().to_html(index=False, na_rep="", border=0)
-        parts.append(f'<h2>Figures</h2><p>Medians; in brackets a 95 % interval, where there are repeats.</p><div class="wide">{wide}</div>')
+        parts.append(_figures(summary(found["rows"])))
     parts.append(f"<h2>How to reproduce it</h2><pre>{html.escape(command(run))}</pre>")
     machine = pd.Series({name: str(value) for name, value in run.get("environment", {}).items()}, name="")
-    parts.append(f"<h2>Where it was measured</h2>{machine.to_frame().to_html(header=False, border=0)}")
+    parts.append(f'<h2>Where it was measured</h2><div class="words">{machine.to_frame().to_html(header=False, border=0)}</div>')
     target = folder / "report.html"
     with results.replacing(target) as part:
         part.write_text(PAGE.format(title=html.escape(f"{run.get('command', 'result')}: {folder.name}"), body="\n".join(parts)), "utf-8")
     return target
 
 
+def _figures(table: pd.DataFrame) -> str:
+    """The summary as HTML: a row for what names it, a column a measure."""
+    same = common(table)
+    cells = pd.Series([_value(row.add_suffix("_a"), "a") for _, row in table.iterrows()], index=table.index)
+    wide = cells.unstack("measure").reindex(columns=[name for name in MEASURES if name in cells.index.unique("measure")])
+    wide = wide.rename(columns=MEASURES).reset_index().drop(columns=list(same)).rename(columns=lambda name: name.removeprefix("param_"))
+    told = "; the same in all rows: " + ", ".join(f"{name.removeprefix('param_')} {value}" for name, value in same.items()) if same else ""
+    wide = wide.rename_axis(columns=None)
+    words = f"Medians; in brackets a 95 % interval of the median by bootstrap, where there are repeats{html.escape(told)}."
+    return f'<h2>Figures</h2><p>{words}</p><div class="wide">{wide.to_html(index=False, na_rep="", border=0)}</div>'
+
+
 def command(run: dict) -> str:
     """The command line that measures it again, or the sweep file."""
     if "spec" in run:
-        return f"cortexlab sweep FILE.yaml    # with this in it, as YAML or JSON:\n{json.dumps(run['spec'], indent=1)}"
+        beside = " beside the notebook" if "notebook" in run["spec"] else ""
+        return f"cortexlab sweep FILE.yaml    # which is this{beside}:\n\n{yaml.safe_dump(run['spec'], sort_keys=False)}"
     words = ["cortexlab", run["command"]]
     for name, value in run.get("arguments", {}).items():
         option = f"--{name.replace('_', '-')}"

@@ -91,11 +91,18 @@ def write_tables(folder: Path, run: dict, **tables: pd.DataFrame) -> None:
 
 
 def read(folder: Path | str) -> dict:
-    """A written result: its tables as data frames under ``rows, requests, steps``, and ``run``."""
+    """A written result: its tables as data frames under ``rows, requests, steps``, and ``run``.
+
+    The rows of a sweep have the columns of ``timings.parquet``, too.
+    """
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise BadInput(f"{folder} is no result of cortexlab: it has no run.json")
     found = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES if (folder / f"{name}.parquet").exists()}
+    if "rows" in found and (folder / "timings.parquet").exists():
+        timings = pd.read_parquet(folder / "timings.parquet")
+        new = [name for name in timings if name not in found["rows"]]
+        found["rows"] = found["rows"].merge(timings[["point", "row", *new]], on=["point", "row"])
     return found | {"run": json.loads((folder / "run.json").read_text(encoding="utf-8"))}
 
 

@@ -37,7 +37,10 @@ from .points import ROWS_PARAMETER, Function, Notebook, Outcome
 FUNCTIONS = {"replay": Function(points.replay)}
 PREFIX = "param_"  # of the swept parameters' columns: a measured column may have the same name
 KEYS = ("notebook", "function", "parameters", "grid", "plot")
-WALL_CLOCK = re.compile(r"seconds|duration|.*_throughput|.*_ms|point_seconds")  # where rows are measured
+CLOCKED = ("seconds", "point_seconds")  # of any point
+MEASURED = re.compile(  # of a bench run, where shares are weighted by the time they lasted
+    r"(duration|(?!param_).*(_throughput|_ms|_share)|external_fragmentation|num_holes|median_host_us)(_low|_high)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,8 +262,8 @@ def _collect(target: Path, folder: Path, spec: dict, grid: list[Point]) -> None:
     rows = pd.concat(
         [part.assign(row=range(len(part)), **point.columns) for part, point in zip(parts, grid, strict=True)], ignore_index=True
     )
-    virtual = "seconds" in rows  # a replay's row: only this is the wall clock's
-    clocked = [name for name in rows if (name in ("seconds", "point_seconds") if virtual else WALL_CLOCK.fullmatch(name))]
+    measured = "repeats" in rows
+    clocked = [name for name in rows if name in CLOCKED or (measured and MEASURED.fullmatch(name))]
     names = ["point", "row", *(name for name in rows if name.startswith(PREFIX))]
     tables = {"timings": rows[[*names, *clocked]], "rows": rows[[*names, *(each for each in rows if each not in {*names, *clocked})]]}
     for name, table in tables.items():

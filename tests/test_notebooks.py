@@ -118,6 +118,11 @@ def test_a_sweep_collects_every_point_skips_what_is_done_and_survives_a_failure(
         (64, "static"),
     ]
     assert (target / "sweep.png").stat().st_size > 10_000
+    next((target / "points").glob("*.parquet")).unlink()
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(target / "rows.parquet"), rows)  # nothing in it is the wall clock's
+    timings = set(pd.read_parquet(target / "timings.parquet"))
+    assert {"duration", "output_throughput_low", "p99_itl_ms", "token_share", "point_seconds"} <= timings and "repeats" in rows
     stamps = {path: path.stat().st_mtime_ns for path in (target / "points").iterdir()}
     file.write_text(file.read_text().replace("[static, paged]", "[static, nonsense]"))
     assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 1, "a failed point"

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from cortexlab import report, results
 from cortexlab.cli import main
 
 
-def write_run(folder: Path, rows: list[dict], **environment) -> Path:
+def write_run(folder: Path, rows: list[dict], more: dict | None = None, **environment) -> Path:
     folder.mkdir(parents=True)
     pd.DataFrame(rows).to_parquet(folder / "rows.parquet")
     run = {"command": "bench", "arguments": {"model": "tiny", "seed": 1, "json": False, "ignore_eos": False}, "environment": environment}
-    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "run.json").write_text(json.dumps(run | (more or {})))
     return folder
 
 
@@ -35,8 +36,24 @@ def test_a_comparison_names_what_differs_and_whose_intervals_are_apart(runs, cap
     assert main(["compare", *map(str, runs)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "environment.mlx_version: 1 | 2" in lines and not [line for line in lines if "cores" in line]
-    assert "only in A: static 16" in lines and "only in B: runs 16" in lines and "1 of 2 figures are equal;  * intervals apart" in lines
-    assert lines[-1].split() == ["paged", "16", "output_throughput", "10", "[9,", "11]", "20", "[19,", "21]", "2.000", "*"]
+    assert "only in A: static" in lines and "only in B: runs" in lines and "1 of 2 figures are equal;  * intervals apart" in lines
+    assert lines[-2] == "paged", "a block size that all have needs no telling"
+    assert lines[-1].split() == ["output_throughput", "10", "[9,", "11]", "20", "[19,", "21]", "2.000", "*"]
+
+
+def test_a_comparison_fits_the_terminal_and_says_what_it_left_out(runs):
+    a, b = report.comparison(*runs, width=58), report.comparison(*runs, width=40)
+    assert max(map(len, a.splitlines()[4:])) <= 58 and "[9, 11]" in a and "left out" not in a
+    assert "[9, 11]" not in b and "left out" in b
+
+
+def test_rows_that_differ_in_block_size_are_told_apart_by_it(tmp_path):
+    rows = [row("paged", 1.0), row("paged", 2.0) | {"block_size": 64}, row("mlx-lm", 3.0) | {"block_size": None}]
+    first = write_run(tmp_path / "a", rows)
+    second = write_run(tmp_path / "b", [each | {"output_throughput": 9.0} for each in rows])
+    assert [line for line in report.comparison(first, second).splitlines()[5:] if line[0] != " "] == [
+        "mlx-lm", "paged, block_size 16", "paged, block_size 64"
+    ]  # fmt: skip
 
 
 def test_equal_results_differ_in_nothing(runs, capsys):
@@ -46,7 +63,7 @@ def test_equal_results_differ_in_nothing(runs, capsys):
 
 def test_rows_that_differ_only_in_their_seed_are_repeats():
     rows = pd.DataFrame([row("paged", value, param_seed=seed) for seed, value in enumerate((1.0, 2.0, 9.0))])
-    found = report.summary(rows).loc[("paged", "16", "output_throughput")]
+    found = report.summary(rows).loc[("paged", 16, "output_throughput")]
     assert (found["value"], found["low"], found["high"]) == (2.0, 1.0, 9.0)
 
 
@@ -69,6 +86,26 @@ def test_a_report_is_one_page_that_needs_nothing_else(runs, capsys):
     links.feed(page)
     assert len(links.found) == 1 and links.found[0].startswith("data:image/png;base64,")
     assert "cortexlab bench --model tiny --seed 1 --no-ignore-eos" in page and "mlx_version" in page and "10 [9, 11]" in page
+
+
+def test_a_report_begins_with_the_answer_and_tells_once_what_all_rows_share(tmp_path):
+    rows = [row("paged", rate, param_rate=rate, param_pool="60%") for rate in (1.0, 2.0)]
+    folder = write_run(tmp_path / "a", rows, {"recommendation": "Use <paged>."})
+    page = report.write(folder).read_text()
+    assert page.index("Use &lt;paged&gt;.") < page.index("<h2>")
+    assert "the same in all rows: block_size 16, pool 60%" in page and "<th>rate</th>" in page and "<th>pool</th>" not in page
+
+
+def test_a_sweep_is_reproduced_by_its_file(tmp_path):
+    spec = {"function": "replay", "parameters": {"num_blocks": "3000"}, "grid": {"seed": [1, 2]}}
+    text = report.command({"command": "sweep", "spec": spec})
+    assert yaml.safe_load(text.partition("\n\n")[2]) == spec
+
+
+def test_a_sweeps_rows_come_with_what_the_wall_clock_said(tmp_path):
+    folder = write_run(tmp_path / "a", [{"point": "x", "row": 0, "token_share": 0.5}, {"point": "y", "row": 0, "token_share": 0.6}])
+    pd.DataFrame({"point": ["y", "x"], "row": 0, "output_throughput": [2.0, 1.0]}).to_parquet(folder / "timings.parquet")
+    assert list(results.read(folder)["rows"]["output_throughput"]) == [1.0, 2.0]
 
 
 def test_all_runs_of_an_experiment_are_one_table(runs):
