@@ -313,7 +313,8 @@ def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("ou
             panel.plot(repeats.median(), style, color=(shade := shades[str(line)]), label=line, markersize=5)
             bounds = pd.DataFrame({at: median_interval(list(each)) or (np.nan, np.nan) for at, each in repeats}).T
             panel.fill_between(bounds.index, bounds[0], bounds[1], color=shade, alpha=0.2, linewidth=0)
-        panel.set_xscale("log", base=2)
+        if all(isinstance(value, int | float) and value > 0 for value in values):
+            panel.set_xscale("log", base=2)
         panel.set_xticks(values, [f"{value:g}" if isinstance(value, int | float) else str(value) for value in values])
         panel.minorticks_off()
         name = x.removeprefix("param_")

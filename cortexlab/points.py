@@ -3,12 +3,13 @@
 Nothing here writes a result: the process that started the sweep does, so a point needs no folder that all machines share.
 """
 
+import hashlib
 import inspect
 import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,23 @@ from .scheduler import WATERMARK
 ROWS_PARAMETER = "rows_file"
 GOODPUTS = ((2000.0, 100.0), (500.0, 30.0))  # most TTFT and TPOT in ms of a request that counts
 REPLAY_REQUESTS, REPLAY_RATE = 1000, 5.0
+
+
+def sha256(parts: Iterable[bytes]) -> str:
+    """Of parts whose borders count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def package_sha256(package: Path = Path(__file__).parent) -> bytes:
+    """Of the names and the content of the package's files."""
+    files = sorted(package.rglob("*.py"))
+    return sha256(part for path in files for part in (str(path.relative_to(package)).encode(), path.read_bytes())).encode()
+
+
+LOADED = package_sha256()  # what this process runs, whatever becomes of the files
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,12 @@ class Notebook:
 
     body: str  # as JSON
     folder: str
+
+    @property
+    def source(self) -> list[bytes]:
+        """All code that a point runs: its cells, and what a new kernel will import."""
+        cells = [cell for cell in json.loads(self.body)["cells"] if cell["cell_type"] == "code"]
+        return [package_sha256(), *("".join(cell["source"]).encode() for cell in cells)]
 
     def __call__(self, parameters: dict) -> Outcome:
         import papermill
@@ -70,6 +94,10 @@ class Function:
     """A function of this package that returns a table."""
 
     function: Callable[..., pd.DataFrame]
+
+    @property
+    def source(self) -> list[bytes]:
+        return [LOADED, self.function.__name__.encode()]
 
     def __call__(self, parameters: dict) -> Outcome:
         started = time.perf_counter()
@@ -127,11 +155,6 @@ def _items(workload: str, trace: str, num_requests: int, request_rate: float, sc
         return make_workload(workload, num_requests or REPLAY_REQUESTS, seed=seed, request_rate=rate, scale_lengths=scale_lengths)
     items = scale(load_trace(trace, seed)[: num_requests or None], scale_lengths)
     return with_arrivals(items, request_rate, 1.0, seed) if request_rate else items
-
-
-def code_of(body: str) -> list[str]:
-    """The code cells of a notebook."""
-    return ["".join(cell["source"]) for cell in json.loads(body)["cells"] if cell["cell_type"] == "code"]
 
 
 def last_line(error: str) -> str:

@@ -14,11 +14,10 @@ in it that differs from run to run of a replay; what the wall clock said is in `
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +32,11 @@ from . import points, results
 from .doctor import environment
 from .errors import BadInput, at_least, shown
 from .points import ROWS_PARAMETER, Function, Notebook, Outcome
+from .traces import find_trace
 
 FUNCTIONS = {"replay": Function(points.replay)}
 PREFIX = "param_"  # of the swept parameters' columns: a measured column may have the same name
+MOST_TOLD = 10  # failed points
 KEYS = ("notebook", "function", "parameters", "grid", "plot")
 CLOCKED = ("seconds", "point_seconds")  # of any point
 MEASURED = re.compile(  # of a bench run, where shares are weighted by the time they lasted
@@ -84,18 +85,21 @@ def run(
         for point, outcome in tqdm(found, total=len(grid), initial=len(skipped), unit="point", disable=None):
             _keep(folder, point, outcome)
     failed = [point for point in grid if not _rows_of(folder, point).exists()]
-    for point in failed:
+    for point in failed[:MOST_TOLD]:
         where = _notebook_of(folder, point, failed=True)
         print(f"failed: {point.parameters}: {points.last_line(_error_of(folder, point).read_text(encoding='utf-8'))}")
         print(f"        see {where if where.exists() else _error_of(folder, point)}; --retry runs it again")
+    if len(failed) > MOST_TOLD:
+        print(f"and {len(failed) - MOST_TOLD} more: {folder}/*.error.txt")
     if len(failed) < len(grid):
         _collect(target, folder, spec, [point for point in grid if point not in failed])
         figure = f", figure {target}/sweep.png" if "plot" in spec else ""
-        print(f"{len(grid) - len(failed)} points ({len(done)} done before): {target}/rows.parquet{figure}")
+        num_done = len(grid) - len(failed)
+        print(f"{num_done} point{'s' * (num_done != 1)} ({len(done)} done before): {target}/rows.parquet{figure}")
     return 1 if failed else 0
 
 
-def outcomes(work: Callable[[dict], Outcome], coming: list[Point], jobs: int, dask: str | None) -> Iterator[tuple[Point, Outcome]]:
+def outcomes(work: Notebook | Function, coming: list[Point], jobs: int, dask: str | None) -> Iterator[tuple[Point, Outcome]]:
     """Each point with what became of it, as they end."""
     with contextlib.ExitStack() as stack:
         if dask is not None:
@@ -115,7 +119,15 @@ def outcomes(work: Callable[[dict], Outcome], coming: list[Point], jobs: int, da
         yield from parallel(delayed(_run)(work, point) for point in coming)
 
 
-def _run(work: Callable[[dict], Outcome], point: Point) -> tuple[Point, Outcome]:
+def _run(work: Notebook | Function, point: Point) -> tuple[Point, Outcome]:
+    try:
+        here = name_of(work, point.parameters)
+    except BadInput as error:  # a trace that only the machine has where the sweep was started
+        return point, Outcome(0.0, error=str(error))
+    if here != point.name:
+        return point, Outcome(
+            0.0, error="not run: the package's source or the trace is not what it was where and when the sweep was started"
+        )
     return point, work(point.parameters)
 
 
@@ -138,7 +150,7 @@ def read_spec(file: Path) -> dict:
         spec["notebook"] = (file.parent / str(spec["notebook"])).resolve()
         known = _notebook_parameters(file, spec["notebook"])
     else:
-        if spec["function"] not in FUNCTIONS:
+        if spec["function"] not in list(FUNCTIONS):
             raise BadInput(f"{file}: unknown function {shown(spec['function'])}: use {', '.join(FUNCTIONS)}")
         known = {name: kind.__name__ for name, kind in FUNCTIONS[spec["function"]].known().items()}
     fixed = spec.get("parameters") or {}
@@ -146,11 +158,8 @@ def read_spec(file: Path) -> dict:
         raise BadInput(f"{file}: parameters must be a mapping, not {shown(fixed)}")
     if both := sorted(map(str, set(fixed) & set(spec["grid"]))):
         raise BadInput(f"{file}: {both[0]} is in parameters and in grid")
-    plot = spec.get("plot", {"x": "", "lines": ""})
-    if not isinstance(plot, dict) or not {"x", "lines"} <= set(plot) <= {"x", "lines", "y"}:
-        raise BadInput(f"{file}: plot must have x and lines, and may have y, not {shown(plot)}")
-    if "plot" in spec and plot["x"] not in spec["grid"]:
-        raise BadInput(f"{file}: plot.x must be a parameter of the grid, not {plot['x']!r}")
+    if "plot" in spec:
+        _check_plot(file, spec["plot"], spec["grid"])
     for parameter, values in itertools.chain(((p, [v]) for p, v in fixed.items()), spec["grid"].items()):
         _check_values(file, known, parameter, values)
     return spec | {"parameters": fixed}
@@ -177,6 +186,17 @@ def _check_values(file: Path, known: dict[str, str], parameter: str, values: lis
             raise BadInput(f"{file}: {parameter} must be {wanted}, not {shown(value)}")
 
 
+def _check_plot(file: Path, plot: dict, grid: dict) -> None:
+    words = {"x": str, "lines": str, "y": list}
+    if not isinstance(plot, dict) or not {"x", "lines"} <= set(plot) <= set(words):
+        raise BadInput(f"{file}: plot must have x and lines, and may have y, not {shown(plot)}")
+    for name, value in plot.items():
+        if not isinstance(value, words[name]) or not value or (name == "y" and not all(isinstance(each, str) for each in value)):
+            raise BadInput(f"{file}: plot.{name} must be {'a list of columns' if name == 'y' else 'a name'}, not {shown(value)}")
+    if plot["x"] not in grid:
+        raise BadInput(f"{file}: plot.x must be a parameter of the grid, not {plot['x']!r}")
+
+
 def grid_points(spec: dict) -> Iterator[dict]:
     """Every combination of the grid's values, with the fixed parameters."""
     names = list(spec["grid"])
@@ -189,36 +209,14 @@ def grid_points(spec: dict) -> Iterator[dict]:
 
 def named(spec: dict, work: Notebook | Function) -> list[Point]:
     """The grid's points, each once, in the order of their names. `BadInput` for a trace that is not there."""
-    source, grid = source_hash(work), {}
-    for parameters in grid_points(spec):
-        content = trace_hash(parameters.get("trace"))
-        key = hashlib.sha256(json.dumps([parameters, source, content], sort_keys=True).encode()).hexdigest()[:16]
-        grid[key] = Point(key, parameters)
-    return [grid[key] for key in sorted(grid)]
+    grid = {point.name: point for point in (Point(name_of(work, each), each) for each in grid_points(spec))}
+    return [grid[name] for name in sorted(grid)]
 
 
-def source_hash(work: Notebook | Function) -> str:
-    """SHA-256 of the notebook's code cells, or the function's name, and of this package's source."""
-    code = points.code_of(work.body) if isinstance(work, Notebook) else [work.function.__name__]
-    package = Path(__file__).parent
-    files = [part for path in sorted(package.rglob("*.py")) for part in (str(path.relative_to(package)).encode(), path.read_bytes())]
-    return _sha256(cell.encode() for cell in code) + _sha256(files)
-
-
-def trace_hash(trace: str | None) -> str | None:
-    if not trace:
-        return None
-    from .traces import find_trace
-
-    return _sha256([find_trace(trace).read_bytes()])
-
-
-def _sha256(parts: Iterable[bytes]) -> str:
-    """Of parts whose borders count."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
+def name_of(work: Notebook | Function, parameters: dict) -> str:
+    """Of a point, by all that its rows depend on, as it is here."""
+    trace = find_trace(parameters["trace"]).read_bytes() if parameters.get("trace") else b""
+    return points.sha256([json.dumps(parameters, sort_keys=True).encode(), *work.source, trace])[:16]
 
 
 # --- on disk ------------------------------------------------------------------------------------------------------------------
@@ -275,5 +273,8 @@ def _collect(target: Path, folder: Path, spec: dict, grid: list[Point]) -> None:
     if "plot" in spec:
         plots.use_style()
         swept = {name: PREFIX + spec["plot"][name] for name in ("x", "lines") if spec["plot"][name] in spec["grid"]}
+        drawn = spec["plot"] | swept
+        if missing := [name for name in (drawn["lines"], *drawn.get("y", [])) if name not in rows]:
+            raise BadInput(f"{target}/rows.parquet is written, but has no column {shown(missing[0])} to plot: it has {', '.join(rows)}")
         with results.replacing(target / "sweep.png") as part:
-            plots.sweep_figure(rows, **(spec["plot"] | swept))[0].figure.savefig(part, format="png")
+            plots.sweep_figure(rows, **drawn)[0].figure.savefig(part, format="png")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
@@ -99,7 +100,6 @@ def test_a_dask_scheduler_that_is_not_there_is_one_line(file, tmp_path, capsys):
 def test_an_edited_allocator_and_an_edited_trace_make_points_new(tmp_path, monkeypatch):
     package = tmp_path / "cortexlab"
     shutil.copytree(ROOT / "cortexlab", package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(sweep, "__file__", str(package / "sweep.py"))
     trace = tmp_path / "t.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n")
     spec = {"parameters": {"trace": str(trace)}, "grid": {"block_size": [16]}}
@@ -114,8 +114,30 @@ def test_an_edited_allocator_and_an_edited_trace_make_points_new(tmp_path, monke
     second = name()
     assert second != first
     edited = package / "allocators" / "paged.py"
+    assert points.package_sha256(package) == points.LOADED
     edited.write_text(edited.read_text() + "\n# edited\n")
+    monkeypatch.setattr(points, "LOADED", points.package_sha256(package))  # as in a process that starts now
     assert name() not in (first, second)
+
+
+def test_a_worker_with_other_source_refuses_a_point(monkeypatch):
+    work = sweep.FUNCTIONS["replay"]
+    (point,) = sweep.named({"parameters": {}, "grid": {"num_requests": [3]}}, work)
+    assert len(sweep._run(work, point)[1].rows) == 1
+    monkeypatch.setattr(points, "LOADED", b"another")
+    assert "source" in sweep._run(work, point)[1].error
+
+
+def test_a_notebooks_point_is_named_by_its_code_and_not_by_its_words(monkeypatch):
+    def name(*cells) -> str:
+        return sweep.name_of(points.Notebook(nbformat.writes(nbformat.v4.new_notebook(cells=list(cells))), "."), {"seed": 1})
+
+    code, words = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    first = name(code("a = 1"), words("one"))
+    assert first == name(code("a = 1"), words("two")) == name(words("two"), code("a = 1"))
+    assert len({first, name(code("a = 2")), name(code("a ="), code("1"))}) == 3
+    monkeypatch.setattr(points, "package_sha256", lambda: b"another")
+    assert name(code("a = 1"), words("one")) != first
 
 
 def test_a_failed_point_keeps_its_error_stops_no_other_and_runs_again_only_when_told(tmp_path, capsys):
@@ -148,6 +170,11 @@ def test_a_point_that_works_when_retried_is_no_failure_any_more(tmp_path):
         ("function: replay\nparameters: {seed: 1}\ngrid: {seed: [1]}", "seed"),
         ("function: replay\ngrid: {trace: [nowhere]}", "nowhere"),
         ("function: replay\nnotebook: x.ipynb\ngrid: {seed: [1]}", "function"),
+        ("function: [a]\ngrid: {seed: [1]}", "['a']"),
+        ("function: replay\ngrid: {seed: [1]}\nplot: {x: [1], lines: strategy}", "plot.x"),
+        ("function: replay\ngrid: {seed: [1]}\nplot: {x: strategy, lines: seed}", "plot.x"),
+        ("function: replay\ngrid: {seed: [1]}\nplot: {x: seed, lines: strategy, y: token_share}", "plot.y"),
+        ("function: replay\ngrid: {seed: [1]}\nplot: {x: seed, lines: strategy, z: a}", "'z'"),
     ],
 )
 def test_a_bad_replay_sweep_is_refused_in_one_line(tmp_path, capsys, text, names):
@@ -156,6 +183,32 @@ def test_a_bad_replay_sweep_is_refused_in_one_line(tmp_path, capsys, text, names
     assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert names in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("plot", ["{x: seed, lines: nothing}", "{x: seed, lines: strategy, y: [nothing]}"])
+def test_what_cannot_be_drawn_is_said_when_the_rows_are_safe(tmp_path, capsys, plot):
+    file = tmp_path / "forty.yaml"
+    file.write_text(f"function: replay\nparameters: {{num_requests: 5}}\ngrid: {{seed: [1]}}\nplot: {plot}\n")
+    assert main(["sweep", str(file), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "'nothing'" in error and error.count("\n") == 1 and len(rows_in(tmp_path)) == 1
+
+
+def test_words_are_drawn_in_their_order_not_on_a_scale(tmp_path, recwarn):
+    file = tmp_path / "forty.yaml"
+    file.write_text(
+        "function: replay\nparameters: {num_requests: 5}\ngrid: {workload: [chat, lognormal]}\nplot: {x: workload, lines: strategy}\n"
+    )
+    assert main(["sweep", str(file), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "forty" / "sweep.png").exists() and not [each for each in recwarn if "log" in str(each.message)]
+
+
+def test_of_many_failures_the_first_are_told(tmp_path, capsys):
+    file = tmp_path / "forty.yaml"
+    file.write_text(f"function: replay\nparameters: {{num_requests: -1}}\ngrid: {{seed: {list(range(30))}}}\n")
+    assert main(["sweep", str(file), "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("failed: ") == sweep.MOST_TOLD and "and 20 more" in out
 
 
 def test_jobs_below_one_are_refused(file, tmp_path, capsys):
