@@ -269,23 +269,23 @@ def extents_against_ttft(rows: pd.DataFrame) -> Axes:
 
 
 def block_size_curves(rows: pd.DataFrame) -> list[Axes]:
-    """Utilization and extents over block size, a line a strategy; dashed: half a block a sequence, the loss that paging is bound to."""
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8), layout="constrained")
-    measures = {"utilization": "utilization (live tokens / slots held)", "extents_per_sequence": "extents a sequence has at its end"}
-    for panel, (name, words) in zip(axes, measures.items(), strict=True):
-        for strategy, part in rows.groupby("strategy", sort=False):
-            part = part.sort_values("block_size")
-            panel.plot(part["block_size"], part[name], "o-", color=color(strategy), label=strategy)
-        sizes = sorted(rows["block_size"].unique())
+    """Waste, waiting and pieces over block size, a line a strategy; dashed: half a block a sequence, the loss that paging is bound to."""
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.6), layout="constrained")
+    sizes = np.array(sorted(rows["block_size"].unique()))
+    for strategy, part in rows.sort_values("block_size").groupby("strategy", sort=False):
+        drawn = 100 * (1 - part["utilization"]), part["mean_ttft_ms"] / 1000, part["extents_per_sequence"]
+        for panel, values in zip(axes, drawn, strict=True):
+            panel.plot(part["block_size"], values, "o-", markersize=4, color=color(strategy), label=strategy)
+    bound = 100 * (1 - paged_utilization(rows["mean_live_tokens"].max(), sizes))
+    axes[0].plot(sizes, bound, "--", color="#555555", label="half a block a sequence")
+    labels = "slots held without a token (%)", "mean time to first token (s)", "extents a sequence has at its end"
+    for panel, label in zip(axes, labels, strict=True):
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()
-        panel.set(xlabel="block size (slots)", ylabel=words)
-    sizes = np.array(sorted(rows["block_size"].unique()))
-    axes[0].plot(sizes, paged_utilization(rows["mean_live_tokens"].max(), sizes), "--", color="#555555", label="half a block a sequence")
-    axes[0].set_ylim(0, 1.02)
-    axes[1].set_yscale("log")
-    plain_numbers(axes[1].yaxis)
+        panel.set(xlabel="block size (slots)", ylabel=label, ylim=(0, None))
+    axes[2].set(yscale="log", ylim=(0.9, None))
+    plain_numbers(axes[2].yaxis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
     return list(axes)
 
