@@ -40,6 +40,7 @@ SWEEP_WORDS = {
     "request_rate": "requests arriving per second", "max_batch_size": "requests run at once, at most",
 }  # fmt: skip
 WIDTH = 10.0  # inches
+FAR_APART = 100  # times the least: such figures are drawn on a logarithmic axis
 IDLE_S = 0.05  # a longer gap between two steps means that nothing was running
 # Eighteen hues in an order that sets neighbours apart; tab20's two greys are left out, since grey means free.
 SEQUENCE_COLORS = np.array([c for i, c in enumerate(matplotlib.colormaps["tab20"].colors) if i not in (14, 15)])[np.arange(18) * 5 % 18]
@@ -294,7 +295,7 @@ def plain_numbers(axis) -> None:
     """20 and 500 instead of powers of ten; on a short axis, 2 and 5 beside 1."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * max(low, 0.1) else (1,)))
-    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:.7g}"))
     axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
@@ -313,13 +314,19 @@ def sweep_figure(rows: pd.DataFrame, x: str, lines: str, y: Sequence[str] = ("ou
             panel.plot(repeats.median(), style, color=(shade := shades[str(line)]), label=line, markersize=5)
             bounds = pd.DataFrame({at: median_interval(list(each)) or (np.nan, np.nan) for at, each in repeats}).T
             panel.fill_between(bounds.index, bounds[0], bounds[1], color=shade, alpha=0.2, linewidth=0)
-        if all(isinstance(value, int | float) and value > 0 for value in values):
+        numbers = pd.api.types.is_numeric_dtype(rows[x])
+        if numbers and min(values) > 0:
             panel.set_xscale("log", base=2)
-        panel.set_xticks(values, [f"{value:g}" if isinstance(value, int | float) else str(value) for value in values])
+        panel.set_xticks(values, [f"{value:g}" if numbers else str(value) for value in values])
         panel.minorticks_off()
         name = x.removeprefix("param_")
-        most = max(rows[each].max() for each in (y if alike else [measure]))
-        panel.set(xlabel=SWEEP_WORDS.get(name, name), ylabel=SWEEP_WORDS.get(measure, measure), ylim=(0, most * 1.1 or 1))
+        panel.set(xlabel=SWEEP_WORDS.get(name, name), ylabel=SWEEP_WORDS.get(measure, measure))
+        drawn = rows[[*y] if alike else [measure]]
+        if drawn.min(axis=None) > 0 and drawn.max(axis=None) > FAR_APART * drawn.min(axis=None):
+            panel.set(yscale="log", ylabel=f"{panel.get_ylabel()}, logarithmic")
+            plain_numbers(panel.yaxis)
+        else:
+            panel.set_ylim(0, drawn.max(axis=None) * 1.1 or 1)
     axes[0][0].figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     runs = int(rows.groupby([x, lines]).size().max())
     axes[0][0].set_title(f"{len(rows)} points" + (f", median of {runs} and its 95 % interval" if runs > 1 else ""), loc="left")

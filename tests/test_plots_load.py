@@ -9,8 +9,9 @@ import pytest
 
 matplotlib.use("Agg")
 
-from cortexlab import plots_load, widgets
+from cortexlab import plots, plots_load, widgets
 from cortexlab.bench import Setting, run_bench
+from cortexlab.metrics import median_interval
 from cortexlab.replay import tables
 from cortexlab.workload import make_workload
 
@@ -96,3 +97,52 @@ def test_recorded_replays_tell_the_same_holes_as_their_allocator(steps):
     for panel, (_, part) in zip(panels, steps.groupby("strategy", sort=False), strict=True):
         held = np.average(part["used_blocks"], weights=part["ended_at"] - part["started_at"])
         assert panel.images[0].get_array().mean() * len(panel.images[0].get_array()) == pytest.approx(held, rel=1e-6)
+
+
+# --- a sweep ------------------------------------------------------------------------------------------------------------------
+
+
+def swept(**columns) -> pd.DataFrame:
+    """Six seeds of two strategies at three sizes; a seed is ten times its number from the first."""
+    rows = [
+        {"param_block_size": size, "strategy": strategy, "seed": seed, "slow": 1000.0 * size + 10 * seed, "share": 0.5}
+        for size in (1, 16, 256)
+        for strategy in ("paged", "runs")
+        for seed in range(6)
+    ]
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def test_a_swept_line_is_the_median_of_its_repeats_and_the_band_their_interval():
+    slow, _ = plots.sweep_figure(swept(), "param_block_size", "strategy", ["slow", "share"])
+    assert [line.get_label() for line in slow.lines] == ["paged", "runs"]
+    assert slow.lines[0].get_xydata().tolist() == [[1, 1025], [16, 16025], [256, 256025]]
+    heights = slow.collections[0].get_paths()[0].vertices[:, 1]
+    low, high = median_interval([1000.0 + 10 * seed for seed in range(6)])
+    assert heights.min() == low < 1025 and high in heights
+    assert "median of 6" in slow.get_title(loc="left") and slow.get_xlabel() == "block size (slots)"
+
+
+def test_figures_far_apart_and_sizes_are_drawn_on_logarithms_words_and_shares_are_not():
+    slow, share = plots.sweep_figure(swept(), "param_block_size", "strategy", ["slow", "share"])
+    assert (slow.get_xscale(), slow.get_yscale(), share.get_yscale()) == ("log", "log", "linear")
+    assert "logarithmic" in slow.get_ylabel() and share.get_ylim()[0] == 0
+    words = swept(param_block_size=["chat", "lognormal", "heavy-tail"] * 12)
+    (share,) = plots.sweep_figure(words, "param_block_size", "strategy", ["share"])
+    assert share.get_xscale() == "linear" and [tick.get_text() for tick in share.get_xticklabels()] == ["chat", "heavy-tail", "lognormal"]
+
+
+def test_one_measure_under_two_promises_has_one_scale():
+    rows = swept(goodput_1=np.arange(36) / 10, goodput_2=np.arange(36) / 100)
+    axes = plots.sweep_figure(rows, "param_block_size", "strategy", ["goodput_1", "goodput_2"])
+    assert axes[0].get_ylim() == axes[1].get_ylim() == pytest.approx((0, 3.85))
+
+
+def test_waste_waiting_and_pieces_by_block_size():
+    rows = pd.DataFrame({"strategy": "paged", "block_size": [64, 16], "utilization": [0.9, 0.98], "mean_ttft_ms": [3000.0, 2000.0],
+                         "extents_per_sequence": [2.0, 8.0], "mean_live_tokens": 320.0})  # fmt: skip
+    waste, waiting, pieces = plots.block_size_curves(rows)
+    assert np.allclose(waste.lines[0].get_xydata(), [[16, 2], [64, 10]])
+    assert np.allclose(waste.lines[1].get_ydata(), 100 * (1 - 320 / (320 + np.array([7.5, 31.5])))), "half a block a sequence"
+    assert waiting.lines[0].get_ydata().tolist() == [2, 3] and pieces.lines[0].get_ydata().tolist() == [8, 2]
+    assert all("(" in axes.get_xlabel() for axes in (waste, waiting, pieces))
