@@ -441,7 +441,7 @@ def _replay_report(args, rows: list[dict], num_requests: int, target: Path) -> s
             lines.append(f"{row['strategy']}, blocks of {row['block_size']}: {row['refused']} requests can never fit its pool.")
         if row["failed"]:
             lines.append(f"{row['strategy']}, blocks of {row['block_size']}: {row['failed']} requests FAILED for want of memory.")
-    return "\n".join([*lines, "", f"Figures and tables: {target}/"])
+    return "\n".join([*lines, "", f"Figures and tables: {target}/ (`cortexlab report {target}` makes a page)"])
 
 
 def _bench_report(args, bench, where: dict, target: Path) -> str:
@@ -452,18 +452,17 @@ def _bench_report(args, bench, where: dict, target: Path) -> str:
     source = f"trace {args.trace}" if args.trace else f"workload {args.workload}"
     blocks = next((row["num_blocks"] for row in bench.rows if row["num_blocks"]), None)
     pool = f", pool of {blocks} blocks of {args.block_size}" if blocks else ""
-    lines = [
-        f"{args.model} on {where['device']} ({where['blas']}), {source}, batch {args.batch_size}{pool}, {args.repeats} repeat(s)",
-        bench_table(bench.rows, width),
-        "",
-        textwrap.fill(recommendation(bench), width),
-    ]
+    head = (
+        f"{args.model} on {where['device']} ({where['blas']}), {source}, batch {args.batch_size}{pool}, "
+        f"{args.repeats} repeat{'s' * (args.repeats != 1)}"
+    )
+    lines = [textwrap.fill(head, width), bench_table(bench.rows, width), "", textwrap.fill(recommendation(bench), width)]
     if refused := max(row["refused"] for row in bench.rows):
         lines.append(f"{refused} of {refused + len(bench.runs[0].requests)} requests were refused, and left out for all strategies.")
     if not bench.held:
         lines.append("SOMETHING DID NOT HOLD: a request failed, or its tokens are not the model's own (column `same`).")
     lines.append(f"Figures and tables: {target}/")
-    lines.append("Next: `make lab` opens the notebooks; `cortexlab bench --help` shows what to vary.")
+    lines.append(f"Next: `make lab` opens the notebooks; `cortexlab report {target}` makes a page.")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import base64
 import html
 import shlex
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -93,7 +94,7 @@ def comparison(first: Path, second: Path, width: int = 120) -> str:
     for name in sorted(told[0].keys() | told[1].keys()):
         a, b = (each.get(name) for each in told)
         if a != b:
-            lines.append(f"{name}: {a} | {b}"[:width])
+            lines += _wrapped(f"{name}: {a} | {b}", width)
     tables = [summary(run["rows"]) for run in runs]
     if tables[0].index.names != tables[1].index.names:
         raise BadInput(f"{first} and {second} cannot be compared: their rows are named by {_words(tables[0])} and by {_words(tables[1])}")
@@ -101,7 +102,7 @@ def comparison(first: Path, second: Path, width: int = 120) -> str:
     both = tables[0].merge(tables[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
     for letter, table in zip("AB", tables, strict=True):
         if alone := sorted({_name(table, index, same) for index in table.index.difference(both.index)}):
-            lines.append(f"only in {letter}: {'; '.join(alone)}"[:width])
+            lines += _wrapped(f"only in {letter}: {'; '.join(alone)}", width)
     differ = both[both["value_a"] != both["value_b"]]
     lines += ["", f"{len(both) - len(differ)} of {len(both)} figures are equal" + (";  * intervals apart" if len(differ) else "")]
     for digits, interval in ((4, True), (3, True), (3, False)):  # the first that fits, or else the last
@@ -125,6 +126,10 @@ def _differences(differ: pd.DataFrame, same: dict, digits: int, interval: bool) 
     for head, at in reversed(heads.items()):
         lines.insert(at, head)
     return [line.rstrip() for line in lines] if heads else []
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent="  ")
 
 
 def _flat(run: dict) -> dict:
