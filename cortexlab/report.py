@@ -40,7 +40,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem aut
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 td, th {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }} th:first-child, td:first-child {{ text-align: left }}
 td, thead th {{ white-space: nowrap }} .words td {{ text-align: left; white-space: normal }}
-pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto }} .wide {{ overflow-x: auto }}
+pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap }} .wide {{ overflow-x: auto }}
 </style>
 <h1>{title}</h1>
 {body}

@@ -188,7 +188,7 @@ def explorer(
     A trace (those that are on this machine are offered) is its first ``num_requests``, at its own times. What goes wrong is shown
     in the page: the children are controls, player, picture, tables and message.
     """
-    wide = {"layout": ipywidgets.Layout(width="14em"), "style": {"description_width": "5em"}}
+    wide = {"layout": ipywidgets.Layout(width="15em"), "style": {"description_width": "5em"}}
     sizes = sorted({1, 4, 8, 16, 32, 64, 128, block_size})
     pools = list(dict.fromkeys([num_blocks, "30%", "45%", "60%", "80%", "100%"]))
     chosen = {
