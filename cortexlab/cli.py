@@ -89,7 +89,12 @@ def build_parser() -> Parser:
     sweep.add_argument("file", help="YAML: notebook or function, grid (parameter: list of values), optionally plot (x, lines, y)")
     sweep.add_argument("--name", help="folder under --out (default: the file's name)")
     sweep.add_argument("--out", default="results", help="where results go")
-    sweep.add_argument("--jobs", type=int, default=1, help="processes; the BLAS's threads are divided among them")
+    sweep.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="processes, which share the BLAS's threads; times that are measured beside each other are longer",
+    )
     sweep.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler whose workers run the points instead, such as tcp://host:8786")
     sweep.add_argument("--retry", action="store_true", help="run the points again that failed before")
 

@@ -180,7 +180,8 @@ def write(folder: Path) -> Path:
     if "rows" in found:
         parts.append(_figures(summary(found["rows"])))
     parts.append(f"<h2>How to reproduce it</h2><pre>{html.escape(command(run))}</pre>")
-    machine = pd.Series({name: str(value) for name, value in run.get("environment", {}).items()}, name="")
+    where = run.get("environment", {}) | (run["arguments"] if "spec" in run else {})  # of a sweep, how many points at once
+    machine = pd.Series({name: str(value) for name, value in where.items() if value is not None}, name="")
     parts.append(f'<h2>Where it was measured</h2><div class="words">{machine.to_frame().to_html(header=False, border=0)}</div>')
     target = folder / "report.html"
     with results.replacing(target) as part:

@@ -1,5 +1,6 @@
 """Results on disk: ``results/<name>/`` with tables as Parquet, ``run.json`` and figures. Written whole or not at all."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -73,9 +74,20 @@ def written_atomically(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else is in such a block for ``folder`` meanwhile; `BadInput` where somebody is. A killed process leaves it, too."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"another process is writing to {folder}: wait for it, or choose another --name") from error
+        yield
+
+
+@contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``target`` when the block ends well."""
-    part = target.with_name(f".{target.name}.part")
+    """A temporary file, this process's own, that takes the place of ``target`` when the block ends well."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, target)

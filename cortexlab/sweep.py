@@ -78,10 +78,16 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"results folder {folder} cannot be written: {error.strerror}") from error
+    with results.alone(folder):
+        return _run_all(target, folder, spec, work, grid, {"jobs": jobs, "dask": dask}, retry)
+
+
+def _run_all(target: Path, folder: Path, spec: dict, work: Notebook | Function, grid: list[Point], how: dict, retry: bool) -> int:
+    """Run what is not done, tell of it, and collect what is: the exit code."""
     done = [point for point in grid if _rows_of(folder, point).exists()]
     skipped = done + [point for point in grid if not retry and _error_of(folder, point).exists()]
     coming = [point for point in grid if point not in skipped]
-    with contextlib.closing(outcomes(work, coming, jobs, dask)) as found:
+    with contextlib.closing(outcomes(work, coming, **how)) as found:
         for point, outcome in tqdm(found, total=len(grid), initial=len(skipped), unit="point", disable=None):
             _keep(folder, point, outcome)
     failed = [point for point in grid if not _rows_of(folder, point).exists()]
@@ -92,7 +98,7 @@ def run(
     if len(failed) > MOST_TOLD:
         print(f"and {len(failed) - MOST_TOLD} more: {folder}/*.error.txt")
     if len(failed) < len(grid):
-        _collect(target, folder, spec, [point for point in grid if point not in failed])
+        _collect(target, folder, spec, how, [point for point in grid if point not in failed])
         figure = f", figure {target}/sweep.png" if "plot" in spec else ""
         num_done = len(grid) - len(failed)
         print(f"{num_done} point{'s' * (num_done != 1)} ({len(done)} done before): {target}/rows.parquet{figure}")
@@ -249,7 +255,7 @@ def _keep(folder: Path, point: Point, outcome: Outcome) -> None:
         outcome.rows.assign(point_seconds=outcome.seconds).to_parquet(part, index=False)
 
 
-def _collect(target: Path, folder: Path, spec: dict, grid: list[Point]) -> None:
+def _collect(target: Path, folder: Path, spec: dict, how: dict, grid: list[Point]) -> None:
     """All points' rows in two tables: what is the same in every run, and what the wall clock said."""
     import matplotlib
 
@@ -268,8 +274,9 @@ def _collect(target: Path, folder: Path, spec: dict, grid: list[Point]) -> None:
         with results.replacing(target / f"{name}.parquet") as part:
             table.to_parquet(part, index=False)
     told = spec | ({"notebook": spec["notebook"].name} if "notebook" in spec else {})
+    run = {"command": "sweep", "arguments": how, "spec": told, "environment": environment()}
     with results.replacing(target / "run.json") as part:
-        part.write_text(json.dumps({"command": "sweep", "spec": told, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if "plot" in spec:
         plots.use_style()
         swept = {name: PREFIX + spec["plot"][name] for name in ("x", "lines") if spec["plot"][name] in spec["grid"]}

@@ -83,6 +83,21 @@ def start(file: Path, out: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def test_a_sweep_that_is_running_is_not_started_twice(file, tmp_path, capsys, expected):
+    process = start(file, tmp_path)
+    try:
+        while process.poll() is None and not list((tmp_path / "forty" / "points").glob("*.parquet")):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGSTOP)
+        assert main(["sweep", str(file), "--out", str(tmp_path)]) == 2
+        assert "another process" in capsys.readouterr().err
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert main(["sweep", str(file), "--out", str(tmp_path)]) == 0, "the lock ends with the process"
+    assert_frame_equal(rows_in(tmp_path), expected)
+
+
 def test_two_processes_of_a_dask_cluster_yield_the_same_rows(file, tmp_path, expected):
     distributed = pytest.importorskip("distributed", reason="an extra: pip install 'cortexlab[dask]'")
     options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "host": "127.0.0.1", "dashboard_address": None}
