@@ -78,7 +78,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"results folder {folder} cannot be written: {error.strerror}") from error
-    with results.alone(folder):
+    with results.alone(target):
         return _run_all(target, folder, spec, work, grid, {"jobs": jobs, "dask": dask}, retry)
 
 
