@@ -4,16 +4,16 @@ Importing the package loads no MLX: names that need it are resolved on first use
 (`cortexlab.blas`), which must happen before anybody imports MLX.
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 
-from . import blas
-from ._version import __version__
 from .allocators import Allocator, Extent, Stats, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, NotContiguous
-from .physical import KVBlockAllocator, KVHandle
-from .request import Request, RequestState, TokenEvent
+from .host import blas
+from .lab.cortexstream import KVBlockAllocator, KVHandle
+from .scheduler.request import Request, RequestState, TokenEvent
 
-_NEED_MLX = {"Engine": ".engine", "KVCache": ".kv_cache", "load_model": ".model"}
+__version__ = metadata.version("cortexlab")
+_NEED_MLX = {"Engine": ".engine.engine", "KVCache": ".engine.kv_cache", "load_model": ".host.models"}
 
 __all__ = [
     "Allocator", "BadInput", "CortexLabError", "Engine", "Extent", "KVBlockAllocator", "KVCache", "KVHandle", "ModelError",

@@ -7,16 +7,24 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from .request import Request
-
 SHARES = ("token", "reserved", "internal", "external")
+PARTS = "matrix products", "attention", "activation", "RoPE", "norms", "writes"  # of a step's time
+REST = "the rest"
 
 
-def latencies(request: Request) -> dict[str, float | list[float] | None]:
+class Stamped(Protocol):
+    """A request with its time stamps, in seconds."""
+
+    arrived_at: float
+    token_times: Sequence[float]
+
+
+def latencies(request: Stamped) -> dict[str, float | list[float] | None]:
     """One finished request's TTFT, TPOT, E2E and gaps between tokens (ITL), in seconds.
 
     TTFT counts from arrival, queueing included; TPOT = (E2E - TTFT) / (n - 1), None for a single token.
@@ -31,7 +39,7 @@ def latencies(request: Request) -> dict[str, float | list[float] | None]:
     }
 
 
-def latency_summary(requests: Iterable[Request]) -> dict[str, float | None]:
+def latency_summary(requests: Iterable[Stamped]) -> dict[str, float | None]:
     """``{mean,median,p99}_{ttft,tpot,itl,e2el}_ms`` over requests; ITL pools the gaps of all tokens. None where nothing applies."""
     each = [latencies(request) for request in requests]
     pools = {name: [row[name] for row in each if row[name] is not None] for name in ("ttft", "tpot", "e2el")}

@@ -13,12 +13,12 @@ from statistics import median
 import mlx.core as mx
 import pandas as pd
 
-from cortexlab.arena import LayerShape
-from cortexlab.attention import RowRun
-from cortexlab.block_manager import slot_runs
-from cortexlab.replay import Replay, replay
-from cortexlab.step_parts import attend, filled_arena, time_in_turn
-from cortexlab.traces import load_trace
+from cortexlab.bench.step_profile import attend, filled_arena, time_in_turn
+from cortexlab.engine.arena import LayerShape
+from cortexlab.engine.attention import RowRun
+from cortexlab.replay.simulation import Replay, replay
+from cortexlab.scheduler.block_manager import slot_runs
+from cortexlab.workloads.traces import load_trace
 
 LAYERS, HEADS = [LayerShape(3, 64, 64)] * 2, 9
 INSTANTS, REPEATS = 10, 7

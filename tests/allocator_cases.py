@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cortexlab import Extent, make_allocator, proving
+from cortexlab import Extent, make_allocator
 from cortexlab.allocators import Allocator, merged
-from cortexlab.proving import has_enough, has_hole
+from cortexlab.lab import conformance as proving
+from cortexlab.lab.conformance import has_enough, has_hole
 
 REGION = 3  # blocks of a static region
 

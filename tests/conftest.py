@@ -9,9 +9,9 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
-from cortexlab.arena import Arena
-from cortexlab.attention import Plan
-from cortexlab.model import load_model
+from cortexlab.engine.arena import Arena
+from cortexlab.engine.attention import Plan
+from cortexlab.host.models import load_model
 
 NEAR_TIE = 1e-3  # float32: interface.md, "Equality with a reference"
 NEAR_TIE_OF_SUMS = 1e-4  # of cumulated probabilities, whose error is at most that of the log-probabilities

@@ -14,9 +14,9 @@ import numpy as np
 import cortexlab as cl
 from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit
 from cortexlab.allocators.runs import Runs
-from cortexlab.attention import METHODS
-from cortexlab.request import Request, RequestState
-from cortexlab.scheduler import PREEMPTIONS
+from cortexlab.engine.attention import METHODS
+from cortexlab.scheduler.request import Request, RequestState
+from cortexlab.scheduler.scheduler import PREEMPTIONS
 
 # Runs that compacts whenever it may, and an allocator given as a factory, beside the names.
 FACTORIES = {"compacting": partial(Runs, copy_share=1.0, gap_blocks=1), "factory": FirstFit}

@@ -18,7 +18,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import CONFIGS, VOCABULARY, modules, tiny_model
 
-from cortexlab.hook import ATTENTION
+from cortexlab.engine.mlx_lm_hook import ATTENTION
 
 names = str.split
 

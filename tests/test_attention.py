@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortexlab import attention
-from cortexlab.arena import Arena, LayerShape
-from cortexlab.attention import METHODS, WINDOW, Plan, RowRun
-from cortexlab.fast_math import SWITCH
+from cortexlab.engine import attention
+from cortexlab.engine.arena import Arena, LayerShape
+from cortexlab.engine.attention import METHODS, WINDOW, Plan, RowRun
+from cortexlab.host.fast_math import SWITCH
 
 KV_HEADS, GROUP, DIM, SLOTS = 2, 3, 8, 600
 TOLERANCE = 2e-6

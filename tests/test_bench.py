@@ -5,10 +5,11 @@ import math
 import pytest
 from mlx_lm.generate import BatchGenerator
 
-from cortexlab import bench, metrics
-from cortexlab.bench import MLX_LM, Run, Setting, run_bench
-from cortexlab.request import Request, RequestState
-from cortexlab.workload import WorkItem, make_workload
+from cortexlab import metrics
+from cortexlab.bench import serve as bench
+from cortexlab.bench.serve import MLX_LM, Run, Setting, run_bench
+from cortexlab.scheduler.request import Request, RequestState
+from cortexlab.workloads.synthetic import WorkItem, make_workload
 
 
 @pytest.fixture(scope="module")

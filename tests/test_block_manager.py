@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cortexlab import Extent
 from cortexlab.allocators import STRATEGIES, strategy_of
-from cortexlab.block_manager import BlockManager, BlockTable, Move
+from cortexlab.scheduler.block_manager import BlockManager, BlockTable, Move
 
 
 def manager(strategy: str, num_blocks: int = 8, block_size: int = 2, growth: str | None = None, **options) -> BlockManager:

@@ -4,10 +4,12 @@ import mlx.core as mx
 import pandas as pd
 import pytest
 
-from cortexlab import BadInput, claims, make_allocator, plots_allocators
+from cortexlab import BadInput, make_allocator
 from cortexlab.allocators import STRATEGIES
-from cortexlab.claims import Claim, churn, copied_bytes, published_scan
-from cortexlab.toy import play
+from cortexlab.lab import claims
+from cortexlab.lab.claims import Claim, churn, copied_bytes, published_scan
+from cortexlab.lab.play import play
+from cortexlab.plots import allocators as plots_allocators
 
 SCRIPT = "a+5 b+3 c+6 d+2 e+4 b- d- f+6 a+2"
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cortexlab import allocators, cli, proving, results
+from cortexlab import allocators
+from cortexlab.cli import main as cli
+from cortexlab.lab import conformance as proving
+from cortexlab.results import store as results
 
 STRATEGIES = ["static", "cortexstream", "paged", "mlx-lm"]
 ROW = [
@@ -29,7 +32,7 @@ ONE = ["bench", "--model", "tiny", "--requests", "2", "--batch-size", "2", "--wo
 def process(*words, **environment: str) -> subprocess.CompletedProcess:
     """The command line in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "cortexlab.cli", *map(str, words)],
+        [sys.executable, "-m", "cortexlab", *map(str, words)],
         capture_output=True, text=True, env=os.environ | environment, timeout=120,
     )  # fmt: skip
 
@@ -300,7 +303,7 @@ def test_a_value_beyond_any_machine_is_bad_input_too(words, named, refused):
     "words", ["--requests 0", "--workload holiday", "--strategies fancy", "--trace nowhere.csv", f"--name {'x' * 300}"]
 )
 def test_bad_input_is_refused_before_the_model_is_loaded(words, refused, monkeypatch):
-    monkeypatch.setattr("cortexlab.model.load_model", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("cortexlab.host.models.load_model", lambda name: pytest.fail("the model was loaded"))
     refused(*ONE, *words.split())
 
 
@@ -404,7 +407,7 @@ def test_an_exception_keeps_the_result_that_was_there(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cortexlab import results
+from cortexlab.results import store as results
 with results.written_atomically(Path(sys.argv[1])) as folder:
     (folder / "rows.parquet").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -451,7 +454,7 @@ def test_doctor_says_what_this_machine_is_and_what_is_missing(tmp_path):
 
 def test_doctor_calls_a_damaged_model_a_problem(run, tmp_path, monkeypatch):
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("cortexlab.model.find_smollm2", lambda: tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.setattr("cortexlab.host.models.find_smollm2", lambda: tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
     code, stdout, _ = run("doctor")
     assert code == 1
     assert "GFLOP/s" in stdout and "corrupt or truncated" in stdout and "fetch-model" in stdout
@@ -465,7 +468,7 @@ def readme_strategy() -> str:
 def test_the_readmes_own_strategy_runs_and_one_that_raises_is_one_line(tmp_path):
     (tmp_path / "mine.py").write_text(readme_strategy())
     (tmp_path / "bad.py").write_text(readme_strategy().replace("def allocate(self, n):", "def allocate(self, n):\n        n < 2 or 1 / 0"))
-    command = [sys.executable, "-m", "cortexlab.cli", "bench", "--model", "tiny", "--requests", "4", "--workload", "lognormal", "--json"]
+    command = [sys.executable, "-m", "cortexlab", "bench", "--model", "tiny", "--requests", "4", "--workload", "lognormal", "--json"]
     good = subprocess.run([*command, "--strategies", "mine:Tidy,paged"], cwd=tmp_path, capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
     rows = json.loads(good.stdout)["rows"]

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from mlx_lm.models import llama
 
 import cortexlab as cl
-from cortexlab import attention as attention_module
 from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit
-from cortexlab.attention import METHODS
-from cortexlab.baseline import first_difference
-from cortexlab.hook import ATTENTION
-from cortexlab.request import RequestState
-from cortexlab.scheduler import OOM_POLICIES
+from cortexlab.bench.mlx_lm import first_difference
+from cortexlab.engine import attention as attention_module
+from cortexlab.engine.attention import METHODS
+from cortexlab.engine.mlx_lm_hook import ATTENTION
+from cortexlab.scheduler.request import RequestState
+from cortexlab.scheduler.scheduler import OOM_POLICIES
 
 LENGTHS = (1, 600, 2, 100, 16, 17, 257, 33, 5, 48, 15, 64, 128, 3, 200, 31)  # 1 to 600 tokens, block edges among them
 

@@ -6,8 +6,8 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu
 
-from cortexlab import fast_math
-from cortexlab.hook import attention_over_extents
+from cortexlab.engine.mlx_lm_hook import attention_over_extents
+from cortexlab.host import fast_math
 
 on_linux_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="for MLX's CPU build")
 

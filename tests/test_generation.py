@@ -8,7 +8,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import cortexlab as cl
 from cortexlab.allocators import make_allocator
-from cortexlab.request import RequestState
+from cortexlab.scheduler.request import RequestState
 
 SAMPLING = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "repetition_penalty": 1.3, "logit_bias": {3: 1.5}}
 

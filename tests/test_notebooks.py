@@ -10,8 +10,9 @@ import pytest
 from click.testing import CliRunner
 from papermill.cli import papermill as papermill_command
 
-from cortexlab import plots, sweep
-from cortexlab.cli import main
+from cortexlab import plots
+from cortexlab.cli.main import main
+from cortexlab.results import sweep
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -164,8 +165,8 @@ def tables(tiny):
     import matplotlib
 
     matplotlib.use("Agg")
-    from cortexlab.bench import Setting, run_bench
-    from cortexlab.workload import make_workload
+    from cortexlab.bench.serve import Setting, run_bench
+    from cortexlab.workloads.synthetic import make_workload
 
     items = make_workload("lognormal", 8, seed=1, scale_lengths=0.5)
     bench = run_bench(tiny, items, setting=Setting(batch_size=4, num_blocks="60%"), repeats=2)
@@ -195,7 +196,7 @@ def test_the_block_map_is_the_block_table(tables):
 
 
 def test_the_slider_moves_the_picture_and_shows_errors(tables, monkeypatch):
-    from cortexlab import widgets
+    from cortexlab.plots import widgets
 
     box = widgets.block_map_slider(tables["steps"])
     slider, picture, message = box.children

@@ -10,39 +10,25 @@ import pytest
 import yaml
 
 import cortexlab as cl
-from cortexlab import blas, model
+from cortexlab.host import blas
+from cortexlab.host import models as model
 
 ROOT = Path(__file__).parent.parent
-BOOKKEEPING = (
-    "request workload traces allocators physical prefix block_manager scheduler step_time replay theory proving claims toy metrics results "
-    "tables pools allocbench"
-)
 
 
 def python(code: str, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
 
 
-def test_bookkeeping_imports_no_mlx():
-    modules = "; ".join(f"import cortexlab.{name}" for name in BOOKKEEPING.split())
-    work = "assert cortexlab.make_allocator('paged', num_blocks=4).allocate(2)"
-    done = python(f"import cortexlab, sys; {modules}; {work}; print('mlx.core' in sys.modules)")
-    assert done.stdout.strip() == "False", done.stderr
-
-
-def test_the_engine_does_import_mlx_so_the_test_above_can_fail():
-    assert python("import cortexlab.engine, sys; print('mlx.core' in sys.modules)").stdout.strip() == "True"
-
-
 @pytest.mark.skipif(not blas.needed(), reason="only MLX's Linux CPU build needs another BLAS")
 def test_an_optimized_blas_is_loaded_before_mlx():
-    code = "import cortexlab; from cortexlab import doctor; print(cortexlab.blas.active.path, doctor.sgemm_gflops())"
+    code = "import cortexlab; from cortexlab.bench import doctor; print(cortexlab.blas.active.path, doctor.sgemm_gflops())"
     path, gflops = python(code).stdout.split()
     assert path != "None" and float(gflops) > doctor_limit()
 
 
 def doctor_limit() -> float:
-    from cortexlab.doctor import SLOW_SGEMM_GFLOPS
+    from cortexlab.bench.doctor import SLOW_SGEMM_GFLOPS
 
     return SLOW_SGEMM_GFLOPS
 

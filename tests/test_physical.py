@@ -8,7 +8,7 @@ import pytest
 
 from cortexlab import CortexLabError, Extent
 from cortexlab.allocators import STRATEGIES
-from cortexlab.physical import KVBlockAllocator, KVHandle
+from cortexlab.lab.cortexstream import KVBlockAllocator, KVHandle
 
 every_strategy = pytest.mark.parametrize("strategy", [*STRATEGIES, "first_fit"])
 

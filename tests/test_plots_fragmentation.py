@@ -7,10 +7,11 @@ import pytest
 
 matplotlib.use("Agg")
 
-from cortexlab import plots_fragmentation, theory
+from cortexlab.lab import theory
 from cortexlab.metrics import SHARES
-from cortexlab.replay import replay, tables
-from cortexlab.workload import make_workload
+from cortexlab.plots import fragmentation as plots_fragmentation
+from cortexlab.replay.simulation import replay, tables
+from cortexlab.workloads.synthetic import make_workload
 
 STRATEGIES = ["cortexstream", "buddy", "paged"]
 

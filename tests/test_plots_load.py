@@ -9,11 +9,13 @@ import pytest
 
 matplotlib.use("Agg")
 
-from cortexlab import plots, plots_load, widgets
-from cortexlab.bench import Setting, run_bench
+from cortexlab import plots
+from cortexlab.bench.serve import Setting, run_bench
 from cortexlab.metrics import median_interval
-from cortexlab.replay import tables
-from cortexlab.workload import make_workload
+from cortexlab.plots import load as plots_load
+from cortexlab.plots import widgets
+from cortexlab.replay.simulation import tables
+from cortexlab.workloads.synthetic import make_workload
 
 
 @pytest.fixture(autouse=True)

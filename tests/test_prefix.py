@@ -10,9 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cortexlab import Extent, Request, RequestState
 from cortexlab.allocators import STRATEGIES, strategy_of
-from cortexlab.block_manager import BlockManager, Move
-from cortexlab.prefix import PrefixCache
-from cortexlab.scheduler import OOM_POLICIES, Scheduler
+from cortexlab.scheduler.block_manager import BlockManager, Move
+from cortexlab.scheduler.prefix_cache import PrefixCache
+from cortexlab.scheduler.scheduler import OOM_POLICIES, Scheduler
 
 
 def ids_of(blocks) -> list[int]:

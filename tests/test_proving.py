@@ -6,7 +6,7 @@ from cortexlab import BadInput, Extent
 from cortexlab.allocators import STRATEGIES, make_allocator
 from cortexlab.allocators.contiguous import BestFit, FirstFit
 from cortexlab.allocators.paged import Paged
-from cortexlab.proving import Bitmap, has_enough, has_hole, prove
+from cortexlab.lab.conformance import Bitmap, has_enough, has_hole, prove
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "first_fit"])

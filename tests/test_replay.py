@@ -17,16 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortexlab import BadInput, Request, RequestState, cli, metrics
-from cortexlab import replay as replay_module
+from cortexlab import BadInput, Request, RequestState, metrics
 from cortexlab.allocators import GROWTHS, STRATEGIES, strategy_of
 from cortexlab.allocators.paged import Paged
-from cortexlab.block_manager import BlockManager
-from cortexlab.replay import Replay, replay, tables, unlimited_blocks
-from cortexlab.scheduler import OOM_POLICIES, Scheduler
-from cortexlab.step_time import SECOND, StepTime
-from cortexlab.traces import KNOWN, load_trace
-from cortexlab.workload import WorkItem, make_workload
+from cortexlab.cli import main as cli
+from cortexlab.replay import simulation as replay_module
+from cortexlab.replay.simulation import Replay, replay, tables, unlimited_blocks
+from cortexlab.replay.step_time import SECOND, StepTime
+from cortexlab.scheduler.block_manager import BlockManager
+from cortexlab.scheduler.scheduler import OOM_POLICIES, Scheduler
+from cortexlab.workloads.synthetic import WorkItem, make_workload
+from cortexlab.workloads.traces import KNOWN, load_trace
 
 NS = 1e-9
 LONG = 6  # tokens: a long extent on toy sizes
@@ -410,7 +411,7 @@ def test_a_scaled_prompt_may_have_more_ids_than_blocks():
 ROWS = """
 import json, sys
 from cortexlab.replay import replay
-from cortexlab.workload import make_workload
+from cortexlab.workloads import make_workload
 items = make_workload("lognormal", 60, seed=3, request_rate=20.0)
 done = replay(items, ["paged", "cortexstream", "buddy", "segregated", "static"], num_blocks="60%", max_batch_size=8)
 print(json.dumps([[{k: v for k, v in each.row.items() if k != "seconds"}, each.samples] for each in done]))

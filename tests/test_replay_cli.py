@@ -9,8 +9,9 @@ import sys
 import pandas as pd
 import pytest
 
-from cortexlab import cli, tables
 from cortexlab.allocators import STRATEGIES
+from cortexlab.cli import main as cli
+from cortexlab.results import console as tables
 
 ROW = [
     "strategy", "block_size", "num_blocks", "batch_size", "completed", "refused", "duration", "total_input_tokens", "total_output_tokens",
@@ -181,5 +182,5 @@ def test_allocbench_is_a_command(run):
 
 
 def test_a_replay_in_a_process_of_its_own_loads_no_mlx(tmp_path):
-    code = f"import sys; from cortexlab.cli import main; main({[*SMALL, '--out', str(tmp_path)]}); sys.exit('mlx.core' in sys.modules)"
+    code = f"import sys; from cortexlab.cli.main import main; main({[*SMALL, '--out', str(tmp_path)]}); sys.exit('mlx.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ).returncode == 0

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from cortexlab import report, results
-from cortexlab.cli import main
+from cortexlab.cli.main import main
+from cortexlab.results import report
+from cortexlab.results import store as results
 
 
 def write_run(folder: Path, rows: list[dict], more: dict | None = None, **environment) -> Path:

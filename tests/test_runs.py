@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 import cortexlab as cl
 from cortexlab.allocators import Extent, strategy_of
 from cortexlab.allocators.runs import MAX_BRIDGE, MAX_COPIES, Runs
-from cortexlab.arena import Slots
-from cortexlab.attention import METHODS
-from cortexlab.block_manager import BlockManager, Move
-from cortexlab.kv_cache import KVCache
-from cortexlab.replay import replay
-from cortexlab.request import RequestState
-from cortexlab.scheduler import OOM_POLICIES
-from cortexlab.step_time import StepTime
-from cortexlab.traces import KNOWN, load_trace
-from cortexlab.workload import shuffled_lengths
+from cortexlab.engine.arena import Slots
+from cortexlab.engine.attention import METHODS
+from cortexlab.engine.kv_cache import KVCache
+from cortexlab.replay.simulation import replay
+from cortexlab.replay.step_time import StepTime
+from cortexlab.scheduler.block_manager import BlockManager, Move
+from cortexlab.scheduler.request import RequestState
+from cortexlab.scheduler.scheduler import OOM_POLICIES
+from cortexlab.workloads.synthetic import shuffled_lengths
+from cortexlab.workloads.traces import KNOWN, load_trace
 
 
 def blocks_of(extents) -> list[int]:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from cortexlab import Request, RequestState
 from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit, strategy_of
-from cortexlab.block_manager import BlockManager
-from cortexlab.scheduler import OOM_POLICIES, Schedule, Scheduler
+from cortexlab.scheduler.block_manager import BlockManager
+from cortexlab.scheduler.scheduler import OOM_POLICIES, Schedule, Scheduler
 
 
 def request(name: str, prompt: int, max_tokens: int) -> Request:

@@ -7,13 +7,8 @@ import pytest
 
 matplotlib.use("Agg")
 
-from cortexlab import doctor, plots_engine
-from cortexlab.arena import LayerShape
-from cortexlab.attention import METHODS
-from cortexlab.driving import Driver
-from cortexlab.errors import BadInput
-from cortexlab.hook import LayerCache
-from cortexlab.step_parts import (
+from cortexlab.bench import doctor
+from cortexlab.bench.step_profile import (
     ACTIVATION,
     ATTENTION,
     NORMS,
@@ -27,7 +22,13 @@ from cortexlab.step_parts import (
     measure_steps,
     record_step,
 )
-from cortexlab.step_parts import _neighbours as neighbours
+from cortexlab.bench.step_profile import _neighbours as neighbours
+from cortexlab.engine.arena import LayerShape
+from cortexlab.engine.attention import METHODS
+from cortexlab.engine.mlx_lm_hook import LayerCache
+from cortexlab.engine.model_runner import Driver
+from cortexlab.errors import BadInput
+from cortexlab.plots import engine as plots_engine
 
 
 @pytest.fixture(autouse=True)

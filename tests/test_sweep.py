@@ -14,9 +14,11 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from cortexlab import metrics, points, sweep
-from cortexlab.cli import main
-from cortexlab.sweep import Point
+from cortexlab import metrics
+from cortexlab.cli.main import main
+from cortexlab.results import sweep
+from cortexlab.results import sweep_worker as points
+from cortexlab.results.sweep import Point
 
 ROOT = Path(__file__).parent.parent
 GRID = """function: replay
@@ -79,7 +81,7 @@ def test_killed_three_times_it_ends_with_the_same_rows_and_runs_no_finished_poin
 
 
 def start(file: Path, out: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "cortexlab.cli", "sweep", str(file), "--out", str(out), *options]
+    command = [sys.executable, "-m", "cortexlab", "sweep", str(file), "--out", str(out), *options]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cortexlab import make_allocator, theory
+from cortexlab import make_allocator
 from cortexlab.allocators import STRATEGIES
-from cortexlab.block_manager import BlockManager
-from cortexlab.replay import Replay
-from cortexlab.workload import WorkItem, make_workload
+from cortexlab.lab import theory
+from cortexlab.replay.simulation import Replay
+from cortexlab.scheduler.block_manager import BlockManager
+from cortexlab.workloads.synthetic import WorkItem, make_workload
 
 sizes = st.lists(st.integers(1, 300), min_size=1, max_size=30)
 lengths = st.lists(st.tuples(st.integers(1, 200), st.integers(2, 120)), min_size=1, max_size=12)  # prompt, output

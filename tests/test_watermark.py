@@ -6,13 +6,13 @@ from math import nan
 import pytest
 
 from cortexlab import BadInput, Request
-from cortexlab import cli as command_line
 from cortexlab.allocators import STRATEGIES, strategy_of
-from cortexlab.block_manager import BlockManager
-from cortexlab.replay import Replay
-from cortexlab.scheduler import OOM_POLICIES, Scheduler
-from cortexlab.step_time import StepTime
-from cortexlab.workload import WorkItem
+from cortexlab.cli import main as command_line
+from cortexlab.replay.simulation import Replay
+from cortexlab.replay.step_time import StepTime
+from cortexlab.scheduler.block_manager import BlockManager
+from cortexlab.scheduler.scheduler import OOM_POLICIES, Scheduler
+from cortexlab.workloads.synthetic import WorkItem
 
 NS = 1e-9
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cortexlab import plots, widgets
-from cortexlab.workload import make_workload
+from cortexlab import plots
+from cortexlab.plots import widgets
+from cortexlab.workloads.synthetic import make_workload
 
 
 @pytest.fixture(scope="module")

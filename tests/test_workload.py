@@ -12,8 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlab import CortexLabError
-from cortexlab.traces import MOONCAKE_BUCKET_S, load_trace
-from cortexlab.workload import LENGTHS, SHARED_PREFIX_TOKENS, WorkItem, conversations, make_workload, prompt_tokens, scale, with_arrivals
+from cortexlab.workloads.synthetic import (
+    LENGTHS,
+    SHARED_PREFIX_TOKENS,
+    WorkItem,
+    conversations,
+    make_workload,
+    prompt_tokens,
+    scale,
+    with_arrivals,
+)
+from cortexlab.workloads.traces import MOONCAKE_BUCKET_S, load_trace
 
 BOUNDS = {  # shortest and longest prompt and output, as interface.md has them
     "lognormal": (8, 600, 4, 200),

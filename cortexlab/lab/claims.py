@@ -1,0 +1,363 @@
+"""What CortexStream's documents claim of its KV cache, each claim measured here. Its verdict is computed from the measurement.
+
+Source: github.com/pythongiant/CortexStream at f8c8b1f, or at the commit a source names. A claim is tried in several cases; it
+`holds` when it does in all of them, `does not hold` when in none, else it `holds only with` those in which it does.
+"""
+
+import heapq
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, median
+
+import pandas as pd
+
+from ..allocators import STRATEGIES, Allocator, make_allocator, strategy_of
+from ..bench import allocator_cost as allocbench
+from ..bench.pools import pool_of
+from ..replay.simulation import replay
+from ..workloads.synthetic import make_workload
+
+DESIGN, API, BESIDE = "docs/KV_CACHE_DESIGN.md", "docs/KV_CACHE_API_REFERENCE.md", "KV_CACHE_IMPLEMENTATION.md"
+TRITON, SUMMARY = "docs/TRITON_COMPARISON.md", "KV_CACHE_EXECUTIVE_SUMMARY.md (e65c742)"  # the commit right after f8c8b1f
+LAYERS, HEADS, HEAD_DIM, TOKENS, BLOCK_SIZE = 32, 32, 64, 32_768, 16  # the "7B model" of those documents
+BLOCKS, SEQUENCE_BLOCKS = TOKENS // BLOCK_SIZE, 32
+UNITS = {"GB": 1e9, "GiB": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a document says, what was measured, and in which cases it holds."""
+
+    quote: str
+    source: str
+    measured: str
+    cases: dict[str, bool]
+
+    @property
+    def verdict(self) -> str:
+        held = [case for case, holds in self.cases.items() if holds]
+        if len(held) == len(self.cases):
+            return "holds"
+        return f"holds only with {', '.join(held)}" if held else "does not hold"
+
+
+def markdown_table(claims: Iterable[Claim]) -> str:
+    lines = ["| claim | in | measured here | verdict |", "| --- | --- | --- | --- |"]
+    lines += [f"| “{claim.quote}” | {claim.source} | {claim.measured} | **{claim.verdict}** |" for claim in claims]
+    return "\n".join(lines)
+
+
+# --- requests that come and go ----------------------------------------------------------------------------------------------------
+
+
+def churn(
+    strategy: str | Callable[[int], Allocator],
+    *,
+    num_blocks: int = 256,
+    num_requests: int = 2000,
+    sizes: tuple[int, int] = (1, 64),
+    load: float = 1.0,
+    seed: int = 0,
+) -> dict:
+    """Requests of evenly spread ``sizes`` come one a step and stay for an exponential time; who is refused goes away.
+
+    Their sizes and times are the same for every strategy, and ask for ``load`` times the pool on average. ``refused`` counts those
+    without a place, ``refused_with_room`` those of them for which enough blocks were free, ``partial`` the refusals that changed something;
+    ``spare_share`` is the part of the blocks held that nobody asked for, and ``extents`` the mean number a request got.
+    """
+    rng = random.Random(seed)
+    pool = make_allocator(strategy, num_blocks, region_blocks=1 << (sizes[1] - 1).bit_length())
+    stay = load * num_blocks / fmean(sizes)
+    leaving: list[tuple[float, int, tuple, int]] = []  # a heap: when, a number that no two share, what it holds, what it asked for
+    refused = with_room = num_partial = asked = held_steps = asked_steps = 0
+    extents = []
+    for number in range(num_requests):
+        wanted, until = rng.randint(*sizes), number + rng.expovariate(1 / stay)
+        while leaving and leaving[0][0] <= number:
+            _, _, held, size = heapq.heappop(leaving)
+            pool.free(held)
+            asked -= size
+        before = pool.stats()
+        held = pool.allocate(wanted)
+        if held is None:
+            refused += 1
+            with_room += before["free_blocks"] >= wanted
+            num_partial += pool.stats() != before
+        else:
+            heapq.heappush(leaving, (until, number, held, wanted))
+            asked += wanted
+            extents.append(len(held))
+        held_steps += pool.stats()["used_blocks"]
+        asked_steps += asked
+    pool.check()
+    return {
+        "strategy": strategy_of(strategy).name,
+        "requests": num_requests,
+        "refused": refused,
+        "refused_share": refused / num_requests,
+        "refused_with_room": with_room,
+        "refused_with_room_share": with_room / num_requests,
+        "partial": num_partial,
+        "spare_share": 1 - asked_steps / held_steps if held_steps else 0.0,
+        "extents": fmean(extents) if extents else math.nan,
+    }
+
+
+def no_fragmentation(num_requests: int = 2000, seed: int = 0) -> Claim:
+    mixed = churn("cortexstream", num_requests=num_requests, seed=seed)["refused_with_room"]
+    alike = churn("cortexstream", num_requests=num_requests, sizes=(SEQUENCE_BLOCKS, SEQUENCE_BLOCKS), seed=seed)["refused_with_room"]
+    return Claim(
+        "No fragmentation (contiguous block invariant)",
+        f"{DESIGN}:8",
+        f"refused with enough blocks free: {mixed:,} of {num_requests:,} requests of 1 to 64 blocks, {alike:,} of {num_requests:,} of "
+        f"{SEQUENCE_BLOCKS}",
+        {"requests of mixed sizes": not mixed, "requests of one size": not alike},
+    )
+
+
+def free_blocks_join(num_blocks: int = BLOCKS) -> Claim:
+    """Single blocks fill the pool and every other one leaves; then all leave."""
+    pool = make_allocator("cortexstream", num_blocks)
+    held = [pool.allocate(1) for _ in range(num_blocks)]
+    runs = {}
+    for leaving, case in ((held[::2], "half of them gone"), (held[1::2], "all gone")):
+        for extents in leaving:
+            pool.free(extents)
+        stats = pool.stats()
+        runs[case] = stats["largest_free_run"], stats["free_blocks"]
+    return Claim(
+        "Any N free blocks will eventually form a contiguous region",
+        f"{DESIGN}:117",
+        f"{num_blocks:,} sequences of one block: "
+        + ", ".join(f"{case}, longest run {run:,} of {free:,} free" for case, (run, free) in runs.items()),
+        {case: run == free for case, (run, free) in runs.items()},
+    )
+
+
+def no_partial_allocation(num_requests: int = 2000, seed: int = 0) -> Claim:
+    row = churn("cortexstream", num_requests=num_requests, seed=seed)
+    return Claim(
+        "No partial allocation",
+        f"{DESIGN}:127",
+        f"{row['partial']:,} of {row['refused']:,} refusals changed which blocks are free",
+        {"first fit": not row["partial"]},
+    )
+
+
+def concurrent_sequences(strategies: Sequence[str] = ("cortexstream", "buddy", "cortexstream_buddy")) -> Claim:
+    counts = {}
+    for strategy in strategies:
+        pool = make_allocator(strategy, BLOCKS)
+        counts[strategy] = 0
+        while pool.allocate(SEQUENCE_BLOCKS) is not None:
+            counts[strategy] += 1
+    promised = BLOCKS // SEQUENCE_BLOCKS
+    return Claim(
+        f"{BLOCKS} blocks, {SEQUENCE_BLOCKS} blocks per sequence = {promised} concurrent",
+        f"{SUMMARY}:202",
+        ", ".join(f"{count} under `{name}`" for name, count in counts.items()),
+        {f"`{name}`": count == promised for name, count in counts.items()},
+    )
+
+
+def published_scan(free: Sequence[bool], wanted: int) -> tuple[int | None, int]:
+    """``findContiguousFreeRegion`` (src/cache/kv_cache.cpp:50), step by step: the region's first block, and how many it looked at."""
+    count, start = 0, None
+    for at in range(len(free) + 1):
+        if at < len(free) and free[at]:
+            start = at if count == 0 else start
+            count += 1
+        elif count >= wanted:  # it compares only where a region ends
+            return start, at + 1
+        else:
+            count, start = 0, None
+    return None, len(free) + 1
+
+
+def constant_time(sizes: Sequence[int] = (BLOCKS, 16 * BLOCKS)) -> Claim:
+    looked = [published_scan(bytes([1]) * size, SEQUENCE_BLOCKS)[1] for size in sizes]
+    return Claim(
+        "Predictable allocation (O(1) MVP, deterministic)",
+        f"{DESIGN}:6",
+        "its scan looks at " + ", ".join(f"{n:,} in an empty pool of {size:,}" for n, size in zip(looked, sizes, strict=True)),
+        {"its own scan": len(set(looked)) == 1},
+    )
+
+
+def memory_efficiency(num_requests: int = 200, seed: int = 0) -> Claim:
+    items = make_workload("lognormal", num_requests, seed=seed, request_rate=2.0)
+    used = {each.strategy.name: each.row["utilization"] for each in replay(items, ("cortexstream", "paged"), block_sizes=(BLOCK_SIZE,))}
+    return Claim(
+        "Memory efficiency … >95% (contiguous guarantee)",
+        f"{TRITON}:98",
+        "slots held that hold a token: " + ", ".join(f"{share:.1%} under `{name}`" for name, share in used.items()),
+        {f"`{name}`": share > 0.95 for name, share in used.items()},
+    )
+
+
+# --- views ------------------------------------------------------------------------------------------------------------------------
+
+
+def published_view(tokens: Sequence[int] = (10, BLOCK_SIZE, 2 * BLOCK_SIZE, 32 * BLOCK_SIZE), heads: int = 4, dim: int = 8) -> Claim:
+    """``getKView``: where the first block lies and ``[heads, tokens, dim]``, no strides, on ``[blocks, heads, block, dim]``."""
+    import numpy as np
+
+    num_blocks = -(-max(tokens) // BLOCK_SIZE)
+    arena = np.arange(num_blocks * heads * BLOCK_SIZE * dim).reshape(num_blocks, heads, BLOCK_SIZE, dim)
+    truth = arena.transpose(1, 0, 2, 3).reshape(heads, -1, dim)
+    shares = {n: float((arena.ravel()[: heads * n * dim].reshape(heads, n, dim) == truth[:, :n]).mean()) for n in tokens}
+    return Claim(
+        "`getKView()` … O(1) … Pointer arithmetic only",
+        f"{BESIDE}:244",
+        "values that lie where the view says: " + ", ".join(f"{share:.0%} of {n} tokens" for n, share in shares.items()),
+        {"one full block" if n == BLOCK_SIZE else f"{n} tokens": share == 1 for n, share in shares.items()},
+    )
+
+
+def zero_copy(num_blocks: Sequence[int] = (1, 2, 8, 32), heads: int = 4, dim: int = 32) -> Claim:
+    """Read K of a sequence of so many blocks as ``[heads, tokens, dim]`` with MLX, from both layouts: which bytes move?"""
+    import mlx.core as mx
+
+    first, pool = 3, max(num_blocks) + 5
+    blocked = mx.zeros((2, pool, heads, BLOCK_SIZE, dim))
+    head_major = mx.zeros((heads, pool * BLOCK_SIZE, dim))
+    copied = {"blocked": [], "head-major": []}
+    for k in num_blocks:
+        read = blocked[1, first : first + k].transpose(1, 0, 2, 3).reshape(heads, k * BLOCK_SIZE, dim)
+        copied["blocked"].append(copied_bytes(read, blocked))
+        copied["head-major"].append(copied_bytes(head_major[:, first * BLOCK_SIZE : (first + k) * BLOCK_SIZE], head_major))
+    moved = " / ".join(f"{count // 1024}" for count in copied["blocked"])
+    cases = {f"{k} block{'s' * (k > 1)}": not count for k, count in zip(num_blocks, copied["blocked"], strict=True)}
+    return Claim(
+        "Zero-copy per token (direct arena references)",
+        f"{DESIGN}:7, layout :39",
+        f"`[layers, blocks, heads, block, dim]` copies {moved} KiB to read {' / '.join(map(str, num_blocks))} blocks in MLX; "
+        f"`[heads, slots, dim]` {sum(copied['head-major']) // 1024}",
+        cases | {"`[heads, slots, dim]`": not any(copied["head-major"])},
+    )
+
+
+def copied_bytes(read, arena) -> int:
+    """Bytes of ``read`` if it lies outside the memory of ``arena``, of which it was read; 0 for a view."""
+    import mlx.core as mx
+    import numpy as np
+
+    mx.eval(read, arena)
+    at, start = (np.array(array, copy=False).__array_interface__["data"][0] for array in (read, arena))
+    return 0 if start <= at < start + arena.nbytes else read.nbytes
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------------------
+
+
+def total_memory(quote: str, source: str, claimed: str) -> Claim:
+    """``claimed``, such as 17.2, against the arena that this package makes for the same model, by type and unit."""
+    import mlx.core as mx
+
+    from ..engine.arena import Arena
+
+    sizes = {kind: Arena(LAYERS, HEADS, HEAD_DIM, TOKENS, getattr(mx, kind)).nbytes for kind in ("float32", "float16")}
+    digits = len(claimed.partition(".")[2])
+    return Claim(
+        quote,
+        source,
+        ", ".join(f"{kind} {size / UNITS['GB']:.1f} GB = {size / UNITS['GiB']:.1f} GiB" for kind, size in sizes.items()),
+        {f"{kind} in {unit}": f"{size / UNITS[unit]:.{digits}f}" == claimed for kind, size in sizes.items() for unit in UNITS},
+    )
+
+
+# --- all of them --------------------------------------------------------------------------------------------------------------
+
+
+def counted_claims(num_requests: int = 2000, seed: int = 0) -> dict[str, Claim]:
+    """Those that are counted, not timed: the same on every machine."""
+    return {
+        "no fragmentation": no_fragmentation(num_requests, seed),
+        "free blocks join": free_blocks_join(),
+        "no partial allocation": no_partial_allocation(num_requests, seed),
+        "64 sequences": concurrent_sequences(),
+        "constant time": constant_time(),
+        "memory efficiency": memory_efficiency(),
+        "views": published_view(),
+        "zero copy": zero_copy(),
+        "17.2 GB": total_memory("17.2 GB for K+V combined", f"{API}, Memory Calculation Examples", "17.2"),
+        "16.8 GB": total_memory("Total = 16.8 GB (K+V)", f"{BESIDE}:100", "16.8"),
+    }
+
+
+# --- microseconds -----------------------------------------------------------------------------------------------------------------
+
+
+def allocation_times(strategy: str, num_blocks: int = BLOCKS, rounds: int = 200, seed: int = 0) -> tuple[float, float]:
+    """Median microseconds of one `allocate` and of one `free` while sequences of 32 blocks fill a pool and leave at random."""
+    pool, rng = make_allocator(strategy, num_blocks), random.Random(seed)
+    num_sequences, allocating, freeing = num_blocks // SEQUENCE_BLOCKS, [], []
+    for _ in range(rounds):
+        started = time.perf_counter_ns()
+        held = [pool.allocate(SEQUENCE_BLOCKS) for _ in range(num_sequences)]
+        allocating.append((time.perf_counter_ns() - started) / num_sequences / 1000)
+        rng.shuffle(held)
+        started = time.perf_counter_ns()
+        for extents in held:
+            pool.free(extents)
+        freeing.append((time.perf_counter_ns() - started) / num_sequences / 1000)
+    return median(allocating), median(freeing)
+
+
+def token_time(num_tokens: int = 500) -> float:
+    """Median microseconds of `KVCache.append_token` and `get_k_view` of one layer, together."""
+    from ..engine.kv_cache import KVCache
+
+    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=8, max_total_tokens=2048, block_size=BLOCK_SIZE, strategy="cortexstream")
+    cache.allocate_for("a", 1, max_tokens=num_tokens + 1)
+    times = []
+    for _ in range(num_tokens):
+        started = time.perf_counter_ns()
+        cache.append_token("a")
+        cache.get_k_view("a", 0)
+        times.append((time.perf_counter_ns() - started) / 1000)
+    return median(times)
+
+
+def timed_claims() -> dict[str, Claim]:
+    """The claims in microseconds, which depend on the machine: theirs are of C++, these figures of Python."""
+    times = {name: allocation_times(name) for name in ("cortexstream", "buddy", "paged")}
+    told = [", ".join(f"{times[name][which]:.1f} µs under `{name}`" for name in times) for which in (0, 1)]
+    per_token = token_time()
+    return {
+        "allocate": Claim(
+            "For 2048 blocks on modern CPU: ~1-2 microseconds",
+            f"{API}, Allocation Performance",
+            told[0],
+            {f"`{name}`": allocate <= 2 for name, (allocate, _) in times.items()},
+        ),
+        "free": Claim("free … 32 blocks: <1 µs", f"{SUMMARY}:180", told[1], {f"`{name}`": free < 1 for name, (_, free) in times.items()}),
+        "buddy": Claim(
+            "Future: Buddy allocator O(log totalBlocks) = ~10 microseconds",
+            f"{API}, Allocation Performance",
+            f"{times['buddy'][0]:.1f} µs",
+            {"`buddy`": times["buddy"][0] <= 10},
+        ),
+        "token": Claim(
+            "Total per-token overhead: <1 microsecond",
+            f"{API}, Zero-Copy Performance",
+            f"{per_token:.1f} µs for both",
+            {"this package": per_token < 1},
+        ),
+    }
+
+
+def costs(sizes: Sequence[int], request_blocks: int = SEQUENCE_BLOCKS, occupancy: float = 0.5, seed: int = 0) -> pd.DataFrame:
+    """`allocbench` of every strategy at one occupancy: its rows, and the cold `turnover` of a request as one more operation."""
+    makers = {name: partial(pool_of, name) for name in STRATEGIES}
+    rows, pools = allocbench.measure(makers, sizes, (occupancy,), request_blocks, seed)
+    turnover = [
+        {key: pool[key] for key in ("strategy", "num_blocks", "occupancy")}
+        | {"request_blocks": request_blocks, "operation": allocbench.TURNOVER, "median_us": pool[f"{allocbench.TURNOVER}_median_us"]}
+        for pool in pools
+    ]
+    return pd.DataFrame([*rows, *turnover])

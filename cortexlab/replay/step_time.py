@@ -1,0 +1,72 @@
+"""How long a step takes: an affine model in tokens and sequences, given by hand or fitted to the steps that `bench` ran."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import BadInput, shown
+
+SECOND = 1_000_000_000  # in nanoseconds, the unit of the replay's clock
+FIELDS = ("base_s", "token_s", "sequence_s")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds that a step takes: ``base_s + token_s * tokens computed + sequence_s * sequences``."""
+
+    base_s: float
+    token_s: float
+    sequence_s: float
+
+    def __post_init__(self):
+        for name in FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 3600:
+                raise BadInput(f"step time: {name} must be seconds from 0 to 3600, not {shown(value)}")
+        if not any(self.nanoseconds):
+            raise BadInput("step time: a step must take at least a nanosecond")
+
+    @property
+    def nanoseconds(self) -> tuple[int, int, int]:
+        return tuple(round(getattr(self, name) * SECOND) for name in FIELDS)
+
+    @staticmethod
+    def load(path: str | Path) -> "StepTime":
+        """From the JSON that ``cortexlab bench`` writes beside its results (``step_time.json``)."""
+        try:
+            found = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise BadInput(f"cannot read step time {shown(str(path))}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"step time {shown(str(path))} is not JSON: {error}") from None
+        if not isinstance(found, dict) or any(name not in found for name in FIELDS):
+            raise BadInput(f"step time {shown(str(path))} needs {', '.join(FIELDS)} (in seconds)")
+        return StepTime(*(found[name] for name in FIELDS))
+
+    @staticmethod
+    def fit(steps: Sequence[tuple[float, int, int]]) -> tuple["StepTime", float]:
+        """Least squares over ``(seconds, tokens, sequences)`` of steps, no coefficient below 0; and R squared.
+
+        Of all subsets of coefficients whose fit has none below 0, the best: for three that is the exact solution of NNLS
+        (Lawson and Hanson 1974).
+        """
+        if not steps:
+            raise BadInput("no steps to fit a step time to")
+        seconds, tokens, sequences = np.array(steps, dtype=float).T
+        columns = np.stack([np.ones_like(seconds), tokens, sequences], axis=1)
+        best, best_error = None, np.inf
+        for chosen in (c for n in (1, 2, 3) for c in combinations(range(3), n)):
+            found, *_ = np.linalg.lstsq(columns[:, chosen], seconds, rcond=None)
+            error = float(((columns[:, chosen] @ found - seconds) ** 2).sum())
+            if (found >= 0).all() and error < best_error:
+                best, best_error = np.zeros(3), error
+                best[list(chosen)] = found
+        spread = float(((seconds - seconds.mean()) ** 2).sum())
+        return StepTime(*best.tolist()), 1 - best_error / spread if spread else 1.0
+
+    def to_json(self, **notes) -> str:
+        return json.dumps(asdict(self) | notes, indent=2)
