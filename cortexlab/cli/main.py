@@ -16,7 +16,7 @@ from ..bench import allocator_cost as allocbench
 from ..errors import BadInput, CortexLabError, ModelError, at_least, one_of, shown
 from ..scheduler.scheduler import OOM_POLICIES, PREEMPTIONS, WATERMARK
 
-NOTEBOOKS = Path("notebooks")
+NOTEBOOKS, EXPERIMENTS = Path("notebooks"), Path("experiments")
 DEFAULT_REQUESTS = 16
 BENCHED = ("static", "cortexstream", "paged", "runs", "mlx-lm")
 REPLAY_REQUESTS, REPLAY_RATE = 5000, 5.0  # of a workload; requests per second
@@ -297,9 +297,18 @@ def run_fetch(args) -> int:
 
 
 def run_sweep(args) -> int:
+    from ..host.paths import shipped
     from ..results import sweep
 
-    return sweep.run(Path(args.file), Path(args.out), args.name, jobs=args.jobs, dask=args.dask, retry=args.retry)
+    file = Path(args.file)
+    if not file.exists() and file.name == args.file:
+        file = shipped(EXPERIMENTS.name) / f"{file.stem}.yaml"
+        if not file.is_file():
+            known = ", ".join(sorted(each.stem for each in file.parent.glob("*.yaml")))
+            raise BadInput(
+                f"there is no file {shown(args.file)} here, and no grid of that name came with cortexlab: use a path, or {known}"
+            )
+    return sweep.run(file, Path(args.out), args.name, jobs=args.jobs, dask=args.dask, retry=args.retry)
 
 
 def run_compare(args) -> int:
@@ -318,9 +327,14 @@ def run_report(args) -> int:
 
 
 def run_lab(args) -> int:
+    from ..host.paths import shipped
+
     if not NOTEBOOKS.is_dir():
-        raise BadInput(f"there is no folder {NOTEBOOKS} here: run this in the project's folder")
-    os.execv(sys.executable, [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={NOTEBOOKS.resolve()}", *args.rest])
+        for folder in (NOTEBOOKS, EXPERIMENTS):
+            if not folder.exists():
+                shutil.copytree(shipped(folder.name), folder, ignore=shutil.ignore_patterns("*.py", "*.md", ".*", "__pycache__"))
+                print(f"copied: {folder.resolve()}")
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={NOTEBOOKS.resolve()}", *args.rest])
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------------------
