@@ -1,7 +1,8 @@
-"""cortexlab: how should an LLM's KV cache be laid out and allocated, at which block size, and what does it cost?
+"""cortexlab: how should an LLM's KV cache be laid out and allocated, at which block size, and what
+does it cost?
 
-Importing the package loads no MLX: names that need it are resolved on first use. On Linux CPU it does load an optimized BLAS
-(`cortexlab.blas`), which must happen before anybody imports MLX.
+Importing the package loads no MLX: names that need it are resolved on first use. On Linux CPU it
+does load an optimized BLAS (`cortexlab.blas`), which must happen before anybody imports MLX.
 """
 
 from importlib import import_module, metadata
@@ -13,12 +14,32 @@ from .lab.cortexstream import KVBlockAllocator, KVHandle
 from .scheduler.request import Request, RequestState, TokenEvent
 
 __version__ = metadata.version("cortexlab")
-_NEED_MLX = {"Engine": ".engine.engine", "KVCache": ".engine.kv_cache", "load_model": ".host.models"}
+_NEED_MLX = {
+    "Engine": ".engine.engine",
+    "KVCache": ".engine.kv_cache",
+    "load_model": ".host.models",
+}
 
 __all__ = [
-    "Allocator", "BadInput", "CortexLabError", "Engine", "Extent", "KVBlockAllocator", "KVCache", "KVHandle", "ModelError",
-    "NotContiguous", "Request", "RequestState", "Stats", "TokenEvent", "__version__", "blas", "load_model", "make_allocator",
-]  # fmt: skip
+    "Allocator",
+    "BadInput",
+    "CortexLabError",
+    "Engine",
+    "Extent",
+    "KVBlockAllocator",
+    "KVCache",
+    "KVHandle",
+    "ModelError",
+    "NotContiguous",
+    "Request",
+    "RequestState",
+    "Stats",
+    "TokenEvent",
+    "__version__",
+    "blas",
+    "load_model",
+    "make_allocator",
+]
 
 
 def __getattr__(name: str):

@@ -1,4 +1,6 @@
-"""What this package raises when a caller asks for something it cannot do: one line that names the value and what is allowed."""
+"""What this package raises when a caller asks for something it cannot do: one line that names the
+value and what is allowed.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +26,15 @@ MAX_COUNT = 2**31 - 1  # of blocks, tokens, requests: MLX's shapes are 32-bit
 
 
 def at_least(name: str, value: object, minimum: int, maximum: int = MAX_COUNT) -> int:
-    """``value``, or `BadInput` naming ``name`` when it is not a whole number from ``minimum`` to ``maximum``."""
+    """``value``, or `BadInput` naming ``name`` when it is not a whole number from ``minimum`` to
+    ``maximum``.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        limit = f"at most {maximum}" if isinstance(value, int) and value > maximum else f"at least {minimum}"
+        limit = (
+            f"at most {maximum}"
+            if isinstance(value, int) and value > maximum
+            else f"at least {minimum}"
+        )
         raise BadInput(f"{name} must be a whole number of {limit}, not {shown(value)}")
     return value
 
@@ -52,7 +60,9 @@ def one_of(kind: str, value: object, allowed) -> None:
 
 @contextmanager
 def blamed_on(strategy: str) -> Iterator[None]:
-    """What a strategy of the user's own raises, or a promise it breaks, becomes one line that names it."""
+    """What a strategy of the user's own raises, or a promise it breaks, becomes one line that names
+    it.
+    """
     try:
         yield
     except CortexLabError as error:
@@ -60,4 +70,6 @@ def blamed_on(strategy: str) -> Iterator[None]:
             raise
         raise BadInput(f"strategy {strategy!r}: {error}") from error
     except (Exception, SystemExit) as error:
-        raise BadInput(f"strategy {strategy!r} raised {type(error).__name__}: {shown(str(error))}") from error
+        raise BadInput(
+            f"strategy {strategy!r} raised {type(error).__name__}: {shown(str(error))}"
+        ) from error

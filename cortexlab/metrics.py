@@ -1,4 +1,6 @@
-"""Metrics are formulas over time stamps and holdings; this file is the table of them. Names are those of `vllm bench serve`."""
+"""Metrics are formulas over time stamps and holdings; this file is the table of them. Names are
+those of `vllm bench serve`.
+"""
 
 import hashlib
 import json
@@ -27,7 +29,8 @@ class Stamped(Protocol):
 def latencies(request: Stamped) -> dict[str, float | list[float] | None]:
     """One finished request's TTFT, TPOT, E2E and gaps between tokens (ITL), in seconds.
 
-    TTFT counts from arrival, queueing included; TPOT = (E2E - TTFT) / (n - 1), None for a single token.
+    TTFT counts from arrival, queueing included; TPOT = (E2E - TTFT) / (n - 1), None for a single
+    token.
     """
     times = request.token_times
     ttft, e2el = times[0] - request.arrived_at, times[-1] - request.arrived_at
@@ -40,31 +43,50 @@ def latencies(request: Stamped) -> dict[str, float | list[float] | None]:
 
 
 def latency_summary(requests: Iterable[Stamped]) -> dict[str, float | None]:
-    """``{mean,median,p99}_{ttft,tpot,itl,e2el}_ms`` over requests; ITL pools the gaps of all tokens. None where nothing applies."""
+    """``{mean,median,p99}_{ttft,tpot,itl,e2el}_ms`` over requests; ITL pools the gaps of all
+    tokens. None where nothing applies.
+    """
     each = [latencies(request) for request in requests]
-    pools = {name: [row[name] for row in each if row[name] is not None] for name in ("ttft", "tpot", "e2el")}
+    pools = {
+        name: [row[name] for row in each if row[name] is not None]
+        for name in ("ttft", "tpot", "e2el")
+    }
     pools["itl"] = [gap for row in each for gap in row["itl"]]
     summary = {}
     for name in ("ttft", "tpot", "itl", "e2el"):
         values = np.array(pools[name]) * 1000
-        for statistic, of in (("mean", np.mean), ("median", np.median), ("p99", lambda v: np.percentile(v, 99))):
+        for statistic, of in (
+            ("mean", np.mean),
+            ("median", np.median),
+            ("p99", lambda v: np.percentile(v, 99)),
+        ):
             summary[f"{statistic}_{name}_ms"] = float(of(values)) if len(values) else None
     return summary
 
 
 def goodput(requests: pd.DataFrame, duration: float, ttft: float, tpot: float) -> float:
-    """Completed requests a second that keep both promises: first token within ``ttft`` seconds, then ``tpot`` a token on average.
+    """Completed requests a second that keep both promises: first token within ``ttft`` seconds,
+    then ``tpot`` a token on average.
 
-    ``requests``: ``arrived_at, first_token_at, finished_at`` in seconds, ``output_tokens`` and ``state`` (DistServe, OSDI 2024).
+    ``requests``: ``arrived_at, first_token_at, finished_at`` in seconds, ``output_tokens`` and
+    ``state`` (DistServe, OSDI 2024).
     """
-    behind = (requests["output_tokens"] - 1).clip(lower=1)  # of a single token there is no time per token: 0
+    behind = (requests["output_tokens"] - 1).clip(
+        lower=1
+    )  # of a single token there is no time per token: 0
     each = (requests["finished_at"] - requests["first_token_at"]) / behind
-    kept = (requests["state"] == "finished") & (requests["first_token_at"] - requests["arrived_at"] <= ttft) & (each <= tpot)
+    kept = (
+        (requests["state"] == "finished")
+        & (requests["first_token_at"] - requests["arrived_at"] <= ttft)
+        & (each <= tpot)
+    )
     return float(kept.sum() / duration)
 
 
 def counted_latency_summary(latency: dict[str, Counter]) -> dict[str, float | None]:
-    """`latency_summary` of nanoseconds, each with how often it occurs; the same to the last bit on any machine."""
+    """`latency_summary` of nanoseconds, each with how often it occurs; the same to the last bit on
+    any machine.
+    """
     summary = {}
     for name, counted in latency.items():
         pairs = sorted(pair for pair in counted.items() if pair[1])
@@ -97,8 +119,9 @@ def counted_quantile(pairs: list[tuple[float, int]], count: int, q: float) -> fl
 def step_shares(held: Iterable[tuple[int, int, int]], unusable_slots: int = 0) -> dict[str, int]:
     """The four shares of KV memory in one step, as slots.
 
-    ``held`` gives ``(slots, tokens, tokens at its end)`` of each sequence. *token*: slots with a token; *reserved*: empty ones
-    their sequence goes on to fill; *internal*: the other empty ones; *external*: free slots that were enough, but not usable.
+    ``held`` gives ``(slots, tokens, tokens at its end)`` of each sequence. *token*: slots with a
+    token; *reserved*: empty ones their sequence goes on to fill; *internal*: the other empty ones;
+    *external*: free slots that were enough, but not usable.
     """
     slots = dict.fromkeys(SHARES, 0)
     for num_slots, num_tokens, final_tokens in held:
@@ -111,7 +134,9 @@ def step_shares(held: Iterable[tuple[int, int, int]], unusable_slots: int = 0) -
 
 
 def shares(steps: Iterable[tuple[float, dict[str, float]]]) -> dict[str, float | None]:
-    """``{token,reserved,internal,external}_share``: each step's part of H + X, weighted by its seconds; empty steps left out."""
+    """``{token,reserved,internal,external}_share``: each step's part of H + X, weighted by its
+    seconds; empty steps left out.
+    """
     total, weight = dict.fromkeys(SHARES, 0.0), 0.0
     for seconds, slots in steps:
         room = sum(slots.values())
@@ -135,12 +160,18 @@ def tokens_sha256(outputs: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def median_interval(values: Sequence[float], level: float = 0.95, resamples: int = 2000) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the median (Efron 1979), by a fixed seed; None for fewer than two values."""
+def median_interval(
+    values: Sequence[float], level: float = 0.95, resamples: int = 2000
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of the median (Efron 1979), by a fixed seed; None for fewer
+    than two values.
+    """
     if len(values) < 2:
         return None
     rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(np.asarray(values, dtype=float), (resamples, len(values))), axis=1)
+    medians = np.median(
+        rng.choice(np.asarray(values, dtype=float), (resamples, len(values))), axis=1
+    )
     low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -148,4 +179,9 @@ def median_interval(values: Sequence[float], level: float = 0.95, resamples: int
 def ratio_summary(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | int]:
     """Ratios of alternating repeats, pair by pair: ``median, min, max, n``."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "n": len(ratios)}
+    return {
+        "median": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "n": len(ratios),
+    }

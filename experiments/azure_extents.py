@@ -1,10 +1,12 @@
-"""Decode attention under `runs` on the extents that a replay of the Azure conversation trace leaves, beside contiguous ones.
+"""Decode attention under `runs` on the extents that a replay of the Azure conversation trace
+leaves, beside contiguous ones.
 
     python experiments/azure_extents.py
 
-The trace runs on a pool of 60 %; at ten instants all decoding sequences' extents are taken down. For each instant, attention of
-SmolLM2's layers over these extents (by the engine's rule) is measured in turn with the same lengths in one extent each, as views
-and by the rule. Needs the trace (``CORTEXLAB_TRACES``).
+The trace runs on a pool of 60 %; at ten instants all decoding sequences' extents are taken down.
+For each instant, attention of SmolLM2's layers over these extents (by the engine's rule) is
+measured in turn with the same lengths in one extent each, as views and by the rule. Needs the trace
+(``CORTEXLAB_TRACES``).
 """
 
 import cortexlab  # before MLX # isort: skip # noqa: F401
@@ -34,12 +36,20 @@ class Watched(Replay):
     def _sample(self, *args) -> None:
         super()._sample(*args)
         if len(self.samples) % 100 == 0:
-            self.seen.append([rows_of(request, self) for request in self.scheduler.running if request.base is not None])
+            self.seen.append(
+                [
+                    rows_of(request, self)
+                    for request in self.scheduler.running
+                    if request.base is not None
+                ]
+            )
 
 
 def rows_of(request, run: Replay) -> RowRun:
     tokens = request.base + run.step
-    return RowRun(tokens - 1, 1, list(slot_runs(request.table.all_extents, run.blocks.block_size, 0, tokens)))
+    return RowRun(
+        tokens - 1, 1, list(slot_runs(request.table.all_extents, run.blocks.block_size, 0, tokens))
+    )
 
 
 def main() -> None:
@@ -51,7 +61,10 @@ def main() -> None:
     found = []
     for rows in run.seen[:: max(1, len(run.seen) // INSTANTS)]:
         ends = pd.Series([row.stop for row in rows]).cumsum().tolist()
-        whole = [RowRun(row.start, 1, [(end - row.stop, end)]) for row, end in zip(rows, ends, strict=True)]
+        whole = [
+            RowRun(row.start, 1, [(end - row.stop, end)])
+            for row, end in zip(rows, ends, strict=True)
+        ]
         works = {
             "runs": lambda rows=rows: attend(rows, arena, HEADS, "auto"),
             "views": lambda rows=whole: attend(rows, arena, HEADS, "views"),
@@ -62,9 +75,16 @@ def main() -> None:
         extents = sum(len(row.runs) for row in rows)
         found.append({"sequences": len(rows), "tokens": ends[-1], "extents": extents} | ms)
     table = pd.DataFrame(found)
-    table["runs/views"], table["runs/contiguous"] = table["runs"] / table["views"], table["runs"] / table["contiguous"]
+    table["runs/views"], table["runs/contiguous"] = (
+        table["runs"] / table["views"],
+        table["runs"] / table["contiguous"],
+    )
     print(table.round(2).to_string(index=False))
-    print("median", table[["runs/views", "runs/contiguous"]].median().round(2).to_dict(), "(ms a layer)")
+    print(
+        "median",
+        table[["runs/views", "runs/contiguous"]].median().round(2).to_dict(),
+        "(ms a layer)",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What every strategy promises, in the words of a bitmap that cannot be wrong. A new strategy is one more entry in `CASES`."""
+"""What every strategy promises, in the words of a bitmap that cannot be wrong. A new strategy is
+one more entry in `CASES`.
+"""
 
 import random
 from collections.abc import Callable
@@ -33,13 +35,17 @@ class Case:
     make: Callable[[int], Allocator]
     has_room: Callable[[Bitmap, int], bool]
     can_extend: Callable[[Bitmap, tuple[Extent, ...], int], bool]
-    handed_out: Callable[[Bitmap, int], int] = lambda pool, wanted: wanted  # blocks an allocation of so many really gets
-    well_placed: Callable[[Bitmap, tuple[Extent, ...], int], bool] = lambda pool, extents, wanted: True  # asked before they are marked
+    handed_out: Callable[[Bitmap, int], int] = lambda pool, wanted: (
+        wanted
+    )  # blocks an allocation of so many really gets
+    well_placed: Callable[[Bitmap, tuple[Extent, ...], int], bool] = lambda pool, extents, wanted: (
+        True
+    )  # asked before they are marked
     one_extent: bool = True
     model: Callable[[int], Bitmap] = Bitmap
 
 
-# --- contiguous, static, buddy ------------------------------------------------------------------------------------------------
+# --- contiguous, static, buddy --------------------------------------------------------------------
 
 
 def has_hole_behind(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
@@ -52,7 +58,10 @@ def never(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
 
 def has_aligned_run(pool: Bitmap, size: int) -> bool:
     free = bytes(size)
-    return any(pool.used[start : start + size] == free for start in range(0, len(pool.used) - size + 1, size))
+    return any(
+        pool.used[start : start + size] == free
+        for start in range(0, len(pool.used) - size + 1, size)
+    )
 
 
 def has_free_region(pool: Bitmap, wanted: int) -> bool:
@@ -65,22 +74,30 @@ def power_of_two(wanted: int) -> int:
 
 
 def has_free_buddy_behind(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
-    """Doubling in place: every time the extent must be the lower half, and the upper one free and inside the pool."""
+    """Doubling in place: every time the extent must be the lower half, and the upper one free and
+    inside the pool.
+    """
     (extent,) = extents
     size = extent.num_blocks
     while size < extent.num_blocks + wanted:
         upper = extent.start + size
-        if extent.start % (2 * size) or upper + size > len(pool.used) or any(pool.used[upper : upper + size]):
+        if (
+            extent.start % (2 * size)
+            or upper + size > len(pool.used)
+            or any(pool.used[upper : upper + size])
+        ):
             return False
         size *= 2
     return True
 
 
-# --- CortexStream's buddy: what it has room for depends on how its pieces came to be, so the model keeps its lists -------------------
+# --- CortexStream's buddy: what it has room for depends on how its pieces came to be, so the model
 
 
 class PublishedBuddy(Bitmap):
-    """The published code's steps, one after the other: sorted lists by size, one split, neighbours joined."""
+    """The published code's steps, one after the other: sorted lists by size, one split, neighbours
+    joined.
+    """
 
     def __init__(self, num_blocks: int):
         super().__init__(num_blocks)
@@ -120,7 +137,7 @@ class PublishedBuddy(Bitmap):
                 return self.coalesce(2 * size)
 
 
-# --- the table ----------------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def in_the_lowest_hole(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
@@ -129,11 +146,15 @@ def in_the_lowest_hole(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -
 
 def in_the_smallest_hole(pool: Bitmap, extents: tuple[Extent, ...], wanted: int) -> bool:
     start = extents[0].start
-    return (start == 0 or pool.used[start - 1]) and pool.run_at(start) == min(hole for hole in pool.holes if hole >= wanted)
+    return (start == 0 or pool.used[start - 1]) and pool.run_at(start) == min(
+        hole for hole in pool.holes if hole >= wanted
+    )
 
 
 def contiguous(name: str, **more) -> Case:
-    return Case(lambda num_blocks: make_allocator(name, num_blocks), has_hole, has_hole_behind, **more)
+    return Case(
+        lambda num_blocks: make_allocator(name, num_blocks), has_hole, has_hole_behind, **more
+    )
 
 
 CASES = {
@@ -176,22 +197,32 @@ CASES = {
 }
 
 
-# --- an allocator and its bitmap, side by side ----------------------------------------------------------------------------------
+# --- an allocator and its bitmap, side by side ----------------------------------------------------
 
 
 class Pair:
-    """Does every step to both, and asserts that they agree on who holds what, on what can still be had, and on the statistics."""
+    """Does every step to both, and asserts that they agree on who holds what, on what can still be
+    had, and on the statistics.
+    """
 
     def __init__(self, case: Case, num_blocks: int):
         self.case, self.pool, self.model = case, case.make(num_blocks), case.model(num_blocks)
         self.live: list[tuple[Extent, ...]] = []
 
     def allocate(self, wanted: int) -> None:
-        size = self.case.handed_out(self.model, wanted) if self.case.has_room(self.model, wanted) else None
+        size = (
+            self.case.handed_out(self.model, wanted)
+            if self.case.has_room(self.model, wanted)
+            else None
+        )
         extents = self.pool.allocate(wanted)
-        assert (extents is None) == (size is None), f"{wanted} blocks: {extents}, but {size} can be had"
+        assert (extents is None) == (size is None), (
+            f"{wanted} blocks: {extents}, but {size} can be had"
+        )
         if extents is not None:
-            assert self.case.well_placed(self.model, extents, wanted), f"{wanted} blocks: {extents} is not where they belong"
+            assert self.case.well_placed(self.model, extents, wanted), (
+                f"{wanted} blocks: {extents} is not where they belong"
+            )
             self.take(extents, size)
 
     def extend(self, number: int, wanted: int) -> None:
@@ -238,7 +269,9 @@ class Pair:
 
 
 def random_step(pair: Pair, rng: random.Random, largest: int) -> None:
-    """Allocate, extend or free. About half the steps free, so that the pool is sometimes full and sometimes empty."""
+    """Allocate, extend or free. About half the steps free, so that the pool is sometimes full and
+    sometimes empty.
+    """
     choice = rng.random()
     if not pair.live or choice < 0.45:
         pair.allocate(rng.randint(1, largest))

@@ -1,6 +1,8 @@
-"""Any load under any setting of the engine, and what must hold of it: played by the matrix, the soak and the stories of single parts.
+"""Any load under any setting of the engine, and what must hold of it: played by the matrix, the
+soak and the stories of single parts.
 
-A load is a list of `Arrival`s whose prompts begin alike for a while, so that prefixes are found whole, in part and not at all.
+A load is a list of `Arrival`s whose prompts begin alike for a while, so that prefixes are found
+whole, in part and not at all.
 """
 
 import random
@@ -25,7 +27,8 @@ POWERS_OF_TWO = ("buddy", "cortexstream_buddy")
 TEMPERATURE = 0.8
 TURN = 9  # tokens said between an answer and the next prompt, which contains both
 
-# The matrix. `soak_engine.py` plays the product of PRODUCT, drawing the rest; `test_matrix.py` draws all.
+# The matrix. `soak_engine.py` plays the product of PRODUCT, drawing the rest; `test_matrix.py`
+# draws all.
 PRODUCT = {
     "strategy": [*STRATEGIES, *FACTORIES],
     "prefix_caching": [False, True],
@@ -70,14 +73,19 @@ class Arrival:
 
     def prompt(self, vocabulary: int) -> list[int]:
         base, tail = (
-            np.random.default_rng(seed).integers(vocabulary, size=n).tolist() for seed, n in ((0, self.common), (1 + self.own, 2000))
+            np.random.default_rng(seed).integers(vocabulary, size=n).tolist()
+            for seed, n in ((0, self.common), (1 + self.own, 2000))
         )
         return (base + tail[: self.more]) or tail[:1]
 
     @property
     def longest(self) -> int:
         """Tokens of its last turn, answer included."""
-        return max(1, self.common + self.more) + self.max_tokens + (self.turns - 1) * (TURN + self.max_tokens)
+        return (
+            max(1, self.common + self.more)
+            + self.max_tokens
+            + (self.turns - 1) * (TURN + self.max_tokens)
+        )
 
 
 def drawn(choices: dict[str, list], rng: random.Random) -> dict:
@@ -92,7 +100,9 @@ def random_load(rng: random.Random, largest: int = 8) -> list[Arrival]:
 
 
 def engine_options(case: dict, load: list[Arrival]) -> dict:
-    """Arguments of `Engine` for one point of the matrix: the pool holds the longest request ``room`` times."""
+    """Arguments of `Engine` for one point of the matrix: the pool holds the longest request
+    ``room`` times.
+    """
     given = dict(case)
     strategy, room, swap_share = given["strategy"], given.pop("room"), given.pop("swap_share")
     longest = max(arrival.longest for arrival in load)
@@ -109,26 +119,48 @@ def engine_options(case: dict, load: list[Arrival]) -> dict:
     return given
 
 
-# --- what must hold ---------------------------------------------------------------------------------------------------------------
+# --- what must hold -------------------------------------------------------------------------------
 
 ENDS = (RequestState.FINISHED, RequestState.FAILED, RequestState.CANCELLED)
 FOLLOWS = {
     RequestState.PENDING: {RequestState.PREFILLING, RequestState.FAILED, RequestState.CANCELLED},
-    RequestState.PREFILLING: {RequestState.DECODING, RequestState.PREEMPTED, RequestState.FAILED, RequestState.CANCELLED},
+    RequestState.PREFILLING: {
+        RequestState.DECODING,
+        RequestState.PREEMPTED,
+        RequestState.FAILED,
+        RequestState.CANCELLED,
+    },
     RequestState.DECODING: {RequestState.PREEMPTED, *ENDS},
-    RequestState.PREEMPTED: {RequestState.PREFILLING, *ENDS},  # its last token may have been on its way
+    RequestState.PREEMPTED: {
+        RequestState.PREFILLING,
+        *ENDS,
+    },  # its last token may have been on its way
 }
-REASONS = {RequestState.FINISHED: ("stop", "length"), RequestState.FAILED: ("error",), RequestState.CANCELLED: ("cancelled",)}
+REASONS = {
+    RequestState.FINISHED: ("stop", "length"),
+    RequestState.FAILED: ("error",),
+    RequestState.CANCELLED: ("cancelled",),
+}
 
 
 def ended_once(request: Request, events: list) -> None:
-    """One end state, entered from a state it follows; one event a token, in order, and one reason, on the last event."""
+    """One end state, entered from a state it follows; one event a token, in order, and one reason,
+    on the last event.
+    """
     states = [RequestState.PENDING, *(state for state, _ in request.history)]
-    assert all(after in FOLLOWS[before] for before, after in pairwise(states)), f"{request.id}: {states}"
+    assert all(after in FOLLOWS[before] for before, after in pairwise(states)), (
+        f"{request.id}: {states}"
+    )
     assert states[-1] is request.state and request.state in ENDS
     own = [event for event in events if event.request_id == request.id]
-    assert [event.token for event in own if event.token is not None] == request.output_tokens, f"{request.id}: tokens lost or told twice"
-    assert [event.finish_reason for event in own if event.finish_reason] == [own[-1].finish_reason] == [request.finish_reason]
+    assert [event.token for event in own if event.token is not None] == request.output_tokens, (
+        f"{request.id}: tokens lost or told twice"
+    )
+    assert (
+        [event.finish_reason for event in own if event.finish_reason]
+        == [own[-1].finish_reason]
+        == [request.finish_reason]
+    )
     assert request.finish_reason in REASONS[request.state]
     assert (request.error is not None) == (request.state is RequestState.FAILED)
     assert request.finish_reason != "length" or len(request.output_tokens) == request.max_tokens
@@ -139,19 +171,27 @@ def stamped_in_order(request: Request) -> None:
     stamps = [request.arrived_at, *ran, *request.token_times, request.finished_at]
     assert stamps == sorted(stamps) and len(request.token_times) == len(request.output_tokens)
     entered = [at for _, at in request.history]
-    assert entered == sorted(entered) and entered[-1] == request.finished_at and entered[0] >= request.arrived_at
+    assert (
+        entered == sorted(entered)
+        and entered[-1] == request.finished_at
+        and entered[0] >= request.arrived_at
+    )
     assert request.first_token_at == (request.token_times[0] if request.token_times else None)
     if ran:
         assert request.history[0] == (RequestState.PREFILLING, request.scheduled_at)
 
 
 def books_agree(engine: cl.Engine) -> None:
-    """Behind any step: no block lost or held twice, in the pool and on the host; the shares are shares."""
+    """Behind any step: no block lost or held twice, in the pool and on the host; the shares are
+    shares.
+    """
     blocks, swap, stats = engine.cache.blocks, engine.cache.swap, engine.stats()
     blocks.check()
     if swap:
         swap.check()
-        assert {*swap.tables} <= {request.id for request in engine.scheduler.waiting}, "on the host lies only who waits"
+        assert {*swap.tables} <= {request.id for request in engine.scheduler.waiting}, (
+            "on the host lies only who waits"
+        )
     assert stats.free_blocks + stats.used_blocks == blocks.num_blocks
     assert {*blocks.tables} == {request.id for request in engine.scheduler.running}
     assert {*engine.requests.values()} == {*engine.scheduler.running, *engine.scheduler.waiting}
@@ -168,14 +208,23 @@ def books_agree(engine: cl.Engine) -> None:
 def nothing_is_left(engine: cl.Engine) -> None:
     """Every block is free again, in the pool and on the host, and nobody is remembered."""
     stats = engine.stats()
-    assert (stats.free_blocks, stats.used_blocks, stats.num_running, stats.num_waiting) == (engine.cache.blocks.num_blocks, 0, 0, 0)
+    assert (stats.free_blocks, stats.used_blocks, stats.num_running, stats.num_waiting) == (
+        engine.cache.blocks.num_blocks,
+        0,
+        0,
+        0,
+    )
     assert not engine.requests and not engine.cache.blocks.tables
     if engine.cache.swap:
-        assert stats.num_swapped == 0 and engine.cache.swap.free_blocks == engine.cache.swap.num_blocks
+        assert (
+            stats.num_swapped == 0 and engine.cache.swap.free_blocks == engine.cache.swap.num_blocks
+        )
 
 
 def play(model, reference, options: dict, load: list[Arrival]) -> tuple[cl.Engine, list[Request]]:
-    """Serve a load step by step, cancelling who is to be, and hold every step and every request to all of the above."""
+    """Serve a load step by step, cancelling who is to be, and hold every step and every request to
+    all of the above.
+    """
     records = []
     engine = cl.Engine(model, on_step=records.append, **options)
     coming, requests, events = deque(load), [], []
@@ -184,7 +233,11 @@ def play(model, reference, options: dict, load: list[Arrival]) -> tuple[cl.Engin
     step, due = 0, load[0].wait
 
     def submit(prompt, arrival: Arrival, turns_left: int) -> None:
-        sampling = {} if arrival.seed is None else {"sampling": {"temperature": TEMPERATURE}, "seed": arrival.seed}
+        sampling = (
+            {}
+            if arrival.seed is None
+            else {"sampling": {"temperature": TEMPERATURE}, "seed": arrival.seed}
+        )
         request = engine.submit(prompt, arrival.max_tokens, priority=arrival.priority, **sampling)
         requests.append(request)
         reference.seeds[request] = arrival.seed
@@ -203,7 +256,13 @@ def play(model, reference, options: dict, load: list[Arrival]) -> tuple[cl.Engin
             engine.cancel(request.id)
         told = engine.step()
         events += told
-        assert max(Counter(event.request_id for event in told if event.token is not None).values(), default=0) <= 1
+        assert (
+            max(
+                Counter(event.request_id for event in told if event.token is not None).values(),
+                default=0,
+            )
+            <= 1
+        )
         books_agree(engine)
         for request in [request for request in turns if request.state in ENDS]:
             left, arrival = turns.pop(request)
@@ -213,7 +272,10 @@ def play(model, reference, options: dict, load: list[Arrival]) -> tuple[cl.Engin
         assert step < 20_000, "the engine turns round without an end"
     events += engine.run()
     nothing_is_left(engine)
-    assert all(record.num_prefill_tokens + record.num_decode_tokens <= engine.scheduler.max_step_tokens for record in records)
+    assert all(
+        record.num_prefill_tokens + record.num_decode_tokens <= engine.scheduler.max_step_tokens
+        for record in records
+    )
     for request in requests:
         ended_once(request, events)
         stamped_in_order(request)

@@ -1,8 +1,10 @@
-"""Many random steps of every strategy against the bitmap: `python tests/soak_allocators.py --steps 1000000 --seed 1 [--strategy NAME]`.
+"""Many random steps of every strategy against the bitmap: `python tests/soak_allocators.py --steps
+1000000 --seed 1 [--strategy NAME]`.
 
-Every step compares the blocks, what can still be had, and the statistics; every hundredth calls `check()`. Every 5,000 steps begin a
-new pool, of 1 to 300 blocks in leaves of 2 to 512, so that sums over several leaves are met too. Prints one line a strategy; a
-failure names the seed and the step. Exit code 1 if one failed, or if a strategy has no entry in `allocator_cases.CASES`.
+Every step compares the blocks, what can still be had, and the statistics; every hundredth calls
+`check()`. Every 5,000 steps begin a new pool, of 1 to 300 blocks in leaves of 2 to 512, so that
+sums over several leaves are met too. Prints one line a strategy; a failure names the seed and the
+step. Exit code 1 if one failed, or if a strategy has no entry in `allocator_cases.CASES`.
 """
 
 import argparse
@@ -21,7 +23,9 @@ STEPS_A_CHECK = 100
 
 
 def soak(strategy: str, steps: int, seed: int) -> None:
-    """``steps`` random steps of ``strategy``; an `AssertionError` says where the allocator and the bitmap first disagree."""
+    """``steps`` random steps of ``strategy``; an `AssertionError` says where the allocator and the
+    bitmap first disagree.
+    """
     before = FreeMap.LEAF_BLOCKS, FreeMap.MANY_LEAVES, HoleAddresses.STRETCH_BLOCKS
     rng = random.Random(f"{strategy} {seed}")
     step = 0
@@ -40,7 +44,9 @@ def soak(strategy: str, steps: int, seed: int) -> None:
                     pair.pool.check()
             pair.pool.check()
     except Exception as error:
-        raise AssertionError(f"{strategy}, seed {seed}, step {step}, a pool of {num_blocks}: {error!r}") from error
+        raise AssertionError(
+            f"{strategy}, seed {seed}, step {step}, a pool of {num_blocks}: {error!r}"
+        ) from error
     finally:
         FreeMap.LEAF_BLOCKS, FreeMap.MANY_LEAVES, HoleAddresses.STRETCH_BLOCKS = before
 
@@ -52,14 +58,20 @@ def main() -> int:
     parser.add_argument("--strategy", choices=sorted({*STRATEGIES, *CASES}), help="default: all")
     given = parser.parse_args()
     failed = False
-    for strategy in [given.strategy] if given.strategy else [*STRATEGIES, *(CASES.keys() - STRATEGIES.keys())]:
+    for strategy in (
+        [given.strategy] if given.strategy else [*STRATEGIES, *(CASES.keys() - STRATEGIES.keys())]
+    ):
         started = time.perf_counter()
         try:
             soak(strategy, given.steps, given.seed)
             found = "as the bitmap says"
         except AssertionError as error:
             failed, found = True, f"FAILED: {error}"
-        print(f"{strategy:20} {given.steps:>9,} steps, seed {given.seed}, {time.perf_counter() - started:6.1f} s: {found}", flush=True)
+        print(
+            f"{strategy:20} {given.steps:>9,} steps, seed {given.seed}, "
+            f"{time.perf_counter() - started:6.1f} s: {found}",
+            flush=True,
+        )
     return int(failed)
 
 

@@ -1,8 +1,10 @@
-"""The engine under load for longer than the tests have time: `python tests/soak_engine.py --examples 0 --requests 2000 --seed 1`.
+"""The engine under load for longer than the tests have time: `python tests/soak_engine.py
+--examples 0 --requests 2000 --seed 1`.
 
-First the matrix: every point of the product in `engine_cases.PRODUCT` (or ``--examples`` of them), each with a random load and the other
-settings drawn. Then ``--requests`` requests on an engine that holds a tenth of them at once, once with each preemption. What must hold
-is written in `engine_cases`. A failure names the seed and the case; exit code 1 if one failed.
+First the matrix: every point of the product in `engine_cases.PRODUCT` (or ``--examples`` of them),
+each with a random load and the other settings drawn. Then ``--requests`` requests on an engine that
+holds a tenth of them at once, once with each preemption. What must hold is written in
+`engine_cases`. A failure names the seed and the case; exit code 1 if one failed.
 """
 
 import argparse
@@ -24,7 +26,10 @@ MEMORY = 0.02  # by how much the last tenth's active memory may differ from the 
 def matrix(model, examples: int, seed: int) -> int:
     """Play the product of settings; the number of requests served."""
     rng = random.Random(seed)
-    cases = [dict(zip(engine_cases.PRODUCT, values, strict=True)) for values in product(*engine_cases.PRODUCT.values())]
+    cases = [
+        dict(zip(engine_cases.PRODUCT, values, strict=True))
+        for values in product(*engine_cases.PRODUCT.values())
+    ]
     rng.shuffle(cases)
     served = 0
     for number, case in enumerate(cases[: examples or None]):
@@ -32,31 +37,60 @@ def matrix(model, examples: int, seed: int) -> int:
         case |= engine_cases.drawn(engine_cases.DRAWN, own)
         load = engine_cases.random_load(own)
         try:
-            _, requests = engine_cases.play(model, Reference(model), engine_cases.engine_options(case, load), load)
+            _, requests = engine_cases.play(
+                model, Reference(model), engine_cases.engine_options(case, load), load
+            )
         except Exception as error:
-            raise AssertionError(f"matrix, seed {seed}, case {number}: {error!r}\n{case}\n{load}") from error
+            raise AssertionError(
+                f"matrix, seed {seed}, case {number}: {error!r}\n{case}\n{load}"
+            ) from error
         served += len(requests)
     return served
 
 
-def soak(model, reference, num_requests: int, seed: int, preemption: str, pipeline: bool = False) -> dict:
-    """Random requests and cancels, a pool for a tenth of them; counts of what happened. `AssertionError` when a promise is broken."""
+def soak(
+    model, reference, num_requests: int, seed: int, preemption: str, pipeline: bool = False
+) -> dict:
+    """Random requests and cancels, a pool for a tenth of them; counts of what happened.
+    `AssertionError` when a promise is broken.
+    """
     rng = random.Random(f"{seed} {preemption}")
-    load = [engine_cases.Arrival(**engine_cases.drawn(engine_cases.ARRIVAL, rng)) for _ in range(num_requests)]
+    load = [
+        engine_cases.Arrival(**engine_cases.drawn(engine_cases.ARRIVAL, rng))
+        for _ in range(num_requests)
+    ]
     longest = sorted(-(-arrival.longest // 16) for arrival in load)
-    blocks = max(sum(longest[-32:]) // 10, longest[-1] + 1)  # a tenth of what the longest 32 could fill, and room for any one
+    blocks = max(
+        sum(longest[-32:]) // 10, longest[-1] + 1
+    )  # a tenth of what the longest 32 could fill, and room for any one
     engine = cl.Engine(
-        model, num_blocks=blocks, max_batch_size=32, max_step_tokens=256, oom_policy="preempt", watermark=0.0, preemption=preemption,
-        prefix_caching=True, pipeline=pipeline,
-    )  # fmt: skip
+        model,
+        num_blocks=blocks,
+        max_batch_size=32,
+        max_step_tokens=256,
+        oom_policy="preempt",
+        watermark=0.0,
+        preemption=preemption,
+        prefix_caching=True,
+        pipeline=pipeline,
+    )
     requests, events, memory = [], Counter(), []
     cancels: dict[str, int] = {}
     step = 0
     while load or engine.requests:
         while load and len(engine.requests) < 64:
             arrival = load.pop()
-            sampling = {} if arrival.seed is None else {"sampling": {"temperature": engine_cases.TEMPERATURE}, "seed": arrival.seed}
-            request = engine.submit(arrival.prompt(engine.vocabulary), arrival.max_tokens, priority=arrival.priority, **sampling)
+            sampling = (
+                {}
+                if arrival.seed is None
+                else {"sampling": {"temperature": engine_cases.TEMPERATURE}, "seed": arrival.seed}
+            )
+            request = engine.submit(
+                arrival.prompt(engine.vocabulary),
+                arrival.max_tokens,
+                priority=arrival.priority,
+                **sampling,
+            )
             reference.seeds[request] = arrival.seed
             requests.append(request)
             if arrival.cancel is not None:
@@ -74,26 +108,38 @@ def soak(model, reference, num_requests: int, seed: int, preemption: str, pipeli
     assert events == Counter(request.id for request in requests), "a request ended twice, or never"
     for request in requests:
         states = [state for state, _ in request.history]
-        assert sum(state in engine_cases.ENDS for state in states) == 1 and states[-1] is request.state
+        assert (
+            sum(state in engine_cases.ENDS for state in states) == 1 and states[-1] is request.state
+        )
         assert request.state is not engine_cases.RequestState.FAILED, request.error
         engine_cases.stamped_in_order(request)
     for request in requests[:: max(1, num_requests // 200)]:
         reference.check_any(request, engine_cases.TEMPERATURE)
     tenth = max(1, len(memory) // 10)
     early, late = (sum(part) / len(part) for part in (memory[tenth : 2 * tenth], memory[-tenth:]))
-    assert abs(late / early - 1) <= MEMORY, f"active memory went from {early:.0f} to {late:.0f} bytes"
+    assert abs(late / early - 1) <= MEMORY, (
+        f"active memory went from {early:.0f} to {late:.0f} bytes"
+    )
     stats = engine.stats()
     assert stats.num_preemptions, "nobody had to give way: the pool is too large to prove anything"
     return {
-        "requests": len(requests), "steps": step, "blocks": blocks, "tokens": sum(len(request.output_tokens) for request in requests),
-        "cancelled": sum(request.finish_reason == "cancelled" for request in requests), "preemptions": stats.num_preemptions,
-        "copied MB": round(stats.copied_bytes / 1e6), "prefix hits": round(stats.prefix_hit_rate, 3), "memory": round(late / early, 4),
-    }  # fmt: skip
+        "requests": len(requests),
+        "steps": step,
+        "blocks": blocks,
+        "tokens": sum(len(request.output_tokens) for request in requests),
+        "cancelled": sum(request.finish_reason == "cancelled" for request in requests),
+        "preemptions": stats.num_preemptions,
+        "copied MB": round(stats.copied_bytes / 1e6),
+        "prefix hits": round(stats.prefix_hit_rate, 3),
+        "memory": round(late / early, 4),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=0, help="points of the matrix; 0 (default): all")
+    parser.add_argument(
+        "--examples", type=int, default=0, help="points of the matrix; 0 (default): all"
+    )
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
@@ -102,7 +148,9 @@ def main() -> int:
     for preemption in engine_cases.PREEMPTIONS:
         for pipeline in (False, True):
             name = f"{preemption}{', pipelined' if pipeline else ''}"
-            jobs[name] = lambda p=preemption, q=pipeline: soak(model, Reference(model), given.requests, given.seed, p, q)
+            jobs[name] = lambda p=preemption, q=pipeline: soak(
+                model, Reference(model), given.requests, given.seed, p, q
+            )
     failed = False
     for name, job in jobs.items():
         started = time.perf_counter()
@@ -110,7 +158,10 @@ def main() -> int:
             found = job()
         except AssertionError as error:
             failed, found = True, f"FAILED: {error}"
-        print(f"{name:22} seed {given.seed}, {time.perf_counter() - started:6.1f} s: {found}", flush=True)
+        print(
+            f"{name:22} seed {given.seed}, {time.perf_counter() - started:6.1f} s: {found}",
+            flush=True,
+        )
     return int(failed)
 
 

@@ -1,8 +1,10 @@
-"""Does each notebook's finding hold for another seed and another workload? Runs them whole, finding and all: half an hour.
+"""Does each notebook's finding hold for another seed and another workload? Runs them whole, finding
+and all: half an hour.
 
     python tests/soak_findings.py [NOTEBOOK ...]
 
-Exits with 1 when a finding fails where its notebook does not say so: ``KNOWN`` lists those that do, by workload.
+Exits with 1 when a finding fails where its notebook does not say so: ``KNOWN`` lists those that do,
+by workload.
 """
 
 import re
@@ -19,7 +21,14 @@ TRIED = {  # beside seed 2, which is tried of all that have one
     "04_engine": [{"workload": "heavy-tail", "scale_lengths": 0.25}],
     "05_block_size": [{"workload": "lognormal", "request_rate": 30.0}],
     "06_strategies": [{"workloads": "heavy-tail,lognormal", "request_rate": 12.0}],
-    "07_triton_style": [{"workload": "chat", "request_rates": "1,2,4,6,8", "pool_slots": 48000, "block_size_rate": 6.0}],
+    "07_triton_style": [
+        {
+            "workload": "chat",
+            "request_rates": "1,2,4,6,8",
+            "pool_slots": 48000,
+            "block_size_rate": 6.0,
+        }
+    ],
     "08_prefix_sharing": [{"system_tokens": 450, "num_conversations": 200}],
     "09_batch_size": [{"workloads": "heavy-tail,lognormal", "num_requests": 12}],
     "10_memory_calculator": [{"memory_gb": 60.0, "block_size": 32}],
@@ -38,10 +47,15 @@ def fails(path: Path, parameters: dict) -> str | None:
     """The first error, or None."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            papermill.execute_notebook(path, Path(folder) / "done.ipynb", parameters, progress_bar=False, cwd=NOTEBOOKS)
+            papermill.execute_notebook(
+                path, Path(folder) / "done.ipynb", parameters, progress_bar=False, cwd=NOTEBOOKS
+            )
         except papermill.PapermillExecutionError as error:
             lines = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).splitlines()
-            return f"{error.ename}: {error.evalue} {next((line for line in lines if line.startswith('---') and '>' in line), '')}"
+            return (
+                f"{error.ename}: {error.evalue} "
+                f"{next((line for line in lines if line.startswith('---') and '>' in line), '')}"
+            )
     return None
 
 
@@ -54,7 +68,11 @@ def main(names: list[str]) -> int:
             error = fails(path, parameters)
             said = KNOWN.get((path.stem, parameters.get("workload")))
             unknown += bool(error) and said is None
-            print(f"{path.stem} {parameters}: {'holds' if error is None else f'FAILS ({said or error})'}", flush=True)
+            print(
+                f"{path.stem} {parameters}: "
+                f"{'holds' if error is None else f'FAILS ({said or error})'}",
+                flush=True,
+            )
     return 1 if unknown else 0
 
 

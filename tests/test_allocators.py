@@ -11,7 +11,14 @@ import pytest
 from allocator_cases import CASES, Pair, blocks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from cortexlab import CortexLabError, Extent, make_allocator
 from cortexlab.allocators import STRATEGIES, block_map, merged, strategy_of
@@ -25,7 +32,7 @@ def test_every_strategy_has_a_case():
     assert set(STRATEGIES) <= set(CASES), "add the new strategy to CASES"
 
 
-# --- stories ------------------------------------------------------------------------------------------------------------------
+# --- stories --------------------------------------------------------------------------------------
 
 
 def test_first_fit_takes_the_lowest_hole_that_is_large_enough():
@@ -115,18 +122,30 @@ def test_external_fragmentation_is_what_the_largest_run_misses_of_the_free_block
     pool = make_allocator("first_fit", 8)
     a, _, c, _ = (pool.allocate(n) for n in (1, 2, 3, 2))
     assert pool.stats() == {
-        "free_blocks": 0, "used_blocks": 8, "largest_free_run": 0, "num_holes": 0, "external_fragmentation": 0.0,
-    }  # fmt: skip
+        "free_blocks": 0,
+        "used_blocks": 8,
+        "largest_free_run": 0,
+        "num_holes": 0,
+        "external_fragmentation": 0.0,
+    }
     pool.free(a)
     pool.free(c)  # . b b . . . d d
     assert pool.stats() == {
-        "free_blocks": 4, "used_blocks": 4, "largest_free_run": 3, "num_holes": 2, "external_fragmentation": 1 - 3 / 4,
-    }  # fmt: skip
+        "free_blocks": 4,
+        "used_blocks": 4,
+        "largest_free_run": 3,
+        "num_holes": 2,
+        "external_fragmentation": 1 - 3 / 4,
+    }
     assert pool.stats().num_holes == 2  # a key is an attribute too
 
 
 def test_merged_joins_only_extents_that_follow_each_other():
-    assert merged([Extent(0, 1), Extent(1, 2), Extent(5, 1), Extent(4, 1)]) == (Extent(0, 3), Extent(5, 1), Extent(4, 1))
+    assert merged([Extent(0, 1), Extent(1, 2), Extent(5, 1), Extent(4, 1)]) == (
+        Extent(0, 3),
+        Extent(5, 1),
+        Extent(4, 1),
+    )
     assert merged([]) == ()
 
 
@@ -138,11 +157,13 @@ def test_growth_overrides_a_strategys_own_and_a_factory_chains():
         strategy_of("paged", "sideways")
 
 
-# --- what every strategy promises ---------------------------------------------------------------------------------------------
+# --- what every strategy promises -----------------------------------------------------------------
 
 
 class AgainstABitmap(RuleBasedStateMachine):
-    """The bitmap and the allocator always agree on who holds what, on what can still be had, and on the statistics."""
+    """The bitmap and the allocator always agree on who holds what, on what can still be had, and on
+    the statistics.
+    """
 
     def __init__(self, case):
         super().__init__()
@@ -219,14 +240,21 @@ def test_an_allocator_never_disagrees_with_a_bitmap(case, leaf_blocks, monkeypat
     monkeypatch.setattr(FreeMap, "LEAF_BLOCKS", leaf_blocks)
     monkeypatch.setattr(FreeMap, "MANY_LEAVES", 1)
     monkeypatch.setattr(HoleAddresses, "STRETCH_BLOCKS", leaf_blocks)
-    run_state_machine_as_test(lambda: AgainstABitmap(case), settings=settings(max_examples=120, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(
+        lambda: AgainstABitmap(case),
+        settings=settings(max_examples=120, stateful_step_count=40, deadline=None),
+    )
 
 
 def test_the_soak_runs_every_strategy():
     soak = Path(__file__).with_name("soak_allocators.py")
-    done = subprocess.run([sys.executable, soak, "--steps", "12000"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, soak, "--steps", "12000"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()][: len(STRATEGIES)] == list(STRATEGIES)
+    assert [line.split()[0] for line in done.stdout.splitlines()][: len(STRATEGIES)] == list(
+        STRATEGIES
+    )
 
 
 @every_strategy
@@ -257,7 +285,17 @@ def test_what_was_taken_can_all_be_had_again(case):
         lambda live, gone: (Extent(live[0].start, live[-1].end - live[0].start + 1),),  # too long
         lambda live, gone: (),
     ],
-    ids=["twice", "never handed out", "outside", "far outside", "itself twice", "overlapping", "good and bad", "too long", "empty"],
+    ids=[
+        "twice",
+        "never handed out",
+        "outside",
+        "far outside",
+        "itself twice",
+        "overlapping",
+        "good and bad",
+        "too long",
+        "empty",
+    ],
 )
 def test_what_cannot_be_freed_or_extended_is_refused_and_changes_nothing(case, bad):
     pool = case.make(12)
@@ -305,7 +343,19 @@ def test_a_static_region_below_one_block_is_refused_by_its_value(region):
 
 @every_strategy
 @pytest.mark.parametrize(
-    "odd", [None, 5, [None], ["ab"], (1, 2), [(0, 1)], [Extent(-1, 1)], [Extent(0, 0)], [Extent([], 1)], [Extent("a", None)]]
+    "odd",
+    [
+        None,
+        5,
+        [None],
+        ["ab"],
+        (1, 2),
+        [(0, 1)],
+        [Extent(-1, 1)],
+        [Extent(0, 0)],
+        [Extent([], 1)],
+        [Extent("a", None)],
+    ],
 )
 def test_what_is_no_extent_is_refused_like_a_foreign_one(case, odd):
     pool = case.make(6)
@@ -338,7 +388,7 @@ def test_an_unknown_placement_is_named_beside_the_known_ones():
         make_allocator("worst_fit", 8)
 
 
-# --- a placement of the user's own --------------------------------------------------------------------------------------------
+# --- a placement of the user's own ----------------------------------------------------------------
 
 PARTS = ("num_blocks", "allocate", "extend", "free", "stats", "check")
 
@@ -350,7 +400,9 @@ def test_a_users_factory_serves_like_a_name():
 
 @pytest.mark.parametrize("missing", PARTS)
 def test_a_users_factory_that_lacks_a_part_is_refused(missing):
-    unfinished = type("Unfinished", (), {part: (lambda *args: None) for part in PARTS if part != missing})
+    unfinished = type(
+        "Unfinished", (), {part: (lambda *args: None) for part in PARTS if part != missing}
+    )
     with pytest.raises(ValueError, match="Unfinished"):
         make_allocator(lambda num_blocks: unfinished(), 4)
 
@@ -375,7 +427,10 @@ def test_sizes_of_a_million_blocks_are_found_exactly():
     for extents in kept[::2]:
         pool.free(extents)
     assert pool.stats().largest_free_run == 700_000
-    assert pool.allocate(1025)[0] == Extent(0, 1025) and pool.allocate(1024)[0].start == kept[4][0].start
+    assert (
+        pool.allocate(1025)[0] == Extent(0, 1025)
+        and pool.allocate(1024)[0].start == kept[4][0].start
+    )
     pool.check()
 
 
@@ -384,14 +439,16 @@ def test_a_hundred_thousand_holes_of_one_size_are_used_up_in_linear_time():
     singles = [pool.allocate(1) for _ in range(200_000)]
     for extents in singles[::2]:
         pool.free(extents)
-    assert all(pool.allocate(1) for _ in range(100_000))  # a dict asked for its first key would take seconds
+    assert all(
+        pool.allocate(1) for _ in range(100_000)
+    )  # a dict asked for its first key would take seconds
     assert pool.allocate(1) is None
 
 
-# --- buddies ------------------------------------------------------------------------------------------------------------------
+# --- buddies --------------------------------------------------------------------------------------
 
 
-def test_what_a_buddy_pool_got_back_last_serves_next_and_is_joined_only_when_a_larger_one_is_wanted():
+def test_a_buddy_freed_last_serves_next_and_is_joined_only_for_a_larger_request():
     pool = make_allocator("buddy", 8)
     a, b = pool.allocate(2), pool.allocate(2)  # a a b b . . . .
     pool.free(a)  # a is hot
@@ -420,7 +477,11 @@ def test_looking_at_a_buddy_pool_never_changes_what_comes_next():
 
 def test_every_block_of_a_buddy_pool_of_any_size_can_be_had():
     pool = make_allocator("buddy", 13)  # pieces of 8, 4 and 1
-    assert [pool.allocate(n) for n in (8, 4, 1)] == [(Extent(0, 8),), (Extent(8, 4),), (Extent(12, 1),)]
+    assert [pool.allocate(n) for n in (8, 4, 1)] == [
+        (Extent(0, 8),),
+        (Extent(8, 4),),
+        (Extent(12, 1),),
+    ]
     assert pool.stats().free_blocks == 0
 
 
@@ -452,7 +513,7 @@ def test_cortexstreams_buddy_counts_blocks_it_never_hands_out():
     assert pool.stats().free_blocks == 5
 
 
-# --- the map of free blocks ---------------------------------------------------------------------------------------------------
+# --- the map of free blocks -----------------------------------------------------------------------
 
 
 def small_map(size, leaf_blocks, many_leaves):
@@ -461,7 +522,9 @@ def small_map(size, leaf_blocks, many_leaves):
 
 
 @given(
-    changes=st.lists(st.tuples(st.integers(0, 99), st.integers(1, 100), st.booleans()), max_size=30),
+    changes=st.lists(
+        st.tuples(st.integers(0, 99), st.integers(1, 100), st.booleans()), max_size=30
+    ),
     size=st.integers(1, 100),
     leaf=st.integers(1, 4),
     many=st.integers(1, 8),
@@ -480,7 +543,13 @@ def test_a_free_map_sums_runs_as_counting_them_does(changes, size, leaf, many):
         used[start:end] = bytes([state]) * (end - start)
         if look:
             runs = [len(run) for run in used.split(b"\1")]
-            assert free_map.sum() == (size, runs[0], max(runs), runs[-1], sum(run > 0 for run in runs))
+            assert free_map.sum() == (
+                size,
+                runs[0],
+                max(runs),
+                runs[-1],
+                sum(run > 0 for run in runs),
+            )
             assert free_map.free_blocks == used.count(0)
 
 
@@ -501,7 +570,7 @@ def test_sums_join_across_the_border_and_nothing_is_their_zero():
     assert joined((4, 4, 4, 4, 1), b) == (8, 7, 7, 0, 1)
 
 
-# --- for the eye --------------------------------------------------------------------------------------------------------------
+# --- for the eye ----------------------------------------------------------------------------------
 
 
 def test_a_block_map_shows_a_letter_a_sequence_in_rows_behind_their_first_block():
@@ -518,8 +587,13 @@ def test_a_block_map_shows_a_letter_a_sequence_in_rows_behind_their_first_block(
 
 
 def test_a_block_map_reuses_its_letters_and_marks_what_several_hold():
-    assert block_map({number: [Extent(number, 1)] for number in range(54)}, 60).endswith("xyzABCDEFGHIJKLMNOPQRSTUVWXYZab......")
-    assert block_map({"a": [Extent(0, 4)], "b": [Extent(2, 4)], "c": [Extent(3, 1)]}, 8) == "0 aa++bb.."
+    assert block_map({number: [Extent(number, 1)] for number in range(54)}, 60).endswith(
+        "xyzABCDEFGHIJKLMNOPQRSTUVWXYZab......"
+    )
+    assert (
+        block_map({"a": [Extent(0, 4)], "b": [Extent(2, 4)], "c": [Extent(3, 1)]}, 8)
+        == "0 aa++bb.."
+    )
 
 
 @pytest.mark.parametrize("outside", [Extent(6, 3), Extent(-1, 2), Extent(3, 0)])

@@ -1,4 +1,6 @@
-"""What bookkeeping costs, as `cortexlab allocbench` measures it. Nothing here is held to a time: only to what the figures mean."""
+"""What bookkeeping costs, as `cortexlab allocbench` measures it. Nothing here is held to a time:
+only to what the figures mean.
+"""
 
 import argparse
 import gc
@@ -88,10 +90,15 @@ def run(capsys):
 
 
 def medians(document: dict) -> dict:
-    return {tuple(row[key] for key in ("strategy", "num_blocks", "occupancy", "operation")): row["median_us"] for row in document["rows"]}
+    return {
+        tuple(row[key] for key in ("strategy", "num_blocks", "occupancy", "operation")): row[
+            "median_us"
+        ]
+        for row in document["rows"]
+    }
 
 
-# --- a good run ---------------------------------------------------------------------------------------------------------------
+# --- a good run -----------------------------------------------------------------------------------
 
 
 def test_json_is_one_document_with_a_row_for_every_strategy_pool_occupancy_and_operation(run):
@@ -99,9 +106,17 @@ def test_json_is_one_document_with_a_row_for_every_strategy_pool_occupancy_and_o
     document = json.loads(printed, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert printed.count("\n") == 1
     assert set(document) == {"environment", "rows", "ratios", "pools"}
-    assert document["environment"]["python_version"] and document["environment"]["vllm_mlx_version"] is None
+    assert (
+        document["environment"]["python_version"]
+        and document["environment"]["vllm_mlx_version"] is None
+    )
     assert [list(row) for row in document["rows"]] == [ROW] * len(document["rows"])
-    assert len(medians(document)) == len(document["rows"]) == len(document["ratios"]) == len(STRATEGIES) * 2 * 2 * 3
+    assert (
+        len(medians(document))
+        == len(document["rows"])
+        == len(document["ratios"])
+        == len(STRATEGIES) * 2 * 2 * 3
+    )
     assert {row["request_blocks"] for row in document["rows"]} == {4}
 
 
@@ -116,13 +131,22 @@ def test_what_was_measured_is_positive_and_what_does_not_apply_is_null(run):
         assert (pool["turnover_median_us"] is None) == (pool["occupancy"] == 0)
 
 
-def test_ratios_compare_each_row_with_its_smallest_pool_and_with_the_peer_in_the_same_pool(run, peer):
+def test_ratios_compare_each_row_with_its_smallest_pool_and_with_the_peer_in_the_same_pool(
+    run, peer
+):
     document = json.loads(run("--json", *SMALL, "--strategies", "paged,vllm-mlx,vllm-mlx-block"))
     at = medians(document)
     for ratio in document["ratios"]:
-        name, num_blocks, occupancy, operation = (ratio[key] for key in ("strategy", "num_blocks", "occupancy", "operation"))
-        for key, other in [("to_smallest_pool", (name, 256)), *((f"to_{peer}", (peer, num_blocks)) for peer in pools.PEERS)]:
-            assert ratio[key] == pytest.approx(at[name, num_blocks, occupancy, operation] / at[*other, occupancy, operation])
+        name, num_blocks, occupancy, operation = (
+            ratio[key] for key in ("strategy", "num_blocks", "occupancy", "operation")
+        )
+        for key, other in [
+            ("to_smallest_pool", (name, 256)),
+            *((f"to_{peer}", (peer, num_blocks)) for peer in pools.PEERS),
+        ]:
+            assert ratio[key] == pytest.approx(
+                at[name, num_blocks, occupancy, operation] / at[*other, occupancy, operation]
+            )
 
 
 def test_the_printed_form_fits_80_columns_and_has_every_strategy_in_every_block(run, peer):
@@ -144,16 +168,27 @@ def test_a_strategy_of_the_users_own_is_measured_beside_ours(run):
     class Mine(Segregated):
         pass
 
-    document = json.loads(run("--json", *SMALL, "--strategies", "mine:Mine,paged", resolve={"mine:Mine": Mine}.__getitem__))
+    document = json.loads(
+        run(
+            "--json",
+            *SMALL,
+            "--strategies",
+            "mine:Mine,paged",
+            resolve={"mine:Mine": Mine}.__getitem__,
+        )
+    )
     assert list(dict.fromkeys(row["strategy"] for row in document["rows"])) == ["Mine", "paged"]
 
 
 def test_importing_it_loads_no_mlx():
-    code = "import sys; from cortexlab.bench import allocator_cost; assert 'mlx' not in sys.modules and 'mlx.core' not in sys.modules"
+    code = (
+        "import sys; from cortexlab.bench import allocator_cost; assert 'mlx' not in sys.modules "
+        "and 'mlx.core' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-# --- what is measured on ------------------------------------------------------------------------------------------------------
+# --- what is measured on --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -164,7 +199,11 @@ def test_measuring_leaves_the_pool_as_it_found_it(strategy):
     assert pool.make_room(8)
     allocbench._round(pool, 8)
     pool.check()
-    assert pool.num_blocks - pool.free_blocks() == pool.used == sum(pool.size(held) for held, _ in pool.live)
+    assert (
+        pool.num_blocks - pool.free_blocks()
+        == pool.used
+        == sum(pool.size(held) for held, _ in pool.live)
+    )
     pool.thin(0)
     assert (pool.free_blocks(), pool.live) == (512, [])
 
@@ -202,10 +241,18 @@ def test_where_the_request_finds_no_room_others_leave_until_it_does():
 def test_an_occupancy_out_of_reach_is_null_and_pools_says_how_far_it_got():
     class Half(Segregated):  # gives out half of its blocks and no more
         def allocate(self, num_blocks):
-            return super().allocate(num_blocks) if self.stats()["used_blocks"] + num_blocks <= self.num_blocks // 2 else None
+            return (
+                super().allocate(num_blocks)
+                if self.stats()["used_blocks"] + num_blocks <= self.num_blocks // 2
+                else None
+            )
 
     rows, states = allocbench.measure({"half": partial(pools.pool_of, Half)}, [256], [0, 0.9], 4)
-    assert {(row["occupancy"], row["median_us"] is None) for row in rows if row["operation"] == "allocate+free"} == {
+    assert {
+        (row["occupancy"], row["median_us"] is None)
+        for row in rows
+        if row["operation"] == "allocate+free"
+    } == {
         (0, False),
         (0.9, True),
     }
@@ -221,7 +268,7 @@ def test_the_garbage_collector_is_on_again_afterwards_even_when_a_strategy_raise
     assert gc.isenabled()
 
 
-# --- strategies that err ------------------------------------------------------------------------------------------------------
+# --- strategies that err --------------------------------------------------------------------------
 
 
 class Leaky(Segregated):
@@ -252,7 +299,12 @@ class Crooked(Segregated):
 
 @pytest.mark.parametrize(
     ("strategy", "named"),
-    [(Leaky, "loses blocks"), (Raising, "RuntimeError.*words"), (Short, "0 blocks"), (Crooked, "AssertionError.*books")],
+    [
+        (Leaky, "loses blocks"),
+        (Raising, "RuntimeError.*words"),
+        (Short, "0 blocks"),
+        (Crooked, "AssertionError.*books"),
+    ],
 )
 def test_a_strategy_that_loses_blocks_or_raises_is_named_in_one_line(strategy, named, run):
     with pytest.raises(BadInput, match=f"'{strategy.__name__}'.*{named}") as raised:

@@ -1,4 +1,5 @@
-"""Every architecture of the pinned mlx-lm, unmodified: exact token for token, or refused in one sentence when the engine is made.
+"""Every architecture of the pinned mlx-lm, unmodified: exact token for token, or refused in one
+sentence when the engine is made.
 
 `python tests/test_architectures.py` prints the README's table, which is made of the lists below.
 """
@@ -23,30 +24,42 @@ from cortexlab.engine.mlx_lm_hook import ATTENTION
 names = str.split
 
 IN_ROWS = names("""
-    Klear afmoe apertus bailing_moe cohere cohere2 dbrx deepseek deepseek_v2 dots1 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe
-    gemma gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe gpt2 gpt_neox gpt_oss gptj granite granitemoe helium hunyuan
-    hunyuan_v1_dense internlm2 internlm3 iquestloopcoder laguna lille-130m llama llama4_text mellum mimo mimo_v2_flash minicpm minicpm3
-    minimax ministral3 mistral3 mixtral muse_glimmer nanbeige nanochat nemotron nemotron-nas olmo2 olmo3 olmoe openelm phi phi3 phimoe
-    phixtral pixtral qwen qwen2 qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_vl qwen3_vl_moe seed_oss smollm3 solar_open spark2_5 stablelm
-    starcoder2 step3p5 talkie telechat3 youtu_llm
+    Klear afmoe apertus bailing_moe cohere cohere2 dbrx deepseek deepseek_v2 dots1 ernie4_5
+    ernie4_5_moe exaone exaone4 exaone_moe gemma gemma3 gemma3_text gemma4 gemma4_text glm glm4
+    glm4_moe gpt2 gpt_neox gpt_oss gptj granite granitemoe helium hunyuan hunyuan_v1_dense
+    internlm2 internlm3 iquestloopcoder laguna lille-130m llama llama4_text mellum mimo
+    mimo_v2_flash minicpm minicpm3 minimax ministral3 mistral3 mixtral muse_glimmer nanbeige
+    nanochat nemotron nemotron-nas olmo2 olmo3 olmoe openelm phi phi3 phimoe phixtral pixtral
+    qwen qwen2 qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_vl qwen3_vl_moe seed_oss smollm3
+    solar_open spark2_5 stablelm starcoder2 step3p5 talkie telechat3 youtu_llm
 """)
-ONE_BY_ONE = names("afm7 deepseek_v3 gemma2 gemma3n glm4_moe_lite gpt_bigcode kimi_k25 kimi_vl mistral4 plamo")
+ONE_BY_ONE = names(
+    "afm7 deepseek_v3 gemma2 gemma3n glm4_moe_lite gpt_bigcode kimi_k25 kimi_vl mistral4 plamo"
+)
 VARIANTS = [name for name in CONFIGS if " " in name]  # of architectures above, either way
 
 REFUSED = {
     "uses ArraysCache": names("""
-        bailing_hybrid bailing_moe_linear bailing_moe_v3 gear granitemoehybrid jamba kimi_k3 kimi_linear lfm2 lfm2-vl lfm2_moe
-        longcat_flash_ngram mamba mamba2 nemotron_h olmo_hybrid plamo2 qwen3_5 qwen3_5_moe qwen3_next recurrent_gemma rwkv7
+        bailing_hybrid bailing_moe_linear bailing_moe_v3 gear granitemoehybrid jamba kimi_k3
+        kimi_linear lfm2 lfm2-vl lfm2_moe longcat_flash_ngram mamba mamba2 nemotron_h
+        olmo_hybrid plamo2 qwen3_5 qwen3_5_moe qwen3_next recurrent_gemma rwkv7
     """),
-    "uses CacheList": names("baichuan_m1 deepseek_v32 falcon_h1 glm_moe_dsa longcat_flash minimax_m3_vl"),
+    "uses CacheList": names(
+        "baichuan_m1 deepseek_v32 falcon_h1 glm_moe_dsa longcat_flash minimax_m3_vl"
+    ),
     "uses ChunkedKVCache": ["llama4"],
     "uses LayerCache": ["deepseek_v41"],
     "masks a sliding window": ["plamo3"],
     "gives other logits": ["phi3small"],
 }
 NEEDS_METAL = ["bitnet", "muse_spark"]
-NOT_BUILT = {"olmo": (SystemExit, "the package `ai2-olmo`"), "prism_hadamard_qwen35": (ValueError, "its own packed weights")}
-NO_MODELS = names("activations base bitlinear_layers cache gated_delta mla pipeline rope_utils ssm switch_layers")  # parts of models
+NOT_BUILT = {
+    "olmo": (SystemExit, "the package `ai2-olmo`"),
+    "prism_hadamard_qwen35": (ValueError, "its own packed weights"),
+}
+NO_MODELS = names(
+    "activations base bitlinear_layers cache gated_delta mla pipeline rope_utils ssm switch_layers"
+)  # parts of models
 
 LENGTHS = (3, 60, 1, 31)  # shorter and longer than the window of 12
 
@@ -57,22 +70,35 @@ def test_tokens_are_those_of_mlx_lm(name):
     reference, before, pieces = Reference(model), attention_functions(), []
     for strategy in ("paged", "cortexstream"):
         engine = cl.Engine(
-            model, num_blocks=120, block_size=4, strategy=strategy, max_batch_size=4, max_step_tokens=16,
+            model,
+            num_blocks=120,
+            block_size=4,
+            strategy=strategy,
+            max_batch_size=4,
+            max_step_tokens=16,
             on_step=lambda step: pieces.append(max(len(held.extents) for held in step.held)),
-        )  # fmt: skip
+        )
         requests = [engine.submit(prompt, 24) for prompt in prompts_of(LENGTHS, VOCABULARY)]
         engine.cache.warmup()
         places = [pointer(array) for array in engine.cache.arena.arrays()]
         list(engine.run())
-        assert [pointer(array) for array in engine.cache.arena.arrays()] == places, "the arena was copied"
-        assert sum(reference.check(request) for request in requests) >= 3, "near ties end a comparison early"
+        assert [pointer(array) for array in engine.cache.arena.arrays()] == places, (
+            "the arena was copied"
+        )
+        assert sum(reference.check(request) for request in requests) >= 3, (
+            "near ties end a comparison early"
+        )
         assert name in VARIANTS or engine.driver.batched == (name in IN_ROWS)
-        assert len({token for request in requests for token in request.output_tokens}) > 3, "these tokens would test nothing"
+        assert len({token for request in requests for token in request.output_tokens}) > 3, (
+            "these tokens would test nothing"
+        )
     assert max(pieces) > 4, "blocks were to be scattered"
     assert attention_functions() == before
 
 
-@pytest.mark.parametrize(("name", "reason"), [(name, reason) for reason, refused in REFUSED.items() for name in refused])
+@pytest.mark.parametrize(
+    ("name", "reason"), [(name, reason) for reason, refused in REFUSED.items() for name in refused]
+)
 def test_refused_in_one_sentence_when_the_engine_is_made(name, reason):
     with pytest.raises(cl.ModelError, match=reason) as error:
         cl.Engine(tiny_model(name), num_blocks=8)
@@ -81,7 +107,9 @@ def test_refused_in_one_sentence_when_the_engine_is_made(name, reason):
         assert re.match(rf"layer \d+ {reason}: only models", str(error.value))
 
 
-@pytest.mark.parametrize("name", [*REFUSED["masks a sliding window"], *REFUSED["gives other logits"]])
+@pytest.mark.parametrize(
+    "name", [*REFUSED["masks a sliding window"], *REFUSED["gives other logits"]]
+)
 def test_there_is_nothing_to_be_equal_to_where_mlx_lm_depends_on_its_own_chunks(name):
     model, (prompt,) = tiny_model(name), prompts_of([40], VOCABULARY)
     whole, chunked = (last_logits(model, prompt, size) for size in (40, 8))
@@ -102,9 +130,18 @@ def test_what_cannot_be_built_says_why(name):
 
 
 def test_no_architecture_is_left_out():
-    listed = [*IN_ROWS, *ONE_BY_ONE, *(name for refused in REFUSED.values() for name in refused), *NEEDS_METAL, *NOT_BUILT, *NO_MODELS]
+    listed = [
+        *IN_ROWS,
+        *ONE_BY_ONE,
+        *(name for refused in REFUSED.values() for name in refused),
+        *NEEDS_METAL,
+        *NOT_BUILT,
+        *NO_MODELS,
+    ]
     assert sorted(listed) == modules()
-    assert not any(hasattr(importlib.import_module(f"mlx_lm.models.{name}"), "Model") for name in NO_MODELS)
+    assert not any(
+        hasattr(importlib.import_module(f"mlx_lm.models.{name}"), "Model") for name in NO_MODELS
+    )
     assert {name.split(" ")[0] for name in CONFIGS} <= set(listed)
 
 
@@ -112,14 +149,19 @@ def test_the_readme_has_this_table():
     assert table() in (Path(__file__).parent.parent / "README.md").read_text()
 
 
-# --- the hook leaves everything else alone ------------------------------------------------------------------------------------
+# --- the hook leaves everything else alone --------------------------------------------------------
 
 
 def test_engines_in_two_threads_and_mlx_lm_beside_them_do_not_disturb_each_other():
-    """One model each in the threads, all of one module; `generate_step` of mlx-lm on a third, in this thread."""
+    """One model each in the threads, all of one module; `generate_step` of mlx-lm on a third, in
+    this thread.
+    """
     models = [tiny_model("llama", seed) for seed in range(3)]
     prompts = prompts_of((20, 33, 7), VOCABULARY)
-    expected = [[[token for token, _ in Reference(model).steps(prompt, 40)] for prompt in prompts] for model in models]
+    expected = [
+        [[token for token, _ in Reference(model).steps(prompt, 40)] for prompt in prompts]
+        for model in models
+    ]
     found = {}
 
     def serve(index: int) -> None:
@@ -131,7 +173,10 @@ def test_engines_in_two_threads_and_mlx_lm_beside_them_do_not_disturb_each_other
     threads = [threading.Thread(target=serve, args=(index,)) for index in (0, 1)]
     for thread in threads:
         thread.start()
-    found[2] = [[int(token) for token, _ in generate_step(mx.array(prompt), models[2], max_tokens=40)] for prompt in prompts]
+    found[2] = [
+        [int(token) for token, _ in generate_step(mx.array(prompt), models[2], max_tokens=40)]
+        for prompt in prompts
+    ]
     for thread in threads:
         thread.join()
     assert [found[index] for index in range(3)] == expected
@@ -141,7 +186,9 @@ def test_engines_in_two_threads_and_mlx_lm_beside_them_do_not_disturb_each_other
 def test_engines_take_turns_with_each_other_and_with_mlx_lm(name):
     model = tiny_model(name)
     reference, prompts = Reference(model), prompts_of((20, 33), VOCABULARY)
-    engines = [cl.Engine(model, num_blocks=32, strategy=strategy) for strategy in ("paged", "cortexstream")]
+    engines = [
+        cl.Engine(model, num_blocks=32, strategy=strategy) for strategy in ("paged", "cortexstream")
+    ]
     requests = [engine.submit(prompt, 20) for engine, prompt in zip(engines, prompts, strict=True)]
     alone = generate_step(mx.array(prompts[0]), model, max_tokens=20)
     tokens = []
@@ -176,11 +223,17 @@ def pointer(array: mx.array) -> int:
 
 def attention_functions() -> dict:
     """What mlx-lm's loaded modules call attention now."""
-    loaded = {name: module for name, module in sys.modules.items() if name.startswith("mlx_lm.models.")}
-    return {name: getattr(module, ATTENTION) for name, module in loaded.items() if hasattr(module, ATTENTION)}
+    loaded = {
+        name: module for name, module in sys.modules.items() if name.startswith("mlx_lm.models.")
+    }
+    return {
+        name: getattr(module, ATTENTION)
+        for name, module in loaded.items()
+        if hasattr(module, ATTENTION)
+    }
 
 
-# --- the README's table -------------------------------------------------------------------------------------------------------
+# --- the README's table ---------------------------------------------------------------------------
 
 
 def table() -> str:
@@ -190,13 +243,23 @@ def table() -> str:
     ]
     for reason, refused in REFUSED.items():
         if reason.startswith("uses"):
-            rows.append((f"refused: a layer {reason.replace(' ', ' `')}` ({len(refused)})", refused))
+            rows.append(
+                (f"refused: a layer {reason.replace(' ', ' `')}` ({len(refused)})", refused)
+            )
     unlike_itself = REFUSED["masks a sliding window"] + REFUSED["gives other logits"]
-    rows.append((f"refused: mlx-lm's own tokens depend on how it cuts a prompt ({len(unlike_itself)})", unlike_itself))
+    rows.append(
+        (
+            f"refused: mlx-lm's own tokens depend on how it cuts a prompt ({len(unlike_itself)})",
+            unlike_itself,
+        )
+    )
     rows.append((f"not tried: needs Metal ({len(NEEDS_METAL)})", NEEDS_METAL))
     rows += [(f"not tried: needs {what} (1)", [name]) for name, (_, what) in NOT_BUILT.items()]
     lines = ["| tokens | architectures |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {label} | {', '.join(of_them)} |" for label, of_them in rows)]) + "\n"
+    return (
+        "\n".join([*lines, *(f"| {label} | {', '.join(of_them)} |" for label, of_them in rows)])
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ TOLERANCE = 2e-6
 
 @st.composite
 def sequences(draw):
-    """Sequences scattered over the arena in extents of any length; each with some rows at its end."""
+    """Sequences scattered over the arena in extents of any length, each with some rows."""
     cuts = sorted(draw(st.sets(st.integers(1, SLOTS - 1), min_size=1, max_size=14)))
     extents = [(a, b) for a, b in zip([0, *cuts], [*cuts, SLOTS], strict=True)]
     order = draw(st.permutations(extents))
@@ -33,10 +33,17 @@ def sequences(draw):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    sequences(), st.sampled_from(METHODS), st.sampled_from([None, 1, 7, 100, 1000]), st.booleans(), st.sampled_from([DIM, DIM - 3]),
-    st.sampled_from("01"), st.sampled_from([1, 200]),
-)  # fmt: skip
-def test_every_method_reads_what_one_piece_would_give(found, method, sliding, with_sinks, value_dim, fast, products_a_stream):
+    sequences(),
+    st.sampled_from(METHODS),
+    st.sampled_from([None, 1, 7, 100, 1000]),
+    st.booleans(),
+    st.sampled_from([DIM, DIM - 3]),
+    st.sampled_from("01"),
+    st.sampled_from([1, 200]),
+)
+def test_every_method_reads_what_one_piece_would_give(
+    found, method, sliding, with_sinks, value_dim, fast, products_a_stream
+):
     rng = np.random.default_rng(0)
     arena = Arena(1, KV_HEADS, DIM, SLOTS, layers=[LayerShape(KV_HEADS, DIM, value_dim)])
     for arrays, dim in ((arena.keys, DIM), (arena.values, value_dim)):
@@ -44,16 +51,23 @@ def test_every_method_reads_what_one_piece_would_give(found, method, sliding, wi
     sinks = mx.array(rng.normal(size=KV_HEADS * GROUP).astype(np.float32)) if with_sinks else None
     rows = [RowRun(sum(b - a for a, b in runs) - n, n, runs) for runs, n in found]
     rows.sort(key=lambda row: row.num_rows > 1)
-    queries = mx.array(rng.normal(size=(sum(row.num_rows for row in rows), KV_HEADS * GROUP, DIM)).astype(np.float32))
+    queries = mx.array(
+        rng.normal(size=(sum(row.num_rows for row in rows), KV_HEADS * GROUP, DIM)).astype(
+            np.float32
+        )
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, fast)
         patch.setattr(attention, "PRODUCTS_A_STREAM", products_a_stream)
         got = np.array(Plan(rows, arena, method).attend(queries, 0, DIM**-0.5, sliding, sinks))
-    np.testing.assert_allclose(got, by_hand(rows, arena, np.array(queries), sliding, sinks), atol=TOLERANCE, rtol=1e-5)
+    np.testing.assert_allclose(
+        got, by_hand(rows, arena, np.array(queries), sliding, sinks), atol=TOLERANCE, rtol=1e-5
+    )
 
 
 def by_hand(rows, arena, queries, sliding, sinks):
-    """The definition: softmax(q K^T / sqrt(d)) V over the last ``sliding`` tokens up to the row's own, in float64.
+    """The definition: softmax(q K^T / sqrt(d)) V over the last ``sliding`` tokens up to the row's
+    own, in float64.
 
     A sink is one more score, of a token whose value is zero.
     """
@@ -105,9 +119,12 @@ SHORT, LONG = [(8 * i, 8 * i + 3) for i in range(30)], [(0, 200), (300, 400)]
         ([RowRun(89, 1, SHORT)], ["gather"]),
         ([RowRun(280, 20, LONG)], ["views"]),
         ([RowRun(80, 10, SHORT)], ["gather"]),
-        ([RowRun(299, 1, LONG), RowRun(80, 10, SHORT), RowRun(0, 50, [(450, 500)])], ["windows", "gather", "views"]),
+        (
+            [RowRun(299, 1, LONG), RowRun(80, 10, SHORT), RowRun(0, 50, [(450, 500)])],
+            ["windows", "gather", "views"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_auto_goes_by_the_rule(rows, ways):
     assert Plan(rows, Arena(1, KV_HEADS, DIM, SLOTS)).ways == ways
 
@@ -121,4 +138,8 @@ def test_where_windows_cannot_be_had_short_extents_are_gathered_and_long_ones_vi
 
 def test_the_rule_is_told_with_its_numbers():
     rule = attention.rule()
-    assert rule["window_slots"] == WINDOW and rule["streams"] >= 1 and all(value is not None for value in rule.values())
+    assert (
+        rule["window_slots"] == WINDOW
+        and rule["streams"] >= 1
+        and all(value is not None for value in rule.values())
+    )

@@ -15,13 +15,20 @@ from cortexlab.workloads.synthetic import WorkItem, make_workload
 @pytest.fixture(scope="module")
 def tiny_bench(tiny):
     items = make_workload("lognormal", 12, seed=1, context=4096, scale_lengths=0.5)
-    return run_bench(tiny, items, setting=Setting(batch_size=4, num_blocks="60%", seed=1), repeats=2)
+    return run_bench(
+        tiny, items, setting=Setting(batch_size=4, num_blocks="60%", seed=1), repeats=2
+    )
 
 
 def test_all_strategies_complete_all_requests_with_the_same_tokens(tiny_bench):
     assert tiny_bench.held
-    assert {row["tokens_sha256"] for row in tiny_bench.rows} == {tiny_bench.rows[0]["tokens_sha256"]}
-    assert all((row["completed"], row["requests_identical"], row["max_gap"]) == (12, 12, 0) for row in tiny_bench.rows)
+    assert {row["tokens_sha256"] for row in tiny_bench.rows} == {
+        tiny_bench.rows[0]["tokens_sha256"]
+    }
+    assert all(
+        (row["completed"], row["requests_identical"], row["max_gap"]) == (12, 12, 0)
+        for row in tiny_bench.rows
+    )
 
 
 def test_shares_sum_to_one_in_every_row_and_step(tiny_bench):
@@ -34,7 +41,13 @@ def test_shares_sum_to_one_in_every_row_and_step(tiny_bench):
 def test_peak_memory_is_bounded_by_the_pool_and_mlx_lm_has_no_pool(tiny_bench):
     for row in tiny_bench.rows:
         if row["strategy"] == MLX_LM:
-            assert row["arena_bytes"] is row["num_blocks"] is row["copied_bytes"] is row["num_holes"] is None
+            assert (
+                row["arena_bytes"]
+                is row["num_blocks"]
+                is row["copied_bytes"]
+                is row["num_holes"]
+                is None
+            )
             assert row["reserved_share"] == row["external_share"] == 0
         else:
             assert 0 < row["peak_kv_bytes"] <= row["arena_bytes"]
@@ -46,7 +59,10 @@ def test_every_token_has_a_time_and_sums_agree(tiny_bench):
     for row in tiny_bench.rows:
         part = table[(table["strategy"] == row["strategy"]) & (table["repeat"] == 0)]
         assert part["output_tokens"].sum() == row["total_output_tokens"]
-        assert all(len(gaps) == tokens - 1 for gaps, tokens in zip(part["itl_ms"], part["output_tokens"], strict=True))
+        assert all(
+            len(gaps) == tokens - 1
+            for gaps, tokens in zip(part["itl_ms"], part["output_tokens"], strict=True)
+        )
         assert (part["ttft_ms"] <= part["e2el_ms"]).all()
 
 
@@ -62,7 +78,9 @@ def test_mlx_lm_never_decodes_more_than_the_batch_limit(tiny, batch_size, monkey
         return result
 
     monkeypatch.setattr(BatchGenerator, "next", spied)
-    items = make_workload("lognormal", 20, seed=batch_size, scale_lengths=0.3)  # mixed lengths: equal ones never overshoot
+    items = make_workload(
+        "lognormal", 20, seed=batch_size, scale_lengths=0.3
+    )  # mixed lengths: equal ones never overshoot
     result = run_bench(tiny, items, [MLX_LM], Setting(batch_size=batch_size))
     assert result.held and max(sizes) == batch_size
 
@@ -92,13 +110,28 @@ def test_requests_arrive_when_they_arrive(tiny):
     items = [WorkItem(0.0, 5, 2), WorkItem(0.4, 5, 2)]
     for strategy in ("paged", MLX_LM):
         run = run_bench(tiny, items, [strategy], Setting(batch_size=2)).runs[0]
-        assert run.duration > 0.4 and run.requests[1].first_token_at - run.requests[1].arrived_at < 0.3
+        assert (
+            run.duration > 0.4 and run.requests[1].first_token_at - run.requests[1].arrived_at < 0.3
+        )
 
 
 def test_latency_formulas():
-    request = Request("r", (1, 2), 3, arrived_at=10.0, state=RequestState.FINISHED, output_tokens=[1, 2, 3], token_times=[11.0, 11.5, 12.5])
+    request = Request(
+        "r",
+        (1, 2),
+        3,
+        arrived_at=10.0,
+        state=RequestState.FINISHED,
+        output_tokens=[1, 2, 3],
+        token_times=[11.0, 11.5, 12.5],
+    )
     found = metrics.latencies(request)
-    assert (found["ttft"], found["tpot"], found["e2el"], found["itl"]) == (1.0, 0.75, 2.5, [0.5, 1.0])
+    assert (found["ttft"], found["tpot"], found["e2el"], found["itl"]) == (
+        1.0,
+        0.75,
+        2.5,
+        [0.5, 1.0],
+    )
     single = Request("s", (1,), 1, arrived_at=0.0, output_tokens=[1], token_times=[2.0])
     assert metrics.latencies(single)["tpot"] is None
     assert metrics.latency_summary([single])["mean_tpot_ms"] is None
@@ -110,7 +143,9 @@ def test_shares_by_hand():
     slots = metrics.step_shares([(16, 10, 12)], unusable_slots=8)
     assert slots == {"token": 10, "reserved": 2, "internal": 4, "external": 8}
     shares = metrics.shares([(1.0, slots), (5.0, dict.fromkeys(metrics.SHARES, 0))])
-    assert shares["external_share"] == pytest.approx(8 / 24) and sum(shares.values()) == pytest.approx(1)
+    assert shares["external_share"] == pytest.approx(8 / 24) and sum(
+        shares.values()
+    ) == pytest.approx(1)
 
 
 def test_hash_of_known_tokens():
@@ -124,18 +159,37 @@ def _fake(**seconds) -> bench.Bench:
     made = bench.Bench(Setting())
     for name, times in seconds.items():
         for time in times:
-            made.runs.append(Run(name, [Request("r", (1,), 100, output_tokens=[0] * 100)], 0, 0.0, time, []))
+            made.runs.append(
+                Run(name, [Request("r", (1,), 100, output_tokens=[0] * 100)], 0, 0.0, time, [])
+            )
         speed = 100 / sorted(times)[len(times) // 2]
-        made.rows.append({"strategy": name, "output_throughput": speed, "token_share": 0.5 + len(name) / 100, "peak_kv_bytes": 1})
+        made.rows.append(
+            {
+                "strategy": name,
+                "output_throughput": speed,
+                "token_share": 0.5 + len(name) / 100,
+                "peak_kv_bytes": 1,
+            }
+        )
     return made
 
 
 def test_the_recommendation_tells_a_lead_from_noise():
-    assert "Use paged" in (text := bench.recommendation(_fake(paged=[1, 1, 1], static=[2, 2, 2]))) and "+100%" in text
+    assert (
+        "Use paged" in (text := bench.recommendation(_fake(paged=[1, 1, 1], static=[2, 2, 2])))
+        and "+100%" in text
+    )
     noisy = bench.recommendation(_fake(paged=[1, 2, 1], cortexstream=[2, 1, 1.5]))
-    assert "Use cortexstream" in noisy and "no difference in speed beyond noise" in noisy and "memory decides" in noisy
+    assert (
+        "Use cortexstream" in noisy
+        and "no difference in speed beyond noise" in noisy
+        and "memory decides" in noisy
+    )
     single = bench.recommendation(_fake(paged=[1], static=[2]))
-    assert "Fastest in this one run: paged" in single and "One run cannot tell speed from noise" in single
+    assert (
+        "Fastest in this one run: paged" in single
+        and "One run cannot tell speed from noise" in single
+    )
 
 
 def test_an_interval_needs_two_values():
@@ -155,7 +209,14 @@ def test_percentages_of_the_pool():
 
 def _run(name, outputs, max_tokens, finish="length"):
     requests = [
-        Request(f"r{i}", (1, 2), max_tokens, output_tokens=tokens, state=RequestState.FINISHED, finish_reason=finish)
+        Request(
+            f"r{i}",
+            (1, 2),
+            max_tokens,
+            output_tokens=tokens,
+            state=RequestState.FINISHED,
+            finish_reason=finish,
+        )
         for i, tokens in enumerate(outputs)
     ]
     return Run(name, requests, 0, 0.0, 1.0, [])

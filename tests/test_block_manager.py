@@ -9,18 +9,22 @@ from cortexlab.allocators import STRATEGIES, strategy_of
 from cortexlab.scheduler.block_manager import BlockManager, BlockTable, Move
 
 
-def manager(strategy: str, num_blocks: int = 8, block_size: int = 2, growth: str | None = None, **options) -> BlockManager:
+def manager(
+    strategy: str, num_blocks: int = 8, block_size: int = 2, growth: str | None = None, **options
+) -> BlockManager:
     return BlockManager(strategy_of(strategy, growth), num_blocks, block_size, **options)
 
 
-def hold(blocks: BlockManager, sequence: str, num_tokens: int, max_tokens: int | None = None) -> BlockTable:
+def hold(
+    blocks: BlockManager, sequence: str, num_tokens: int, max_tokens: int | None = None
+) -> BlockTable:
     """Admit a sequence whose tokens are all written."""
     assert blocks.allocate(sequence, num_tokens, max_tokens or num_tokens)
     blocks.tables[sequence].num_tokens = num_tokens
     return blocks.tables[sequence]
 
 
-# --- reserve, chain, relocate -------------------------------------------------------------------------------------------------
+# --- reserve, chain, relocate ---------------------------------------------------------------------
 
 
 def test_reserve_takes_room_for_the_last_token_at_once_and_never_grows():
@@ -79,9 +83,17 @@ def test_moves_stand_in_the_order_they_must_be_made():
 
 @pytest.mark.parametrize(
     ("strategy", "growth"),
-    [("static", "reserve"), ("static", "chain"), ("cortexstream", "reserve"), ("cortexstream", "chain"), ("cortexstream", "relocate"),
-     ("paged", "chain"), ("paged", "reserve"), ("paged", "relocate")],
-)  # fmt: skip
+    [
+        ("static", "reserve"),
+        ("static", "chain"),
+        ("cortexstream", "reserve"),
+        ("cortexstream", "chain"),
+        ("cortexstream", "relocate"),
+        ("paged", "chain"),
+        ("paged", "reserve"),
+        ("paged", "relocate"),
+    ],
+)
 def test_a_sequence_that_cannot_grow_keeps_exactly_what_it_had(strategy, growth):
     blocks = manager(strategy, num_blocks=4, growth=growth, max_seq_len=4)
     a = hold(blocks, "a", 4)
@@ -118,7 +130,7 @@ def test_one_name_is_one_sequence():
     assert blocks.allocator.stats() == before
 
 
-# --- what could ever fit ------------------------------------------------------------------------------------------------------
+# --- what could ever fit --------------------------------------------------------------------------
 
 
 def test_could_ever_hold_asks_an_empty_pool_not_this_one():
@@ -137,7 +149,10 @@ def test_a_static_sequence_can_only_be_as_long_as_a_region():
 
 
 @given(
-    strategy=st.sampled_from(sorted(STRATEGIES)), num_tokens=st.integers(1, 40), num_blocks=st.integers(1, 12), block_size=st.integers(1, 4)
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    num_tokens=st.integers(1, 40),
+    num_blocks=st.integers(1, 12),
+    block_size=st.integers(1, 4),
 )
 @settings(deadline=None)
 def test_what_could_ever_fit_does_fit_an_empty_pool(strategy, num_tokens, num_blocks, block_size):
@@ -145,21 +160,25 @@ def test_what_could_ever_fit_does_fit_an_empty_pool(strategy, num_tokens, num_bl
     assert blocks.could_ever_hold(num_tokens) == blocks.allocate("only", num_tokens, num_tokens)
 
 
-@pytest.mark.parametrize("sizes", [{"num_blocks": 0}, {"block_size": 0}, {"max_seq_len": 0}, {"num_blocks": -3}])
+@pytest.mark.parametrize(
+    "sizes", [{"num_blocks": 0}, {"block_size": 0}, {"max_seq_len": 0}, {"num_blocks": -3}]
+)
 def test_a_size_below_one_is_refused_by_name_and_value(sizes):
     ((name, value),) = sizes.items()
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         manager("static", **sizes)
 
 
-# --- token -> slot ------------------------------------------------------------------------------------------------------------
+# --- token -> slot --------------------------------------------------------------------------------
 
 
 @st.composite
 def tables(draw) -> BlockTable:
     """Extents of any size in any order, none overlapping."""
     block_size, at, extents = draw(st.integers(1, 4)), 0, []
-    for gap, size in draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=6)):
+    for gap, size in draw(
+        st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=6)
+    ):
         extents.append(Extent(at + gap, size))
         at = extents[-1].end
     return BlockTable(tuple(draw(st.permutations(extents))), block_size)
@@ -168,7 +187,11 @@ def tables(draw) -> BlockTable:
 @given(table=tables(), data=st.data())
 @settings(deadline=None)
 def test_tokens_map_one_to_one_onto_the_tables_slots_in_order(table, data):
-    slots = [slot for e in table.extents for slot in range(e.start * table.block_size, e.end * table.block_size)]
+    slots = [
+        slot
+        for e in table.extents
+        for slot in range(e.start * table.block_size, e.end * table.block_size)
+    ]
     start = data.draw(st.integers(0, table.capacity))
     stop = data.draw(st.integers(start, table.capacity))
     runs = list(table.runs(start, stop))
@@ -178,13 +201,19 @@ def test_tokens_map_one_to_one_onto_the_tables_slots_in_order(table, data):
 
 
 def test_runs_of_a_table_by_hand():
-    table = BlockTable((Extent(4, 1), Extent(0, 2)), block_size=2)  # token 0..5 in slots 8 9 0 1 2 3
+    table = BlockTable(
+        (Extent(4, 1), Extent(0, 2)), block_size=2
+    )  # token 0..5 in slots 8 9 0 1 2 3
     assert list(table.runs(0, 6)) == [(8, 10), (0, 4)]
     assert list(table.runs(1, 3)) == [(9, 10), (0, 1)]
     assert list(table.runs(4, 5)) == [(2, 3)]
 
 
-@given(data=st.data(), strategy=st.sampled_from(sorted(STRATEGIES)), growth=st.sampled_from(["reserve", "relocate", "chain"]))
+@given(
+    data=st.data(),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    growth=st.sampled_from(["reserve", "relocate", "chain"]),
+)
 @settings(deadline=None)
 def test_no_slot_ever_belongs_to_two_sequences(data, strategy, growth):
     blocks = manager(strategy, num_blocks=10, growth=growth, max_seq_len=6)
@@ -196,5 +225,10 @@ def test_no_slot_ever_belongs_to_two_sequences(data, strategy, growth):
         else:
             blocks.free(sequence)
         blocks.check()
-        slots = [slot for t in blocks.tables.values() for run in t.runs(0, t.capacity) for slot in range(*run)]
+        slots = [
+            slot
+            for t in blocks.tables.values()
+            for run in t.runs(0, t.capacity)
+            for slot in range(*run)
+        ]
         assert len(slots) == len(set(slots))

@@ -1,7 +1,8 @@
-"""Notebooks as people see them: JupyterLab and Voila in headless Chromium. Figures of latency are printed, screenshots kept.
+"""Notebooks as people see them: JupyterLab and Voila in headless Chromium. Figures of latency are
+printed, screenshots kept.
 
-Skipped on a machine without Chromium, unless CI is set: the gate must not pass because it has no browser. Set ``SCREENSHOTS`` to a
-folder to look at what the browser showed.
+Skipped on a machine without Chromium, unless CI is set: the gate must not pass because it has no
+browser. Set ``SCREENSHOTS`` to a folder to look at what the browser showed.
 """
 
 import io
@@ -27,12 +28,19 @@ ROOT = Path(__file__).parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "Chromium", "Google Chrome")
 CHROMIUM = next((found for found in map(shutil.which, NAMES) if found), None)
 FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 PRESSES, SLOWEST_MS = 20, 600  # of a slider: the median of so many, and what it must not exceed
 MINUTE_MS = 60_000
-pytestmark = pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,10 @@ def chromium():
 @pytest.fixture
 def page(chromium, request):
     page = chromium.new_page(viewport={"width": 1400, "height": 1100})
-    page.route(lambda url: "127.0.0.1" not in url and not url.startswith(("data:", "blob:")), lambda route: route.abort())  # icon fonts
+    page.route(
+        lambda url: "127.0.0.1" not in url and not url.startswith(("data:", "blob:")),
+        lambda route: route.abort(),
+    )  # icon fonts
     page.set_default_timeout(MINUTE_MS)
     yield page
     if folder := os.environ.get("SCREENSHOTS"):
@@ -59,7 +70,9 @@ def page(chromium, request):
 
 @pytest.fixture
 def serve(tmp_path):
-    """Starts a server on copies of the notebooks, with folders of its own; ended with its kernels when the test is over."""
+    """Starts a server on copies of the notebooks, with folders of its own; ended with its kernels
+    when the test is over.
+    """
     started = []
 
     def start(command: list[str], token_option: str, ready: str) -> tuple[str, Path]:
@@ -67,16 +80,38 @@ def serve(tmp_path):
         shutil.copytree(ROOT / "notebooks", notebooks)
         settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
         settings.mkdir(parents=True)
-        (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        (settings / "notification.jupyterlab-settings").write_text(
+            '{"fetchNews": "false", "checkForUpdates": false}'
+        )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        own = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR")
+        own = (
+            "JUPYTER_CONFIG_DIR",
+            "JUPYTER_DATA_DIR",
+            "JUPYTER_RUNTIME_DIR",
+            "IPYTHONDIR",
+            "MPLCONFIGDIR",
+        )
         environment = os.environ | {name: str(tmp_path / name.lower()) for name in own}
         log = tmp_path / "server.log"
-        command = [sys.executable, "-m", *command, "--no-browser", f"--port={port}", f"{token_option}=secret"]
+        command = [
+            sys.executable,
+            "-m",
+            *command,
+            "--no-browser",
+            f"--port={port}",
+            f"{token_option}=secret",
+        ]
         with log.open("w") as file:
-            process = subprocess.Popen(command, cwd=notebooks, env=environment, stdout=file, stderr=file, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                cwd=notebooks,
+                env=environment,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
         started.append(process)
         address = f"http://127.0.0.1:{port}"
         for _ in range(600):
@@ -101,7 +136,10 @@ def serve(tmp_path):
 @pytest.fixture
 def lab(serve, tmp_path):
     folders = [f"--ServerApp.root_dir={tmp_path / 'notebooks'}"]
-    folders += [f"--LabApp.{name}_dir={tmp_path / name.rpartition('_')[2]}" for name in ("user_settings", "workspaces")]
+    folders += [
+        f"--LabApp.{name}_dir={tmp_path / name.rpartition('_')[2]}"
+        for name in ("user_settings", "workspaces")
+    ]
     command = ["jupyterlab", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port_retries=0"]
     return lambda: serve([*command, *folders], "--IdentityProvider.token", "/api/status")
 
@@ -111,8 +149,12 @@ def run_all(page, address: str, notebooks: Path, name: str) -> list:
     path = notebooks / f"{name}.ipynb"
     page.goto(f"{address}/lab/workspaces/{name}/tree/{path.name}?token=secret")
     bar = page.locator("#jp-main-statusbar")
-    bar.get_by_text(re.compile(r"\| Idle")).wait_for()  # a Run All before there is a kernel is dropped without a word
-    shipped = [cell.execution_count for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    bar.get_by_text(
+        re.compile(r"\| Idle")
+    ).wait_for()  # a Run All before there is a kernel is dropped without a word
+    shipped = [
+        cell.execution_count for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"
+    ]
     page.get_by_role("menuitem", name="Edit", exact=True).click()
     page.get_by_role("menuitem", name="Clear Outputs of All Cells").click()
     page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -129,12 +171,22 @@ def run_all(page, address: str, notebooks: Path, name: str) -> list:
 
 
 def errors(cells: list) -> list[str]:
-    return [f"{output.ename}: {output.evalue}" for cell in cells for output in cell.outputs if output.output_type == "error"]
+    return [
+        f"{output.ename}: {output.evalue}"
+        for cell in cells
+        for output in cell.outputs
+        if output.output_type == "error"
+    ]
 
 
 def latencies(page) -> list[float]:
-    """Milliseconds from each press of a key on the slider to its new picture, which must differ from the one before."""
-    slider, picture = page.locator(".widget-slider .noUi-handle").first, page.locator("img.widget-image").first
+    """Milliseconds from each press of a key on the slider to its new picture, which must differ
+    from the one before.
+    """
+    slider, picture = (
+        page.locator(".widget-slider .noUi-handle").first,
+        page.locator("img.widget-image").first,
+    )
     slider.scroll_into_view_if_needed()
     picture.wait_for()
     before, taken = pixels(picture), []
@@ -143,18 +195,23 @@ def latencies(page) -> list[float]:
         slider.press("ArrowRight")
         taken.append(page.evaluate("() => window.shown.then(at => at - window.pressed)"))
     after = pixels(picture)
-    assert before.shape == after.shape and (before != after).any(axis=2).sum() > 100, "the slider moved, the picture did not"
+    assert before.shape == after.shape and (before != after).any(axis=2).sum() > 100, (
+        "the slider moved, the picture did not"
+    )
     return taken
 
 
 WATCH = """() => {
     const image = document.querySelector('img.widget-image');
     window.shown = new Promise(done => {
-        const changed = () => image.decode().then(() => requestAnimationFrame(() => done(performance.now())), changed);
-        new MutationObserver((_, observer) => { observer.disconnect(); changed(); }).observe(image, {attributeFilter: ['src']});
+        const drawn = () => requestAnimationFrame(() => done(performance.now()));
+        const changed = () => image.decode().then(drawn, changed);
+        const watch = (_, observer) => { observer.disconnect(); changed(); };
+        new MutationObserver(watch).observe(image, {attributeFilter: ['src']});
     });
     window.pressed = undefined;
-    document.addEventListener('keydown', () => { window.pressed = performance.now(); }, {capture: true, once: true});
+    const press = () => { window.pressed = performance.now(); };
+    document.addEventListener('keydown', press, {capture: true, once: true});
 }"""
 
 
@@ -164,11 +221,14 @@ def pixels(picture) -> np.ndarray:
 
 def told(name: str, taken: list[float], capsys) -> None:
     with capsys.disabled():
-        print(f"\n{name}: key press to new picture, median of {len(taken)}: {statistics.median(taken):.0f} ms (most: {max(taken):.0f})")
+        print(
+            f"\n{name}: key press to new picture, median of {len(taken)}: "
+            f"{statistics.median(taken):.0f} ms (most: {max(taken):.0f})"
+        )
     assert statistics.median(taken) <= SLOWEST_MS
 
 
-# --- what they see ------------------------------------------------------------------------------------------------------------
+# --- what they see --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["00_quickstart", "explorer"])
@@ -183,9 +243,15 @@ def test_the_browser_tests_would_see_an_error(lab, page):
     """The check of `run_all` can fail: a notebook that raises is found out."""
     address, notebooks = lab()
     broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0", execution_count=1)])
-    broken.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    broken.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     (notebooks / "broken.ipynb").write_text(json.dumps(broken))
-    assert errors(run_all(page, address, notebooks, "broken")) == ["ZeroDivisionError: division by zero"]
+    assert errors(run_all(page, address, notebooks, "broken")) == [
+        "ZeroDivisionError: division by zero"
+    ]
 
 
 def test_the_explorer_is_a_page_of_its_own(serve, page, capsys):
@@ -196,6 +262,8 @@ def test_the_explorer_is_a_page_of_its_own(serve, page, capsys):
     told("the explorer under Voila", latencies(page), capsys)
     left = page.get_by_label("left", exact=True)
     left.select_option("runs")
-    page.get_by_text("choose two strategies").wait_for()  # what a callback raises is shown in the page
+    page.get_by_text(
+        "choose two strategies"
+    ).wait_for()  # what a callback raises is shown in the page
     left.select_option("buddy")
     page.get_by_text("choose two strategies").wait_for(state="hidden")

@@ -1,4 +1,4 @@
-"""The measurements behind notebook 01: toy pools, churn, and what CortexStream's documents claim."""
+"""Measurements of notebook 01: toy pools, churn, claims of CortexStream's documents."""
 
 import mlx.core as mx
 import pandas as pd
@@ -16,15 +16,23 @@ SCRIPT = "a+5 b+3 c+6 d+2 e+4 b- d- f+6 a+2"
 
 def test_a_script_played_to_first_fit_and_to_paged():
     first_fit = play("cortexstream", SCRIPT, 24)
-    assert " ".join(first_fit.text().split()) == "cortexstream aaaaaaa.cccccc..eeee.... refused: f+6 (9 free, longest 4)"
-    assert first_fit.asked == {"a": 7, "b": 0, "c": 6, "d": 0, "e": 4, "f": 0} and first_fit.num_extents == 3
+    assert (
+        " ".join(first_fit.text().split())
+        == "cortexstream aaaaaaa.cccccc..eeee.... refused: f+6 (9 free, longest 4)"
+    )
+    assert (
+        first_fit.asked == {"a": 7, "b": 0, "c": 6, "d": 0, "e": 4, "f": 0}
+        and first_fit.num_extents == 3
+    )
     paged = play("paged", SCRIPT, 24)
     assert paged.verdict == "all served" and paged.spare_blocks == 0 and paged.num_extents > 4
 
 
 def test_what_buddies_and_regions_hand_out_beyond_the_request_is_counted():
     assert play("buddy", "a+5 b+3", 16).spare_blocks == 4
-    assert play("static", "a+5 b+3", 16).spare_blocks == 8, "regions of eight, the largest request rounded up"
+    assert play("static", "a+5 b+3", 16).spare_blocks == 8, (
+        "regions of eight, the largest request rounded up"
+    )
     assert play("static", "a+5 b+3 c+1", 16).verdict == "refused: c+1 (0 free)"
 
 
@@ -41,8 +49,14 @@ def test_a_script_that_makes_no_sense_is_refused(script):
 
 def test_churn_is_the_same_for_all_and_repeats():
     rows = {name: churn(name, num_requests=500, seed=4) for name in STRATEGIES}
-    assert rows["paged"] == churn("paged", num_requests=500, seed=4) != churn("paged", num_requests=500, seed=5)
-    assert all(row["partial"] == 0 and row["refused_with_room"] <= row["refused"] for row in rows.values())
+    assert (
+        rows["paged"]
+        == churn("paged", num_requests=500, seed=4)
+        != churn("paged", num_requests=500, seed=5)
+    )
+    assert all(
+        row["partial"] == 0 and row["refused_with_room"] <= row["refused"] for row in rows.values()
+    )
     assert rows["paged"]["refused_with_room"] == 0 < rows["cortexstream"]["refused_with_room"]
     assert rows["paged"]["spare_share"] == rows["cortexstream"]["spare_share"] == 0
     assert rows["buddy"]["spare_share"] == pytest.approx(0.25, abs=0.03), "Knuth: a quarter"
@@ -114,7 +128,9 @@ def test_the_claims_and_their_verdicts():
         "16.8 GB": "does not hold",
     }
     table = claims.markdown_table(found.values())
-    assert len(table.splitlines()) == 2 + len(found) and all(line.count("|") == 5 for line in table.splitlines())
+    assert len(table.splitlines()) == 2 + len(found) and all(
+        line.count("|") == 5 for line in table.splitlines()
+    )
     assert found == claims.counted_claims(), "counted, so the same every time"
 
 
@@ -133,11 +149,20 @@ def test_figures_show_their_data():
     assert all(panel.get_xlabel() for panel in (refused, spare, extents))
     costs = pd.DataFrame(
         [
-            {"strategy": name, "num_blocks": size, "operation": operation, "median_us": None if name == "buddy" else 2.0}
+            {
+                "strategy": name,
+                "num_blocks": size,
+                "operation": operation,
+                "median_us": None if name == "buddy" else 2.0,
+            }
             for name in ("paged", "buddy")
             for size in (512, 2048)
             for operation in ("allocate+free", "turnover")
         ]
     )
-    panels = plots_allocators.cost_by_pool_size(costs, ("allocate+free", "turnover"), 3.0, "claimed")
-    assert [line.get_label() for line in panels[0].lines] == ["paged", "claimed"], "what was not measured is not drawn"
+    panels = plots_allocators.cost_by_pool_size(
+        costs, ("allocate+free", "turnover"), 3.0, "claimed"
+    )
+    assert [line.get_label() for line in panels[0].lines] == ["paged", "claimed"], (
+        "what was not measured is not drawn"
+    )

@@ -1,4 +1,6 @@
-"""The command line as a user meets it: good runs leave whole results, bad input leaves one line and nothing else."""
+"""The command line as a user meets it: good runs leave whole results, bad input leaves one line and
+nothing else.
+"""
 
 import json
 import os
@@ -18,23 +20,78 @@ from cortexlab.results import store as results
 
 STRATEGIES = ["static", "cortexstream", "paged", "mlx-lm"]
 ROW = [
-    "strategy", "block_size", "num_blocks", "batch_size", "completed", "refused", "duration", "total_input_tokens", "total_output_tokens",
-    "request_throughput", "output_throughput", "token_share", "reserved_share", "internal_share", "external_share",
-    "external_fragmentation", "num_holes", "copied_bytes", "peak_kv_bytes", "arena_bytes", "num_preemptions", "tokens_sha256",
-    "requests_identical", "requests_near_tie", "max_gap",
-]  # fmt: skip
-ROW += [f"{statistic}_{name}_ms" for statistic in ("mean", "median", "p99") for name in ("ttft", "tpot", "itl", "e2el")]
-SMALL = ["--model", "tiny", "--requests", "6", "--batch-size", "3", "--seed", "1", "--workload", "lognormal", "--scale-lengths", "0.3"]
-ONE = ["bench", "--model", "tiny", "--requests", "2", "--batch-size", "2", "--workload", "lognormal", "--scale-lengths", "0.1",
-       "--strategies", "cortexstream", "--json"]  # fmt: skip
+    "strategy",
+    "block_size",
+    "num_blocks",
+    "batch_size",
+    "completed",
+    "refused",
+    "duration",
+    "total_input_tokens",
+    "total_output_tokens",
+    "request_throughput",
+    "output_throughput",
+    "token_share",
+    "reserved_share",
+    "internal_share",
+    "external_share",
+    "external_fragmentation",
+    "num_holes",
+    "copied_bytes",
+    "peak_kv_bytes",
+    "arena_bytes",
+    "num_preemptions",
+    "tokens_sha256",
+    "requests_identical",
+    "requests_near_tie",
+    "max_gap",
+]
+ROW += [
+    f"{statistic}_{name}_ms"
+    for statistic in ("mean", "median", "p99")
+    for name in ("ttft", "tpot", "itl", "e2el")
+]
+SMALL = [
+    "--model",
+    "tiny",
+    "--requests",
+    "6",
+    "--batch-size",
+    "3",
+    "--seed",
+    "1",
+    "--workload",
+    "lognormal",
+    "--scale-lengths",
+    "0.3",
+]
+ONE = [
+    "bench",
+    "--model",
+    "tiny",
+    "--requests",
+    "2",
+    "--batch-size",
+    "2",
+    "--workload",
+    "lognormal",
+    "--scale-lengths",
+    "0.1",
+    "--strategies",
+    "cortexstream",
+    "--json",
+]
 
 
 def process(*words, **environment: str) -> subprocess.CompletedProcess:
     """The command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "cortexlab", *map(str, words)],
-        capture_output=True, text=True, env=os.environ | environment, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=120,
+    )
 
 
 def strict(text: str):
@@ -63,7 +120,9 @@ def run(capsys):
 
 @pytest.fixture
 def refused(run, tmp_path):
-    """Bad input: exit code 2, one line on standard error, nothing on standard output, nothing written. Gives the line."""
+    """Bad input: exit code 2, one line on standard error, nothing on standard output, nothing
+    written. Gives the line.
+    """
 
     def refused(*words, out: Path = tmp_path / "out"):
         code, stdout, stderr = run(*words, "--out", out)
@@ -75,14 +134,24 @@ def refused(run, tmp_path):
     return refused
 
 
-# --- a good run ---------------------------------------------------------------------------------------------------------------
+# --- a good run -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """One run of four strategies: the process and its folder."""
     out = tmp_path_factory.mktemp("results")
-    done = process("bench", "--json", *SMALL, "--strategies", ",".join(STRATEGIES), "--out", out, "--name", "good")
+    done = process(
+        "bench",
+        "--json",
+        *SMALL,
+        "--strategies",
+        ",".join(STRATEGIES),
+        "--out",
+        out,
+        "--name",
+        "good",
+    )
     assert done.returncode == 0, done.stderr
     return done, out / "good"
 
@@ -103,7 +172,9 @@ def test_every_row_has_every_field(bench):
         assert (row["completed"], row["refused"], row["batch_size"]) == (6, 0, 3)
         assert row["requests_identical"] + row["requests_near_tie"] == 6
         assert row["request_throughput"] == pytest.approx(6 / row["duration"])
-        assert row["output_throughput"] == pytest.approx(row["total_output_tokens"] / row["duration"])
+        assert row["output_throughput"] == pytest.approx(
+            row["total_output_tokens"] / row["duration"]
+        )
 
 
 def test_every_strategy_yields_the_same_tokens(bench):
@@ -120,7 +191,15 @@ def test_shares_sum_to_one(bench):
 
 def test_what_does_not_apply_to_mlx_lm_is_null_and_never_zero(bench):
     *ours, theirs = strict(bench[0].stdout)["rows"]
-    for name in ("block_size", "num_blocks", "external_fragmentation", "num_holes", "copied_bytes", "arena_bytes", "num_preemptions"):
+    for name in (
+        "block_size",
+        "num_blocks",
+        "external_fragmentation",
+        "num_holes",
+        "copied_bytes",
+        "arena_bytes",
+        "num_preemptions",
+    ):
         assert theirs[name] is None
         assert all(row[name] is not None for row in ours)
     assert theirs["external_share"] == 0
@@ -129,15 +208,26 @@ def test_what_does_not_apply_to_mlx_lm_is_null_and_never_zero(bench):
 def test_ratios_compare_every_strategy_to_mlx_lm(bench):
     ratios = strict(bench[0].stdout)["ratios"]
     assert [ratio["strategy"] for ratio in ratios] == STRATEGIES[:-1]
-    assert all(ratio["baseline"] == "mlx-lm" and set(ratio["output_throughput"]) == {"median", "min", "max", "n"} for ratio in ratios)
+    assert all(
+        ratio["baseline"] == "mlx-lm"
+        and set(ratio["output_throughput"]) == {"median", "min", "max", "n"}
+        for ratio in ratios
+    )
 
 
 def test_the_result_is_whole(bench):
     _, folder = bench
-    assert {file.name for file in folder.iterdir()} >= {"rows.parquet", "requests.parquet", "steps.parquet", "run.json"}
+    assert {file.name for file in folder.iterdir()} >= {
+        "rows.parquet",
+        "requests.parquet",
+        "steps.parquet",
+        "run.json",
+    }
     figures = list(folder.glob("*.png"))
     assert figures and all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
-    assert [entry.name for entry in folder.parent.iterdir()] == ["good"], "nothing temporary is left"
+    assert [entry.name for entry in folder.parent.iterdir()] == ["good"], (
+        "nothing temporary is left"
+    )
     found = results.read(folder)
     assert list(found["rows"]["strategy"]) == STRATEGIES
     assert len(found["requests"]) == 6 * len(STRATEGIES)
@@ -168,7 +258,7 @@ def test_the_default_name_is_command_and_time(run, tmp_path):
     assert pd.to_datetime(folder.name.removeprefix("bench-"), format="%Y%m%dT%H%M%SZ")
 
 
-# --- names in use, refusals, own strategies -----------------------------------------------------------------------------------
+# --- names in use, refusals, own strategies -------------------------------------------------------
 
 
 def test_a_name_in_use_is_refused_unless_overwrite_is_said(run, tmp_path):
@@ -193,7 +283,17 @@ def test_a_file_is_no_result_to_overwrite(run, tmp_path):
 
 
 def test_a_request_that_cannot_fit_is_refused_by_name_and_counted(run, tmp_path):
-    code, stdout, stderr = run("bench", "--json", *SMALL, "--strategies", "paged,mlx-lm", "--max-seq-len", "55", "--out", tmp_path)
+    code, stdout, stderr = run(
+        "bench",
+        "--json",
+        *SMALL,
+        "--strategies",
+        "paged,mlx-lm",
+        "--max-seq-len",
+        "55",
+        "--out",
+        tmp_path,
+    )
     assert code == 0
     for row in strict(stdout)["rows"]:
         assert row["refused"] > 0 and row["completed"] + row["refused"] == 6
@@ -206,8 +306,22 @@ def test_when_every_request_is_refused_that_is_bad_input(refused):
     assert "'r0'" in refused(*ONE, "--max-seq-len", "1")
 
 
-def test_when_every_request_is_refused_after_another_strategy_refused_some_it_is_still_one_line(refused):
-    refused("bench", "--json", *SMALL, "--strategies", "mlx-lm,paged", "--max-seq-len", "55", "--num-blocks", "1", "--block-size", "4")
+def test_when_every_request_is_refused_after_another_strategy_refused_some_it_is_still_one_line(
+    refused,
+):
+    refused(
+        "bench",
+        "--json",
+        *SMALL,
+        "--strategies",
+        "mlx-lm,paged",
+        "--max-seq-len",
+        "55",
+        "--num-blocks",
+        "1",
+        "--block-size",
+        "4",
+    )
 
 
 OWN = """
@@ -235,20 +349,39 @@ def own(tmp_path, monkeypatch):
 
 
 def test_a_strategy_of_ones_own_is_a_file_in_the_working_directory(own, run, tmp_path):
-    code, stdout, _ = run("bench", "--json", *SMALL, "--strategies", "own_allocators:Mine,paged", "--out", tmp_path / "out")
+    code, stdout, _ = run(
+        "bench",
+        "--json",
+        *SMALL,
+        "--strategies",
+        "own_allocators:Mine,paged",
+        "--out",
+        tmp_path / "out",
+    )
     mine, paged = strict(stdout)["rows"]
     assert code == 0 and "Mine" in mine["strategy"]
     assert mine["tokens_sha256"] == paged["tokens_sha256"]
 
 
-@pytest.mark.parametrize("name", ["nowhere:Mine", "own_allocators:Missing", "own_allocators:Unfinished", "own_allocators:number",
-                                  "own_allocators:", ":Mine", ".own_allocators:Mine", "broken_allocators:Mine"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nowhere:Mine",
+        "own_allocators:Missing",
+        "own_allocators:Unfinished",
+        "own_allocators:number",
+        "own_allocators:",
+        ":Mine",
+        ".own_allocators:Mine",
+        "broken_allocators:Mine",
+    ],
+)
 def test_a_strategy_of_ones_own_that_cannot_be_used_is_refused_by_name(name, own, refused):
     line = refused(*ONE, "--strategies", name)
     assert any(part and part in line for part in (name, name.rpartition(":")[2], "17"))
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 BAD = [  # words, what the line names
     ("--strategies fancy", "'fancy'"),
@@ -259,22 +392,31 @@ BAD = [  # words, what the line names
     ("--trace azure_2030", "'azure_2030'"),
     ("--trace nowhere.csv", "'nowhere.csv'"),
     ("--request-rate trace", "--trace"),
-    *((f"--{option} {value}", f"{option}.*{value}") for option in ("block-size", "num-blocks", "batch-size", "requests", "repeats")
-      for value in ("0", "-1", "many", "1.5")),
+    *(
+        (f"--{option} {value}", f"{option}.*{value}")
+        for option in ("block-size", "num-blocks", "batch-size", "requests", "repeats")
+        for value in ("0", "-1", "many", "1.5")
+    ),
     ("--num-blocks 0%", "num-blocks.*0%"),
     ("--num-blocks=-5%", "num-blocks.*-5%"),
     ("--num-blocks nan%", "num-blocks.*nan%"),
     ("--max-seq-len 0", "max-seq-len.*0"),
     ("--max-seq-len -1", "max-seq-len.*-1"),
-    *((f"--scale-lengths {value}", f"scale-lengths.*{value}") for value in ("0", "nan", "-1", "inf", "some")),
+    *(
+        (f"--scale-lengths {value}", f"scale-lengths.*{value}")
+        for value in ("0", "nan", "-1", "inf", "some")
+    ),
     *((f"--request-rate {value}", f"request-rate.*{value}") for value in ("0", "-1", "abc", "nan")),
-    *((f"--burstiness {value}", f"burstiness.*{value}") for value in ("0", "-1", "nan", "inf", "abc")),
+    *(
+        (f"--burstiness {value}", f"burstiness.*{value}")
+        for value in ("0", "-1", "nan", "inf", "abc")
+    ),
     ("--seed -1", "seed.*-1"),
     ("--seed abc", "seed.*abc"),
     ("--name a/b", "'a/b'"),
     ("--name ..", "'..'"),
     ("--frobnicate", "--frobnicate"),
-]  # fmt: skip
+]
 ENORMOUS = [
     ("--scale-lengths 1e12", "scale-lengths"),
     ("--scale-lengths 1e300", "scale-lengths"),
@@ -300,14 +442,25 @@ def test_a_value_beyond_any_machine_is_bad_input_too(words, named, refused):
 
 
 @pytest.mark.parametrize(
-    "words", ["--requests 0", "--workload holiday", "--strategies fancy", "--trace nowhere.csv", f"--name {'x' * 300}"]
+    "words",
+    [
+        "--requests 0",
+        "--workload holiday",
+        "--strategies fancy",
+        "--trace nowhere.csv",
+        f"--name {'x' * 300}",
+    ],
 )
 def test_bad_input_is_refused_before_the_model_is_loaded(words, refused, monkeypatch):
-    monkeypatch.setattr("cortexlab.host.models.load_model", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "cortexlab.host.models.load_model", lambda name: pytest.fail("the model was loaded")
+    )
     refused(*ONE, *words.split())
 
 
-@pytest.mark.parametrize("words", [[], ["frobnicate"], ["doctor", "--frobnicate"], ["fetch-model", "extra"]])
+@pytest.mark.parametrize(
+    "words", [[], ["frobnicate"], ["doctor", "--frobnicate"], ["fetch-model", "extra"]]
+)
 def test_bad_usage_is_one_line(words, run):
     code, stdout, stderr = run(*words)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
@@ -321,8 +474,12 @@ def test_a_results_folder_that_cannot_be_written_is_refused_before_any_work(refu
 @pytest.mark.parametrize("trace", ["azure_2023_conv", "mooncake_conversation"])
 def test_a_seed_below_zero_is_refused_with_a_trace_too(trace, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("CORTEXLAB_TRACES", str(tmp_path))
-    (tmp_path / "azure_2023_conv.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,37,4\n")
-    (tmp_path / "mooncake_conversation.jsonl").write_text('{"timestamp": 0, "input_length": 37, "output_length": 4, "hash_ids": [0]}\n')
+    (tmp_path / "azure_2023_conv.csv").write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,37,4\n"
+    )
+    (tmp_path / "mooncake_conversation.jsonl").write_text(
+        '{"timestamp": 0, "input_length": 37, "output_length": 4, "hash_ids": [0]}\n'
+    )
     assert "seed" in refused(*ONE, "--trace", trace, "--request-rate", "trace", "--seed", "-1")
 
 
@@ -338,21 +495,33 @@ def test_a_truncated_model_file_is_refused(tmp_path):
     (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     done = process(*ONE, "--model", "smollm2", "--out", out, CORTEXLAB_CACHE=str(folder))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "SmolLM2-135M-Instruct.Q4_1.gguf" in done.stderr and "corrupt or truncated" in done.stderr
+    assert (
+        "SmolLM2-135M-Instruct.Q4_1.gguf" in done.stderr and "corrupt or truncated" in done.stderr
+    )
     assert not out.exists()
 
 
 CONFIG = {
-    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 256, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 256,
+    "max_position_embeddings": 4096,
+}
 DAMAGED = {  # the files of a local model folder
     "empty folder": {},
     "config is no JSON": {"config.json": "{"},
     "config without a type": {"config.json": "{}"},
     "unknown type": {"config.json": '{"model_type": "abacus"}'},
     "no weights": {"config.json": json.dumps(CONFIG)},
-    "truncated weights": {"config.json": json.dumps(CONFIG), "model.safetensors": "\x40\x00\x00\x00\x00\x00\x00\x00{"},
+    "truncated weights": {
+        "config.json": json.dumps(CONFIG),
+        "model.safetensors": "\x40\x00\x00\x00\x00\x00\x00\x00{",
+    },
 }
 
 
@@ -381,7 +550,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- whole or not at all ------------------------------------------------------------------------------------------------------
+# --- whole or not at all --------------------------------------------------------------------------
 
 
 def visible(folder: Path) -> list[str]:
@@ -420,7 +589,9 @@ def test_a_killed_writer_leaves_no_half_result(before, tmp_path):
     if before:
         target.mkdir()
         (target / "run.json").write_text(before)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(target)], capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(target)], capture_output=True, timeout=60
+    )
     assert done.returncode == -signal.SIGKILL
     assert visible(tmp_path) == (["mine"] if before else [])
     assert [file.name for file in target.glob("*")] == (["run.json"] if before else [])
@@ -429,10 +600,13 @@ def test_a_killed_writer_leaves_no_half_result(before, tmp_path):
     assert (target / "run.json").read_text() == "new"
 
 
-# --- the other commands -------------------------------------------------------------------------------------------------------
+# --- the other commands ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["doctor", "bench", "replay", "allocbench", "sweep", "compare", "report", "fetch-model", "lab"])
+@pytest.mark.parametrize(
+    "command",
+    ["doctor", "bench", "replay", "allocbench", "sweep", "compare", "report", "fetch-model", "lab"],
+)
 def test_every_command_explains_itself(command, run):
     code, stdout, stderr = run(command, "--help")
     assert (code, stderr) == (0, "")
@@ -443,8 +617,21 @@ def test_doctor_says_what_this_machine_is_and_what_is_missing(tmp_path):
     """Without the embedded model: a problem with its cure, and exit code 1."""
     done = process("doctor", "--json", CORTEXLAB_CACHE=str(tmp_path))
     found = strict(done.stdout)
-    assert {"mlx_version", "device", "blas", "sgemm_gflops", "memory_bandwidth_gb_s", "model", "memory_bytes", "problems"} <= set(found)
-    assert found["sgemm_gflops"] > 0 and found["memory_bandwidth_gb_s"] > 0 and found["memory_bytes"] > 1 << 28
+    assert {
+        "mlx_version",
+        "device",
+        "blas",
+        "sgemm_gflops",
+        "memory_bandwidth_gb_s",
+        "model",
+        "memory_bytes",
+        "problems",
+    } <= set(found)
+    assert (
+        found["sgemm_gflops"] > 0
+        and found["memory_bandwidth_gb_s"] > 0
+        and found["memory_bytes"] > 1 << 28
+    )
     assert all(problem["what"] and problem["cure"] for problem in found["problems"])
     assert (done.stderr, list(tmp_path.iterdir())) == ("", [])
     if found["model"] is None:
@@ -454,7 +641,9 @@ def test_doctor_says_what_this_machine_is_and_what_is_missing(tmp_path):
 
 def test_doctor_calls_a_damaged_model_a_problem(run, tmp_path, monkeypatch):
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("cortexlab.host.models.find_smollm2", lambda: tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.setattr(
+        "cortexlab.host.models.find_smollm2", lambda: tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
     code, stdout, _ = run("doctor")
     assert code == 1
     assert "GFLOP/s" in stdout and "corrupt or truncated" in stdout and "fetch-model" in stdout
@@ -462,22 +651,50 @@ def test_doctor_calls_a_damaged_model_a_problem(run, tmp_path, monkeypatch):
 
 def readme_strategy() -> str:
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    return next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Tidy" in block)
+    return next(
+        block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Tidy" in block
+    )
 
 
 def test_the_readmes_own_strategy_runs_and_one_that_raises_is_one_line(tmp_path):
     (tmp_path / "mine.py").write_text(readme_strategy())
-    (tmp_path / "bad.py").write_text(readme_strategy().replace("def allocate(self, n):", "def allocate(self, n):\n        n < 2 or 1 / 0"))
-    command = [sys.executable, "-m", "cortexlab", "bench", "--model", "tiny", "--requests", "4", "--workload", "lognormal", "--json"]
-    good = subprocess.run([*command, "--strategies", "mine:Tidy,paged"], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "bad.py").write_text(
+        readme_strategy().replace(
+            "def allocate(self, n):", "def allocate(self, n):\n        n < 2 or 1 / 0"
+        )
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "cortexlab",
+        "bench",
+        "--model",
+        "tiny",
+        "--requests",
+        "4",
+        "--workload",
+        "lognormal",
+        "--json",
+    ]
+    good = subprocess.run(
+        [*command, "--strategies", "mine:Tidy,paged"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert good.returncode == 0, good.stderr
     rows = json.loads(good.stdout)["rows"]
-    assert [row["strategy"] for row in rows] == ["Tidy", "paged"] and rows[0]["tokens_sha256"] == rows[1]["tokens_sha256"]
+    assert [row["strategy"] for row in rows] == ["Tidy", "paged"] and rows[0][
+        "tokens_sha256"
+    ] == rows[1]["tokens_sha256"]
     namespace = {}
     exec(readme_strategy(), namespace)
     proving.prove(namespace["Tidy"], has_room=proving.has_enough)
-    bad = subprocess.run([*command, "--strategies", "bad:Tidy"], cwd=tmp_path, capture_output=True, text=True)
-    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and "ZeroDivisionError" in bad.stderr
+    bad = subprocess.run(
+        [*command, "--strategies", "bad:Tidy"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (
+        2,
+        "",
+        1,
+    ) and "ZeroDivisionError" in bad.stderr
 
 
 def test_lab_passes_other_options_on(monkeypatch):

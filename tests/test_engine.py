@@ -1,4 +1,6 @@
-"""The engine against the ground truth: whatever the strategy, the tokens are those of mlx-lm, one sequence at a time."""
+"""The engine against the ground truth: whatever the strategy, the tokens are those of mlx-lm, one
+sequence at a time.
+"""
 
 import mlx.core as mx
 import pytest
@@ -16,7 +18,24 @@ from cortexlab.engine.mlx_lm_hook import ATTENTION
 from cortexlab.scheduler.request import RequestState
 from cortexlab.scheduler.scheduler import OOM_POLICIES
 
-LENGTHS = (1, 600, 2, 100, 16, 17, 257, 33, 5, 48, 15, 64, 128, 3, 200, 31)  # 1 to 600 tokens, block edges among them
+LENGTHS = (
+    1,
+    600,
+    2,
+    100,
+    16,
+    17,
+    257,
+    33,
+    5,
+    48,
+    15,
+    64,
+    128,
+    3,
+    200,
+    31,
+)  # 1 to 600 tokens, block edges among them
 
 
 def serve(model, prompts, max_tokens=8, **options):
@@ -26,26 +45,46 @@ def serve(model, prompts, max_tokens=8, **options):
     engine.cache.blocks.check()
     assert engine.stats().used_blocks == 0
     for request in requests:
-        assert [event.token for event in events if event.request_id == request.id] == request.output_tokens
+        assert [
+            event.token for event in events if event.request_id == request.id
+        ] == request.output_tokens
     return engine, requests
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
-def test_default_model_yields_the_reference_tokens(smollm2, smollm2_reference, strategy, batch_size):
+def test_default_model_yields_the_reference_tokens(
+    smollm2, smollm2_reference, strategy, batch_size
+):
     prompts = prompts_of(LENGTHS, 49152)
-    _, requests = serve(smollm2[0], prompts, num_blocks=320, strategy=strategy, max_batch_size=batch_size, max_seq_len=640)
+    _, requests = serve(
+        smollm2[0],
+        prompts,
+        num_blocks=320,
+        strategy=strategy,
+        max_batch_size=batch_size,
+        max_seq_len=640,
+    )
     assert sum(smollm2_reference.check(request) for request in requests) >= len(requests) - 1
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
 @pytest.mark.parametrize("attention", METHODS)
-def test_tiny_model_yields_the_reference_tokens(tiny, tiny_reference, ways, strategy, batch_size, attention):
+def test_tiny_model_yields_the_reference_tokens(
+    tiny, tiny_reference, ways, strategy, batch_size, attention
+):
     prompts = prompts_of(LENGTHS, 256)
     engine, requests = serve(
-        tiny, prompts, 24, num_blocks=320, strategy=strategy, max_batch_size=batch_size, max_seq_len=640, attention=attention
-    )  # fmt: skip
+        tiny,
+        prompts,
+        24,
+        num_blocks=320,
+        strategy=strategy,
+        max_batch_size=batch_size,
+        max_seq_len=640,
+        attention=attention,
+    )
     assert all(tiny_reference.check(request) for request in requests)
     gathered = "gather" in ways[engine.cache.arena]
     if STRATEGIES[strategy].growth != "relocate":
@@ -54,7 +93,9 @@ def test_tiny_model_yields_the_reference_tokens(tiny, tiny_reference, ways, stra
         assert gathered == (attention == "gather"), "nobody else's pieces are so many and so short"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     strategy=st.sampled_from([*STRATEGIES, FirstFit]),
     growth=st.sampled_from([None, *GROWTHS]),
@@ -66,30 +107,62 @@ def test_tiny_model_yields_the_reference_tokens(tiny, tiny_reference, ways, stra
     lengths=st.lists(st.integers(1, 120), min_size=1, max_size=8),
 )
 def test_any_setting_yields_the_reference_tokens(
-    tiny, tiny_reference, strategy, growth, oom_policy, attention, block_size, batch_size, step_tokens, lengths
+    tiny,
+    tiny_reference,
+    strategy,
+    growth,
+    oom_policy,
+    attention,
+    block_size,
+    batch_size,
+    step_tokens,
+    lengths,
 ):
     _, requests = serve(
-        tiny, prompts_of(lengths, 256), 12, num_blocks=-(-300 // block_size), block_size=block_size, strategy=strategy, growth=growth,
-        oom_policy=oom_policy, attention=attention, max_batch_size=batch_size, max_step_tokens=step_tokens, max_seq_len=140,
-    )  # fmt: skip
+        tiny,
+        prompts_of(lengths, 256),
+        12,
+        num_blocks=-(-300 // block_size),
+        block_size=block_size,
+        strategy=strategy,
+        growth=growth,
+        oom_policy=oom_policy,
+        attention=attention,
+        max_batch_size=batch_size,
+        max_step_tokens=step_tokens,
+        max_seq_len=140,
+    )
     for request in requests:
         tiny_reference.check(request)
 
 
 def test_out_of_memory_under_fail_ends_one_request_and_no_other(tiny, tiny_reference):
-    engine = cl.Engine(tiny, num_blocks=8, strategy="cortexstream", oom_policy="fail", max_batch_size=4)
+    engine = cl.Engine(
+        tiny, num_blocks=8, strategy="cortexstream", oom_policy="fail", max_batch_size=4
+    )
     first, second = (engine.submit(prompt, 8) for prompt in prompts_of([60, 90], 256))
     events = list(engine.run())
-    assert (second.state, second.finish_reason) == (RequestState.FAILED, "error") and "out of KV memory" in second.error
+    assert (second.state, second.finish_reason) == (
+        RequestState.FAILED,
+        "error",
+    ) and "out of KV memory" in second.error
     assert cl.TokenEvent(second.id, None, "error") in events
     assert first.state is RequestState.FINISHED and tiny_reference.check(first)
 
 
-def test_a_pool_that_is_too_small_for_all_preempts_and_still_yields_the_same_tokens(tiny, tiny_reference):
+def test_a_pool_that_is_too_small_for_all_preempts_and_still_yields_the_same_tokens(
+    tiny, tiny_reference
+):
     prompts = prompts_of([30] * 6, 256)
     for policy in ("wait", "preempt"):
-        engine, requests = serve(tiny, prompts, 40, num_blocks=9, strategy="paged", oom_policy=policy, max_batch_size=6)
-        assert engine.stats().num_preemptions == sum(request.num_preemptions for request in requests) > 0
+        engine, requests = serve(
+            tiny, prompts, 40, num_blocks=9, strategy="paged", oom_policy=policy, max_batch_size=6
+        )
+        assert (
+            engine.stats().num_preemptions
+            == sum(request.num_preemptions for request in requests)
+            > 0
+        )
         assert all(tiny_reference.check(request) for request in requests)
 
 
@@ -112,14 +185,23 @@ def test_stop_tokens_end_a_request(tiny, tiny_reference):
     engine = cl.Engine(tiny, num_blocks=8)
     request = engine.submit(prompt, 10, stop_token_ids=[stop])
     list(engine.run())
-    assert request.finish_reason == "stop" and request.output_tokens == tokens[: tokens.index(stop) + 1]
+    assert (
+        request.finish_reason == "stop"
+        and request.output_tokens == tokens[: tokens.index(stop) + 1]
+    )
 
 
 def test_time_stamps_are_in_order(tiny):
     engine = cl.Engine(tiny, num_blocks=64)
     request = engine.submit([1, 2, 3], 5)
     list(engine.run())
-    stamps = [request.arrived_at, request.scheduled_at, request.first_token_at, *request.token_times, request.finished_at]
+    stamps = [
+        request.arrived_at,
+        request.scheduled_at,
+        request.first_token_at,
+        *request.token_times,
+        request.finished_at,
+    ]
     assert stamps == sorted(stamps) and len(request.token_times) == 5
 
 
@@ -153,7 +235,9 @@ def test_time_stamps_are_in_order(tiny):
         ([1], {"request_id": 7}, "request_id"),
     ],
 )
-def test_a_bad_request_is_refused_by_name_and_the_engine_goes_on(tiny, tiny_reference, prompt, options, names):
+def test_a_bad_request_is_refused_by_name_and_the_engine_goes_on(
+    tiny, tiny_reference, prompt, options, names
+):
     engine = cl.Engine(tiny, num_blocks=8)
     good = engine.submit([5, 6, 7], 6, request_id="taken")
     engine.step()
@@ -215,7 +299,10 @@ def test_mlx_lm_is_as_it_was_after_a_step_and_after_an_exception(tiny, monkeypat
 
 def test_two_engines_in_one_process_do_not_disturb_each_other(tiny, tiny_reference):
     engines = [cl.Engine(tiny, num_blocks=32, strategy=name) for name in ("paged", "cortexstream")]
-    requests = [engine.submit(prompt, 10) for engine, prompt in zip(engines, prompts_of([30, 40], 256), strict=True)]
+    requests = [
+        engine.submit(prompt, 10)
+        for engine, prompt in zip(engines, prompts_of([30, 40], 256), strict=True)
+    ]
     while any(engine.requests for engine in engines):
         for engine in engines:
             engine.step()
@@ -225,16 +312,22 @@ def test_two_engines_in_one_process_do_not_disturb_each_other(tiny, tiny_referen
 @pytest.mark.parametrize("pipeline", [False, True])
 @pytest.mark.parametrize("products_a_stream", [1, 200])
 def test_a_step_writes_the_arena_in_place(tiny, monkeypatch, pipeline, products_a_stream):
-    """By pointer: through prefill and decode every layer's K and V stay where they were made, whoever else reads them."""
+    """By pointer: through prefill and decode every layer's K and V stay where they were made,
+    whoever else reads them.
+    """
     monkeypatch.setattr(attention_module, "PRODUCTS_A_STREAM", products_a_stream)
     for attention in METHODS:
-        engine = cl.Engine(tiny, num_blocks=64, attention=attention, max_batch_size=4, pipeline=pipeline)
+        engine = cl.Engine(
+            tiny, num_blocks=64, attention=attention, max_batch_size=4, pipeline=pipeline
+        )
         engine.cache.warmup()
         before = [pointer(array) for array in engine.cache.arena.arrays()]
         for prompt in prompts_of([20, 30, 40, 50], 256):
             engine.submit(prompt, 6)
         list(engine.run())
-        assert [pointer(array) for array in engine.cache.arena.arrays()] == before, f"{attention} copied the arena"
+        assert [pointer(array) for array in engine.cache.arena.arrays()] == before, (
+            f"{attention} copied the arena"
+        )
 
 
 def pointer(array: mx.array) -> int:
@@ -248,13 +341,27 @@ def test_sixteen_bit_models_run_where_windows_cannot(dtype):
     model = cl.load_model("tiny")[0]
     model.set_dtype(dtype)
     for strategy in ("paged", "cortexstream"):
-        _, requests = serve(model, prompts_of([20] * 10, 256), 12, num_blocks=64, strategy=strategy, max_batch_size=10)
+        _, requests = serve(
+            model,
+            prompts_of([20] * 10, 256),
+            12,
+            num_blocks=64,
+            strategy=strategy,
+            max_batch_size=10,
+        )
         for request in requests:
             difference = first_difference(model, request.prompt, request.output_tokens)
             assert difference is None or difference.near_tie
         requests[:] = serve(  # three fit: the others go to the host and come back
-            model, prompts_of([20] * 6, 256), 24, num_blocks=9, strategy=strategy, oom_policy="preempt", preemption="swap", watermark=0.0
-        )[1]  # fmt: skip
+            model,
+            prompts_of([20] * 6, 256),
+            24,
+            num_blocks=9,
+            strategy=strategy,
+            oom_policy="preempt",
+            preemption="swap",
+            watermark=0.0,
+        )[1]
         for request in requests:
             difference = first_difference(model, request.prompt, request.output_tokens)
             assert difference is None or difference.near_tie
@@ -277,7 +384,9 @@ def test_a_step_that_raises_loses_nothing(tiny, tiny_reference, monkeypatch):
     assert all(tiny_reference.check(request) for request in requests)
     assert cl.TokenEvent(gone.id, None, "cancelled") in events
     for request in requests:
-        assert [event.token for event in events if event.request_id == request.id] == request.output_tokens
+        assert [
+            event.token for event in events if event.request_id == request.id
+        ] == request.output_tokens
 
 
 def test_prompts_may_be_arrays_and_ids_never_collide(tiny):

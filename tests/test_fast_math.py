@@ -1,4 +1,6 @@
-"""exp and SwiGLU made of products and additions equal the definition to float32 rounding; mlx-lm is as it was afterwards."""
+"""exp and SwiGLU made of products and additions equal the definition to float32 rounding; mlx-lm is
+as it was afterwards.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +20,9 @@ def test_exp_of_what_softmax_gives_it():
     error = np.abs(np.array(fast_math.exp(mx.array(x))) - expected) / expected
     assert error.max() < 4.1e-6
     assert error[np.abs(x) < 1].max() < 4e-7
-    zero, masked, lowest, nan = fast_math.exp(mx.array([0.0, -1e5, -fast_math.LARGEST, float("nan")])).tolist()
+    zero, masked, lowest, nan = fast_math.exp(
+        mx.array([0.0, -1e5, -fast_math.LARGEST, float("nan")])
+    ).tolist()
     assert zero == 1.0
     assert 0 <= masked < 2e-38 and 0 <= lowest < 2e-38
     assert nan != nan
@@ -26,10 +30,15 @@ def test_exp_of_what_softmax_gives_it():
 
 @pytest.mark.parametrize("shape", [(1,), (7, 5), (3, 1, 1536)])
 def test_swiglu_is_mlx_lms(shape):
-    gate, x = mx.random.normal(shape, scale=4.0, key=mx.random.key(0)), mx.random.normal(shape, key=mx.random.key(1))
+    gate, x = (
+        mx.random.normal(shape, scale=4.0, key=mx.random.key(0)),
+        mx.random.normal(shape, key=mx.random.key(1)),
+    )
     g = np.array(gate).astype(np.float64)
     expected = g / (1 + np.exp(-g)) * np.array(x)
-    np.testing.assert_allclose(np.array(fast_math.swiglu(gate, x)), expected, rtol=3e-6, atol=1e-7 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        np.array(fast_math.swiglu(gate, x)), expected, rtol=3e-6, atol=1e-7 * np.abs(expected).max()
+    )
 
 
 def test_gates_far_out():

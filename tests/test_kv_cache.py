@@ -1,6 +1,7 @@
 """KVCache: CortexStream's API, and the promise that reading and writing copy nothing.
 
-Each array of the arena is ``[num_kv_heads, num_slots, head_dim]``: slot s of head h starts ``(h * num_slots + s) * head_dim`` elements in.
+Each array of the arena is ``[num_kv_heads, num_slots, head_dim]``: slot s of head h starts ``(h *
+num_slots + s) * head_dim`` elements in.
 """
 
 import re
@@ -16,7 +17,9 @@ SLOT_BYTES = 2 * LAYERS * HEADS * DIM * 4  # K and V of one token in all layers,
 MIB = 1 << 20
 
 
-def cache(max_total_tokens: int = 128, block_size: int = 4, strategy: str = "cortexstream", **options) -> cl.KVCache:
+def cache(
+    max_total_tokens: int = 128, block_size: int = 4, strategy: str = "cortexstream", **options
+) -> cl.KVCache:
     return cl.KVCache(LAYERS, HEADS, DIM, max_total_tokens, block_size, strategy, **options)
 
 
@@ -26,7 +29,9 @@ def tokens(n: int, seed: int = 0) -> tuple[mx.array, mx.array]:
     return tuple(mx.random.normal((HEADS, n, DIM), key=key) for key in keys)
 
 
-def filled(kv: cl.KVCache, sequence: str, n: int, max_tokens: int | None = None, seed: int = 0) -> tuple[mx.array, mx.array]:
+def filled(
+    kv: cl.KVCache, sequence: str, n: int, max_tokens: int | None = None, seed: int = 0
+) -> tuple[mx.array, mx.array]:
     """A sequence of n tokens, written in every layer; what was written into the last."""
     assert kv.allocate_for(sequence, n, max_tokens)
     for layer in range(LAYERS):
@@ -45,7 +50,7 @@ def equal(a: mx.array, b: mx.array) -> bool:
     return a.shape == b.shape and bool(mx.array_equal(a, b))
 
 
-# --- sequences ----------------------------------------------------------------------------------------------------------------
+# --- sequences ------------------------------------------------------------------------------------
 
 
 def test_512_tokens_in_blocks_of_16_fill_them_so_no_token_can_follow():
@@ -70,7 +75,10 @@ def test_max_tokens_reserves_room_to_grow():
     assert sum(kv.append_token("a") for _ in range(10)) == 6
 
 
-@pytest.mark.parametrize(("strategy", "growth"), [("paged", "chain"), ("cortexstream", "relocate"), ("cortexstream", "chain")])
+@pytest.mark.parametrize(
+    ("strategy", "growth"),
+    [("paged", "chain"), ("cortexstream", "relocate"), ("cortexstream", "chain")],
+)
 def test_the_other_policies_grow_until_the_pool_is_full(strategy, growth):
     kv = cache(16, strategy=strategy, growth=growth)
     assert kv.allocate_for("a", 4)
@@ -99,7 +107,11 @@ def test_freeing_twice_is_safe_and_forgets_the_sequence():
     assert kv.allocate_for("a", 5)
     kv.free_for("a")
     kv.free_for("a")
-    assert (kv.used_tokens("a"), kv.get_token_offset_in_block("a"), kv.get_total_allocated()) == (0, -1, 0)
+    assert (kv.used_tokens("a"), kv.get_token_offset_in_block("a"), kv.get_total_allocated()) == (
+        0,
+        -1,
+        0,
+    )
     assert kv.allocate_for("a", 128)
 
 
@@ -107,12 +119,21 @@ def test_without_room_allocate_says_false_and_takes_nothing():
     kv = cache(16)
     assert kv.allocate_for("a", 9)
     assert not kv.allocate_for("b", 5)
-    assert (kv.used_tokens("b"), kv.get_num_allocated_sequences(), kv.get_total_free()) == (0, 1, 4 * SLOT_BYTES)
+    assert (kv.used_tokens("b"), kv.get_num_allocated_sequences(), kv.get_total_free()) == (
+        0,
+        1,
+        4 * SLOT_BYTES,
+    )
 
 
 def test_bytes_count_k_and_v_of_every_layer():
     kv = cache(30)  # rounded up to 8 blocks of 4
-    assert kv.get_total_free() == 32 * SLOT_BYTES == kv.stats()["arena_bytes"] == sum(a.nbytes for a in kv.arena.arrays())
+    assert (
+        kv.get_total_free()
+        == 32 * SLOT_BYTES
+        == kv.stats()["arena_bytes"]
+        == sum(a.nbytes for a in kv.arena.arrays())
+    )
     kv.allocate_for("a", 5)
     assert (kv.get_total_allocated(), kv.get_total_free()) == (8 * SLOT_BYTES, 24 * SLOT_BYTES)
     half = cache(32, dtype=mx.float16)
@@ -145,13 +166,15 @@ def test_warmup_changes_nothing():
     assert equal(kv.get_k_view("a", 1), k)
 
 
-# --- reading and writing ------------------------------------------------------------------------------------------------------
+# --- reading and writing --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["static", "cortexstream", "paged"])
 def test_views_show_what_was_written_and_only_the_sequences_own(strategy):
     kv = cache(strategy=strategy)
-    written = {sequence: filled(kv, sequence, n, seed=n) for sequence, n in (("a", 5), ("b", 4), ("c", 11))}
+    written = {
+        sequence: filled(kv, sequence, n, seed=n) for sequence, n in (("a", 5), ("b", 4), ("c", 11))
+    }
     for sequence, (k, v) in written.items():
         assert equal(kv.get_k_view(sequence, 1), k)
         assert equal(kv.get_v_view(sequence, 1), v)
@@ -174,7 +197,10 @@ def test_a_contiguous_sequences_view_is_the_arena_itself_by_pointer(dtype):
     filled(kv, "a", 6)
     start = kv.extents("a")[0].start * 4
     assert start == 12
-    for view, arena in ((kv.get_k_view("a", 1), kv.arena.keys[1]), (kv.get_v_view("a", 1), kv.arena.values[1])):
+    for view, arena in (
+        (kv.get_k_view("a", 1), kv.arena.keys[1]),
+        (kv.get_v_view("a", 1), kv.arena.values[1]),
+    ):
         assert address(view) - address(arena) == start * DIM * dtype.size
         strides = np.array(view, copy=False).strides
         assert strides == (kv.arena.num_slots * DIM * dtype.size, DIM * dtype.size, dtype.size)
@@ -223,7 +249,7 @@ def test_one_extent_is_a_tuple_of_one():
     assert equal(view, k)
 
 
-# --- writing is in place ------------------------------------------------------------------------------------------------------
+# --- writing is in place --------------------------------------------------------------------------
 
 
 def rise_of(kv: cl.KVCache, sequence: str, positions) -> int:
@@ -295,7 +321,7 @@ def test_reading_a_view_does_not_copy_the_arena():
     assert mx.get_peak_memory() - before < MIB
 
 
-# --- relocation ---------------------------------------------------------------------------------------------------------------
+# --- relocation -----------------------------------------------------------------------------------
 
 
 def test_relocation_takes_the_data_along_and_counts_its_bytes():
@@ -333,27 +359,43 @@ def test_a_later_move_may_land_where_an_earlier_one_left():
     assert kv.stats()["copied_bytes"] == 12 * SLOT_BYTES
 
 
-# --- the dump -----------------------------------------------------------------------------------------------------------------
+# --- the dump -------------------------------------------------------------------------------------
 
 
 def test_the_dump_names_configuration_state_and_every_sequence():
     kv, _, _ = scattered()
     text = kv.dump_cache_stats()
-    for part in (f"Layers: {LAYERS}", f"Heads: {HEADS}", f"HeadDim: {DIM}", "BlockSize: 4", "TotalBlocks: 32", "Strategy: paged",
-                 "Allocated sequences: 2", "Total allocated: ", "Total free: ", "Fragmentation: 0.00"):  # fmt: skip
+    for part in (
+        f"Layers: {LAYERS}",
+        f"Heads: {HEADS}",
+        f"HeadDim: {DIM}",
+        "BlockSize: 4",
+        "TotalBlocks: 32",
+        "Strategy: paged",
+        "Allocated sequences: 2",
+        "Total allocated: ",
+        "Total free: ",
+        "Fragmentation: 0.00",
+    ):
         assert part in text
     sequences = [line.strip() for line in text.splitlines() if "tokens, blocks" in line]
     assert sequences == ["a: 7/8 tokens, blocks [0, +1] [2, +1]", "b: 4/4 tokens, blocks [1, +1]"]
-    assert all(re.fullmatch(r"\w+: \d+/\d+ tokens, blocks( \[\d+, \+\d+\])+", line) for line in sequences)
+    assert all(
+        re.fullmatch(r"\w+: \d+/\d+ tokens, blocks( \[\d+, \+\d+\])+", line) for line in sequences
+    )
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["num_layers", "num_kv_heads", "head_dim", "max_total_tokens", "block_size"])
+@pytest.mark.parametrize(
+    "name", ["num_layers", "num_kv_heads", "head_dim", "max_total_tokens", "block_size"]
+)
 @pytest.mark.parametrize("value", [0, -1, 1.5])
 def test_a_size_below_one_is_refused_by_name_and_value(name, value):
-    sizes = dict(num_layers=1, num_kv_heads=1, head_dim=8, max_total_tokens=16, block_size=4) | {name: value}
+    sizes = dict(num_layers=1, num_kv_heads=1, head_dim=8, max_total_tokens=16, block_size=4) | {
+        name: value
+    }
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         cl.KVCache(**sizes)
 
@@ -378,7 +420,9 @@ def test_an_unknown_strategy_or_growth_is_refused_by_name():
         lambda kv: kv.write("a", 0, *tokens(1), -1),
         lambda kv: kv.write("a", 0, *tokens(4), 0),
         lambda kv: kv.write("a", 0, tokens(2)[0], tokens(3)[1], 0),
-        lambda kv: kv.write("a", 0, mx.zeros((HEADS + 1, 1, DIM)), mx.zeros((HEADS + 1, 1, DIM)), 0),
+        lambda kv: kv.write(
+            "a", 0, mx.zeros((HEADS + 1, 1, DIM)), mx.zeros((HEADS + 1, 1, DIM)), 0
+        ),
         lambda kv: kv.write("a", 0, mx.zeros((HEADS, 1, 1)), mx.zeros((HEADS, 1, 1)), 0),
         lambda kv: kv.write("a", 0, mx.zeros((HEADS, 0, DIM)), mx.zeros((HEADS, 0, DIM)), 0),
         lambda kv: kv.get_k_view("nobody", 0),
@@ -399,7 +443,14 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(attempt):
 
 def test_relocation_copies_the_tokens_and_not_the_arena():
     """By pointer, and by the peak: 64 KB move in an arena of 32 MB."""
-    cache = cl.KVCache(num_layers=1, num_kv_heads=1, head_dim=64, max_total_tokens=65536, strategy="cortexstream", growth="relocate")
+    cache = cl.KVCache(
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=64,
+        max_total_tokens=65536,
+        strategy="cortexstream",
+        growth="relocate",
+    )
     assert cache.allocate_for("a", 128) and cache.allocate_for("b", 16)
     cache.warmup()
     before = [address(array) for array in cache.arena.arrays()]

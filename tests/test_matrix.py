@@ -1,4 +1,6 @@
-"""Token equality over the product of everything the engine can be set to: whatever is switched on, the tokens are mlx-lm's."""
+"""Token equality over the product of everything the engine can be set to: whatever is switched on,
+the tokens are mlx-lm's.
+"""
 
 import pytest
 from engine_cases import ARRIVAL, DRAWN, PRODUCT, Arrival, engine_options, play
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 
 
 def drawn_from(choices: dict[str, list]):
-    return st.fixed_dictionaries({name: st.sampled_from(values) for name, values in choices.items()})
+    return st.fixed_dictionaries(
+        {name: st.sampled_from(values) for name, values in choices.items()}
+    )
 
 
 arrivals = drawn_from(ARRIVAL).map(lambda chosen: Arrival(**chosen))
@@ -20,10 +24,16 @@ def test_any_setting_and_any_load_yield_the_reference_tokens(tiny, tiny_referenc
 
 
 @pytest.mark.parametrize("number", range(12))
-def test_twelve_cases_that_touch_each_value_yield_the_default_models_tokens(smollm2, smollm2_reference, number):
+def test_twelve_cases_that_touch_each_value_yield_the_default_models_tokens(
+    smollm2, smollm2_reference, number
+):
     case = {name: values[number % len(values)] for name, values in (PRODUCT | DRAWN).items()}
     load = [
-        Arrival(**{name: values[(3 * number + i) % len(values)] for name, values in ARRIVAL.items()} | {"max_tokens": 6}) for i in range(3)
+        Arrival(
+            **{name: values[(3 * number + i) % len(values)] for name, values in ARRIVAL.items()}
+            | {"max_tokens": 6}
+        )
+        for i in range(3)
     ]
     if number == 11:
         load.append(Arrival(400, 0, 1600, 3))

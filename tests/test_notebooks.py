@@ -1,4 +1,6 @@
-"""Notebooks as committed, and run with other parameters. Strict nbval runs beside this file (pyproject.toml)."""
+"""Notebooks as committed, and run with other parameters. Strict nbval runs beside this file
+(pyproject.toml).
+"""
 
 import re
 from pathlib import Path
@@ -23,7 +25,9 @@ def test_committed_notebooks_are_run_in_order_short_and_tagged(path):
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert all(cell.source.count("\n") < 15 for cell in cells)
-    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert not [
+        output for cell in cells for output in cell.outputs if output.output_type == "error"
+    ]
     tags = [tag for cell in cells for tag in cell.metadata.get("tags", [])]
     assert tags.count("parameters") == 1 and tags.count("finding") == 1
     assert "finding" in cells[-1].metadata.tags
@@ -31,7 +35,11 @@ def test_committed_notebooks_are_run_in_order_short_and_tagged(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_papermill_lists_every_parameter_with_type_and_help(path):
-    (source,) = [cell.source for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    (source,) = [
+        cell.source
+        for cell in nbformat.read(path, 4).cells
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
     told = CliRunner().invoke(papermill_command, ["--help-notebook", str(path)]).output
     told = " ".join(told.split())
     for line in source.splitlines():
@@ -41,62 +49,143 @@ def test_papermill_lists_every_parameter_with_type_and_help(path):
 
 OTHERWISE = {  # quick, and unlike the defaults in whatever might matter
     "00_quickstart": {
-        "model_name": "tiny", "workload": "heavy-tail", "block_size": 8, "num_blocks": "45%",
-        "strategies": "buddy,runs", "seed": 5,
+        "model_name": "tiny",
+        "workload": "heavy-tail",
+        "block_size": 8,
+        "num_blocks": "45%",
+        "strategies": "buddy,runs",
+        "seed": 5,
     },
     "01_allocators": {
-        "num_blocks": 100, "num_requests": 300, "largest_request": 40, "pool_sizes": "64,256", "seed": 5,
+        "num_blocks": 100,
+        "num_requests": 300,
+        "largest_request": 40,
+        "pool_sizes": "64,256",
+        "seed": 5,
         "script": "x+3 y+2 x-",
     },
     "02_fragmentation": {
-        "workload": "lognormal", "num_requests": 120, "request_rate": 20.0, "strategies": "cortexstream,paged,runs", "block_size": 8,
-        "num_blocks": "50%", "block_sizes": "4,64", "watermarks": "0,0.01,0.1", "copy_shares": "0,0.05", "seed": 5,
+        "workload": "lognormal",
+        "num_requests": 120,
+        "request_rate": 20.0,
+        "strategies": "cortexstream,paged,runs",
+        "block_size": 8,
+        "num_blocks": "50%",
+        "block_sizes": "4,64",
+        "watermarks": "0,0.01,0.1",
+        "copy_shares": "0,0.05",
+        "seed": 5,
     },
-    "03_published_figure": {"num_requests": 300, "num_slots": 9000, "block_size": 32, "prompt_mean": 80.0, "seed": 5},
+    "03_published_figure": {
+        "num_requests": 300,
+        "num_slots": 9000,
+        "block_size": 32,
+        "prompt_mean": 80.0,
+        "seed": 5,
+    },
     "04_engine": {
-        "model_name": "tiny", "num_requests": 5, "batch_limits": "2,3", "block_size": 8, "decode_rows": "2", "prefill_rows": "16",
+        "model_name": "tiny",
+        "num_requests": 5,
+        "batch_limits": "2,3",
+        "block_size": 8,
+        "decode_rows": "2",
+        "prefill_rows": "16",
         "context": 64,
-        "extent_slots": "8,32", "num_sequences": 2, "repeats": 2, "workload": "heavy-tail", "scale_lengths": 0.1, "seed": 5,
+        "extent_slots": "8,32",
+        "num_sequences": 2,
+        "repeats": 2,
+        "workload": "heavy-tail",
+        "scale_lengths": 0.1,
+        "seed": 5,
     },
     "05_block_size": {
-        "workload": "lognormal", "num_requests": 100, "num_blocks": "50%", "block_sizes": "1,8,16,128", "growth_steps": "0,32,256",
-        "extent_slots": "8,128", "repeats": 2, "seed": 5,
+        "workload": "lognormal",
+        "num_requests": 100,
+        "num_blocks": "50%",
+        "block_sizes": "1,8,16,128",
+        "growth_steps": "0,32,256",
+        "extent_slots": "8,128",
+        "repeats": 2,
+        "seed": 5,
     },
     "06_strategies": {
-        "model_name": "tiny", "workloads": "shared-prefix,heavy-tail", "strategies": "best_fit,paged", "num_requests": 80,
+        "model_name": "tiny",
+        "workloads": "shared-prefix,heavy-tail",
+        "strategies": "best_fit,paged",
+        "num_requests": 80,
         "engine_requests": 4,
         "seed": 5,
     },
     "07_triton_style": {
-        "model_name": "tiny", "workload": "heavy-tail", "strategies": "buddy,runs", "request_rates": "5,50", "num_requests": 60,
-        "pool_slots": 4096, "block_sizes": "8,32", "engine_requests": 3, "seed": 5,
-    },
-    "08_prefix_sharing": {
-        "model_name": "tiny", "num_conversations": 12, "system_tokens": 100, "block_sizes": "16,32", "pool_slots": "8192,16384",
-        "engine_requests": 3, "seed": 5,
-    },
-    "09_batch_size": {
-        "model_name": "tiny", "workloads": "chat", "scale_lengths": 0.02, "num_requests": 5, "batch_limits": "2,5", "padded_limits": "1,3",
+        "model_name": "tiny",
+        "workload": "heavy-tail",
+        "strategies": "buddy,runs",
+        "request_rates": "5,50",
+        "num_requests": 60,
+        "pool_slots": 4096,
+        "block_sizes": "8,32",
+        "engine_requests": 3,
         "seed": 5,
     },
-    "10_memory_calculator": {"memory_gb": 3.5, "mean_tokens": 77, "context": 1000, "block_size": 64, "group_size": 32},
-    "explorer": {
-        "workload": "chat", "num_requests": 40, "left": "buddy", "right": "paged", "block_size": 32,
-        "num_blocks": "80%", "seed": 5,
+    "08_prefix_sharing": {
+        "model_name": "tiny",
+        "num_conversations": 12,
+        "system_tokens": 100,
+        "block_sizes": "16,32",
+        "pool_slots": "8192,16384",
+        "engine_requests": 3,
+        "seed": 5,
     },
-    "own_strategy": {"steps": 100, "num_requests": 60, "num_blocks": "80%", "engine_requests": 4, "seed": 5},
-}  # fmt: skip
+    "09_batch_size": {
+        "model_name": "tiny",
+        "workloads": "chat",
+        "scale_lengths": 0.02,
+        "num_requests": 5,
+        "batch_limits": "2,5",
+        "padded_limits": "1,3",
+        "seed": 5,
+    },
+    "10_memory_calculator": {
+        "memory_gb": 3.5,
+        "mean_tokens": 77,
+        "context": 1000,
+        "block_size": 64,
+        "group_size": 32,
+    },
+    "explorer": {
+        "workload": "chat",
+        "num_requests": 40,
+        "left": "buddy",
+        "right": "paged",
+        "block_size": 32,
+        "num_blocks": "80%",
+        "seed": 5,
+    },
+    "own_strategy": {
+        "steps": 100,
+        "num_requests": 60,
+        "num_blocks": "80%",
+        "engine_requests": 4,
+        "seed": 5,
+    },
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_invariants_hold_under_other_parameters(path, tmp_path):
     """As a sweep runs it: without the finding, which is that of the defaults."""
     notebook = nbformat.read(path, 4)
-    notebook.cells = [cell for cell in notebook.cells if "finding" not in cell.metadata.get("tags", [])]
+    notebook.cells = [
+        cell for cell in notebook.cells if "finding" not in cell.metadata.get("tags", [])
+    ]
     assert any("invariants" in cell.metadata.get("tags", []) for cell in notebook.cells)
     nbformat.write(notebook, tmp_path / "body.ipynb")
     papermill.execute_notebook(
-        tmp_path / "body.ipynb", tmp_path / "done.ipynb", OTHERWISE[path.stem], progress_bar=False, cwd=ROOT / "notebooks"
+        tmp_path / "body.ipynb",
+        tmp_path / "done.ipynb",
+        OTHERWISE[path.stem],
+        progress_bar=False,
+        cwd=ROOT / "notebooks",
     )
 
 
@@ -121,14 +210,24 @@ def test_a_sweep_collects_every_point_skips_what_is_done_and_survives_a_failure(
     assert (target / "sweep.png").stat().st_size > 10_000
     next((target / "points").glob("*.parquet")).unlink()
     assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 0
-    pd.testing.assert_frame_equal(pd.read_parquet(target / "rows.parquet"), rows)  # nothing in it is the wall clock's
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(target / "rows.parquet"), rows
+    )  # nothing in it is the wall clock's
     timings = set(pd.read_parquet(target / "timings.parquet"))
-    assert {"duration", "output_throughput_low", "p99_itl_ms", "token_share", "point_seconds"} <= timings and "repeats" in rows
+    assert {
+        "duration",
+        "output_throughput_low",
+        "p99_itl_ms",
+        "token_share",
+        "point_seconds",
+    } <= timings and "repeats" in rows
     stamps = {path: path.stat().st_mtime_ns for path in (target / "points").iterdir()}
     file.write_text(file.read_text().replace("[static, paged]", "[static, nonsense]"))
     assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 1, "a failed point"
     assert "nonsense" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "no finished point ran again"
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, (
+        "no finished point ran again"
+    )
     assert sorted(pd.read_parquet(target / "rows.parquet")["strategy"]) == ["static", "static"]
 
 
@@ -152,12 +251,14 @@ def test_a_bad_sweep_file_is_refused_in_one_line(tmp_path, capsys, text, names):
     assert names in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_committed_sweep_files_are_valid(path):
     assert list(sweep.grid_points(sweep.read_spec(path)))
 
 
-# --- figures ------------------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -180,17 +281,24 @@ def test_figures_show_their_data(tables):
     assert len({axes.get_ylim() for axes in memory}) == 1, "one scale"
     throughput = plots.throughput_against_ttft(tables["rows"])
     assert len(throughput.containers) == len(strategies)
-    assert throughput.containers[0][0].get_xydata()[0][1] == pytest.approx(tables["rows"]["output_throughput"][0])
+    assert throughput.containers[0][0].get_xydata()[0][1] == pytest.approx(
+        tables["rows"]["output_throughput"][0]
+    )
     ttft, gaps = plots.latency_distribution(tables["requests"])
     assert len(ttft.lines) == len(gaps.lines) == len(strategies)
-    assert all(axes.get_xlabel() and "(" in axes.get_xlabel() for axes in (ttft, gaps, throughput, memory[-1]))
+    assert all(
+        axes.get_xlabel() and "(" in axes.get_xlabel()
+        for axes in (ttft, gaps, throughput, memory[-1])
+    )
 
 
 def test_the_block_map_is_the_block_table(tables):
     steps = tables["steps"]
     step = steps[steps["strategy"] == "paged"].sort_values("used_blocks").iloc[-1]
     owners = plots.block_owners(step)
-    assert (owners >= 0).sum() == step["used_blocks"] and len(owners) == step["used_blocks"] + step["free_blocks"]
+    assert (owners >= 0).sum() == step["used_blocks"] and len(owners) == step["used_blocks"] + step[
+        "free_blocks"
+    ]
     image = plots.map_image(owners)
     assert image.shape[0] * image.shape[1] >= len(owners)
 

@@ -17,12 +17,17 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code: str, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
+    )
 
 
 @pytest.mark.skipif(not blas.needed(), reason="only MLX's Linux CPU build needs another BLAS")
 def test_an_optimized_blas_is_loaded_before_mlx():
-    code = "import cortexlab; from cortexlab.bench import doctor; print(cortexlab.blas.active.path, doctor.sgemm_gflops())"
+    code = (
+        "import cortexlab; from cortexlab.bench import doctor; print(cortexlab.blas.active.path, "
+        "doctor.sgemm_gflops())"
+    )
     path, gflops = python(code).stdout.split()
     assert path != "None" and float(gflops) > doctor_limit()
 
@@ -35,14 +40,19 @@ def doctor_limit() -> float:
 
 @pytest.mark.skipif(not blas.needed(), reason="only MLX's Linux CPU build needs another BLAS")
 def test_importing_mlx_first_warns_once():
-    done = python("import mlx.core; import cortexlab; import cortexlab.allocators; print(cortexlab.blas.active.note)")
+    done = python(
+        "import mlx.core; import cortexlab; import cortexlab.allocators; "
+        "print(cortexlab.blas.active.note)"
+    )
     assert done.stdout.strip() == "mlx was imported before cortexlab"
     assert done.stderr.count("import cortexlab first") == 1
 
 
 @pytest.mark.skipif(not blas.needed(), reason="only MLX's Linux CPU build needs another BLAS")
 def test_a_chosen_blas_that_does_not_load_is_said():
-    done = python("import cortexlab; print(cortexlab.blas.active.note)", CORTEXLAB_BLAS="/nowhere/libblas.so")
+    done = python(
+        "import cortexlab; print(cortexlab.blas.active.note)", CORTEXLAB_BLAS="/nowhere/libblas.so"
+    )
     assert "/nowhere/libblas.so" in done.stdout
 
 
@@ -50,7 +60,12 @@ def test_smollm2_knows_the_capital_of_france(smollm2):
     from mlx_lm.generate import generate_step
 
     llm, tokenizer = smollm2
-    tokens = [token for token, _ in generate_step(mx.array(tokenizer.encode("The capital of France is")), llm, max_tokens=4)]
+    tokens = [
+        token
+        for token, _ in generate_step(
+            mx.array(tokenizer.encode("The capital of France is")), llm, max_tokens=4
+        )
+    ]
     assert tokenizer.decode(tokens).startswith(" Paris")
 
 
@@ -59,7 +74,9 @@ def test_smollm2s_tokenizer_is_whole(smollm2):
     text = "In 2024, naïve café-goers paid €3.50 —\n\tright?  <|im_end|>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("2024")) == 4, "each digit is a token"
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.eos_token_ids == {2}
 
@@ -77,7 +94,11 @@ def test_the_tiny_model_is_its_seed():
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_damaged_model_file_is_refused(tmp_path, monkeypatch, damage):
     good = model.find_smollm2().read_bytes()
-    bad = good[: len(good) // 2] if damage == "truncated" else good[:1000] + bytes([good[1000] ^ 1]) + good[1001:]
+    bad = (
+        good[: len(good) // 2]
+        if damage == "truncated"
+        else good[:1000] + bytes([good[1000] ^ 1]) + good[1001:]
+    )
     (tmp_path / model.GGUF).write_bytes(bad)
     monkeypatch.setattr(model, "find_smollm2", lambda: tmp_path / model.GGUF)
     with pytest.raises(cl.ModelError, match="corrupt or truncated"):
@@ -97,21 +118,40 @@ def test_environment_yml_and_pyproject_are_in_step():
 
 
 def test_the_pip_section_makes_a_working_environment(tmp_path):
-    """A clean venv, what environment.yml says, an import and a look: with nothing of this environment in it."""
+    """A clean venv, what environment.yml says, an import and a look: with nothing of this
+    environment in it.
+    """
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("\n".join(pip_section()))
-    install = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--requirement", requirements]
+    install = [
+        venv / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--requirement",
+        requirements,
+    ]
     done = subprocess.run(install, cwd=ROOT, capture_output=True, text=True)
     if done.returncode and "CI" not in os.environ and "connection" in done.stderr.lower():
         pytest.skip("no network, and pip's cache is not enough")
     assert done.returncode == 0, done.stderr[-2000:]
-    code = "import cortexlab as cl; e = cl.Engine(cl.load_model('tiny')[0], num_blocks=8); e.submit([1], 2); print(len(list(e.run())))"
-    done = subprocess.run([venv / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    code = (
+        "import cortexlab as cl; e = cl.Engine(cl.load_model('tiny')[0], num_blocks=8); "
+        "e.submit([1], 2); print(len(list(e.run())))"
+    )
+    done = subprocess.run(
+        [venv / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "2", done.stderr[-2000:]
 
 
 def pip_section() -> list[str]:
-    (section,) = [part["pip"] for part in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"] if isinstance(part, dict)]
+    (section,) = [
+        part["pip"]
+        for part in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+        if isinstance(part, dict)
+    ]
     return section

@@ -16,7 +16,11 @@ every_strategy = pytest.mark.parametrize("strategy", [*STRATEGIES, "first_fit"])
 def test_a_handle_names_the_blocks_it_holds_until_it_is_freed():
     pool = KVBlockAllocator(2048)
     handle = pool.allocate(32)
-    assert (handle.start_block_index, handle.num_blocks, handle.extents) == (0, 32, (Extent(0, 32),)) and handle.is_valid()
+    assert (handle.start_block_index, handle.num_blocks, handle.extents) == (
+        0,
+        32,
+        (Extent(0, 32),),
+    ) and handle.is_valid()
     assert (pool.total_blocks(), pool.used_blocks(), pool.free_blocks()) == (2048, 32, 2016)
     pool.free(handle)
     assert (pool.used_blocks(), pool.free_blocks(), pool.largest_free_run()) == (0, 2048, 2048)
@@ -30,8 +34,12 @@ def test_no_room_is_none_and_takes_nothing():
     pool.free(c)  # . . . b b . . .
     assert pool.allocate(4) is None
     assert pool.stats() == {
-        "free_blocks": 6, "used_blocks": 2, "largest_free_run": 3, "num_holes": 2, "external_fragmentation": 0.5,
-    }  # fmt: skip
+        "free_blocks": 6,
+        "used_blocks": 2,
+        "largest_free_run": 3,
+        "num_holes": 2,
+        "external_fragmentation": 0.5,
+    }
     assert pool.fragmentation() == 0.5
 
 
@@ -48,7 +56,10 @@ def test_a_handle_of_a_scattering_strategy_has_several_extents():
 def test_the_block_map_shows_a_letter_a_handle():
     pool = KVBlockAllocator(12)
     a, _ = pool.allocate(3), pool.allocate(6)
-    assert pool.dump_block_map(width=8) == "KVBlockAllocator: 12 blocks, 9 used, 3 free, fragmentation 0.00\n0 aaabbbbb\n8 b..."
+    assert (
+        pool.dump_block_map(width=8)
+        == "KVBlockAllocator: 12 blocks, 9 used, 3 free, fragmentation 0.00\n0 aaabbbbb\n8 b..."
+    )
     pool.free(a)
     assert pool.dump_block_map(width=6).splitlines()[1:] == ["0 ...aaa", "6 aaa..."]
 
@@ -63,7 +74,10 @@ def test_what_is_no_live_handle_of_this_allocator_is_refused_by_name_and_changes
         (foreign, "another allocator"),  # the very same numbers
         (KVHandle(live.start_block_index, live.num_blocks), "overlaps KVHandle"),
         (KVHandle(live.start_block_index, 1), "overlaps KVHandle"),
-        (KVHandle(live.start_block_index, live.num_blocks, live.extents), "no allocator handed it out"),
+        (
+            KVHandle(live.start_block_index, live.num_blocks, live.extents),
+            "no allocator handed it out",
+        ),
         (KVHandle(60, 4), "no allocator handed it out"),
         (KVHandle(-1, 0), "no allocator handed it out"),
         (KVHandle([], None), "no allocator handed it out"),
@@ -106,13 +120,15 @@ def test_an_unknown_strategy_is_refused_by_name():
         KVBlockAllocator(4, strategy="worst_fit")
 
 
-# --- threads ------------------------------------------------------------------------------------------------------------------
+# --- threads --------------------------------------------------------------------------------------
 
 NUM_BLOCKS = 1000
 
 
 class Worker(Thread):
-    """Allocates and frees at random, and marks what it holds in a map of owners that no allocator has a part in."""
+    """Allocates and frees at random, and marks what it holds in a map of owners that no allocator
+    has a part in.
+    """
 
     def __init__(self, number: int, pool: KVBlockAllocator, owners: bytearray, steps: int):
         super().__init__()
@@ -162,7 +178,9 @@ def threads_that_take_turns_often():
 
 
 @pytest.mark.usefixtures("threads_that_take_turns_often")
-@pytest.mark.parametrize(("strategy", "operations"), [("first_fit", 1_000_000), ("buddy", 100_000), ("paged", 100_000)])
+@pytest.mark.parametrize(
+    ("strategy", "operations"), [("first_fit", 1_000_000), ("buddy", 100_000), ("paged", 100_000)]
+)
 def test_eight_threads_lose_no_block_and_share_none(strategy, operations):
     pool, owners = KVBlockAllocator(NUM_BLOCKS, strategy), bytearray(NUM_BLOCKS)
     workers = [Worker(number, pool, owners, operations // 8) for number in range(1, 9)]
@@ -174,6 +192,12 @@ def test_eight_threads_lose_no_block_and_share_none(strategy, operations):
     pool.check()
     assert owners == bytes(NUM_BLOCKS)
     assert pool.stats() == {
-        "free_blocks": NUM_BLOCKS, "used_blocks": 0, "largest_free_run": NUM_BLOCKS, "num_holes": 1, "external_fragmentation": 0.0,
-    }  # fmt: skip
-    assert sum(worker.refused for worker in workers) > 0, "the pool was never full: the test is too easy"
+        "free_blocks": NUM_BLOCKS,
+        "used_blocks": 0,
+        "largest_free_run": NUM_BLOCKS,
+        "num_holes": 1,
+        "external_fragmentation": 0.0,
+    }
+    assert sum(worker.refused for worker in workers) > 0, (
+        "the pool was never full: the test is too easy"
+    )

@@ -33,7 +33,9 @@ def test_bars_are_the_shares_and_the_waiting_stands_beside_them(found):
     shares, latency = plots_fragmentation.shares_beside_ttft(rows)
     for bars, share in zip(shares.containers, SHARES, strict=True):
         assert [bar.get_width() for bar in bars] == pytest.approx(100 * rows[f"{share}_share"])
-    assert [bar.get_width() for bar in latency.containers[0]] == pytest.approx(rows["mean_ttft_ms"] / 1000)
+    assert [bar.get_width() for bar in latency.containers[0]] == pytest.approx(
+        rows["mean_ttft_ms"] / 1000
+    )
     assert "(%)" in shares.get_xlabel() and "(s" in latency.get_xlabel()
 
 
@@ -47,9 +49,13 @@ def test_knuths_rule_is_drawn_for_the_strategy_it_applies_to(found):
 
 def test_empty_slots_stand_beside_what_theory_says(found):
     axes = plots_fragmentation.empty_beside_theory(found["rows"], {"paged": 0.05})
-    assert [bar.get_width() for bar in axes.containers[0]] == pytest.approx(100 * (1 - found["rows"]["utilization"]))
+    assert [bar.get_width() for bar in axes.containers[0]] == pytest.approx(
+        100 * (1 - found["rows"]["utilization"])
+    )
     (line,) = axes.lines
-    assert set(line.get_xdata()) == {5.0} and np.mean(line.get_ydata()) == pytest.approx(2), "beside the third bar"
+    assert set(line.get_xdata()) == {5.0} and np.mean(line.get_ydata()) == pytest.approx(2), (
+        "beside the third bar"
+    )
 
 
 FRONTIER = (
@@ -70,8 +76,12 @@ def test_a_frontier_is_a_point_a_setting_in_every_panel():
         ("runs", "runs, 2 %", 0.0, 0.02, 0.7, 0.01, 20, 9000),
         ("runs", "runs, 2 %", 0.02, 0.04, 0.9, 0.01, 6, 8000),
     ]
-    panels = plots_fragmentation.run_length_frontier(pd.DataFrame(settings, columns=FRONTIER), chosen=0.02)
-    for panel, (paged, *runs) in zip(panels, ((10, 70, 90), (0, 1, 1), (70, 20, 6), (8, 9, 8)), strict=True):
+    panels = plots_fragmentation.run_length_frontier(
+        pd.DataFrame(settings, columns=FRONTIER), chosen=0.02
+    )
+    for panel, (paged, *runs) in zip(
+        panels, ((10, 70, 90), (0, 1, 1), (70, 20, 6), (8, 9, 8)), strict=True
+    ):
         lines = {line.get_label(): line.get_xydata() for line in panel.lines}
         assert lines["paged"] == pytest.approx(np.array([(4, paged)]))
         assert lines["runs, 2 %"] == pytest.approx(np.array([(2, runs[0]), (4, runs[1])]))
@@ -80,16 +90,27 @@ def test_a_frontier_is_a_point_a_setting_in_every_panel():
 
 
 def test_where_nobody_waits_there_is_no_frontier():
-    panels = plots_fragmentation.run_length_frontier(pd.DataFrame([("runs", "a", 0.0, None, 1.0, 0.0, 1, 50)], columns=FRONTIER), 0.0)
+    panels = plots_fragmentation.run_length_frontier(
+        pd.DataFrame([("runs", "a", 0.0, None, 1.0, 0.0, 1, 50)], columns=FRONTIER), 0.0
+    )
     assert all(not panel.lines for panel in panels)
     panels[0].figure.canvas.draw()
 
 
 def test_published_and_replayed_bars_each_fill_the_pool():
-    published = pd.DataFrame({"token": [0.2, 0.9], "reserved": [0.1, 0], "internal": [0.3, 0], "others": [0.4, 0.1]}, index=["a", "b"])
+    published = pd.DataFrame(
+        {"token": [0.2, 0.9], "reserved": [0.1, 0], "internal": [0.3, 0], "others": [0.4, 0.1]},
+        index=["a", "b"],
+    )
     ours = published.drop(columns="others").assign(rounding=[0.3, 0], free=[0.1, 0.1])
     axes = plots_fragmentation.published_beside_ours(published, ours)
     paper, replayed = axes.containers[:4], axes.containers[4:]
     for bars in (paper, replayed):
-        assert np.sum([[bar.get_width() for bar in part] for part in bars], axis=0) == pytest.approx([100, 100])
-    assert {label.get_text() for label in axes.get_yticklabels()} == {"a: paper", "b: paper", "replay"}
+        assert np.sum(
+            [[bar.get_width() for bar in part] for part in bars], axis=0
+        ) == pytest.approx([100, 100])
+    assert {label.get_text() for label in axes.get_yticklabels()} == {
+        "a: paper",
+        "b: paper",
+        "replay",
+    }

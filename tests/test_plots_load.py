@@ -26,7 +26,12 @@ def close():
 
 @pytest.fixture(scope="module")
 def bench(tiny):
-    return run_bench(tiny, make_workload("lognormal", 8, seed=1, scale_lengths=0.3), ["paged", "mlx-lm"], Setting(batch_size=4))
+    return run_bench(
+        tiny,
+        make_workload("lognormal", 8, seed=1, scale_lengths=0.3),
+        ["paged", "mlx-lm"],
+        Setting(batch_size=4),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,11 @@ def steps():
 
 def test_a_load_curve_goes_through_its_rows():
     rows = pd.DataFrame(
-        [(name, rate, 10.0 * rate, 100.0 * rate, 900.0 * rate) for name in ("paged", "runs") for rate in (1.0, 2.0, 4.0)],
+        [
+            (name, rate, 10.0 * rate, 100.0 * rate, 900.0 * rate)
+            for name in ("paged", "runs")
+            for rate in (1.0, 2.0, 4.0)
+        ],
         columns=["strategy", "request_rate", "output_throughput", "median_ttft_ms", "p99_ttft_ms"],
     )
     median, tail = plots_load.load_curve(rows)
@@ -50,10 +59,19 @@ def test_a_load_curve_goes_through_its_rows():
 def test_the_front_is_what_nothing_beats():
     gains = np.array([[1.0, 5.0], [2.0, 4.0], [2.0, 3.0], [0.5, 5.0], [3.0, 1.0], [3.0, 1.0]])
     assert plots_load.on_front(gains).tolist() == [True, True, False, False, True, True]
-    rows = pd.DataFrame({"strategy": list("abc"), "block_size": 16, "token_share": [0.5, 0.9, 0.8], "mean_ttft_ms": [10, 20, 30]})
+    rows = pd.DataFrame(
+        {
+            "strategy": list("abc"),
+            "block_size": 16,
+            "token_share": [0.5, 0.9, 0.8],
+            "mean_ttft_ms": [10, 20, 30],
+        }
+    )
     axes = plots_load.pareto_front(rows)
     assert axes.lines[0].get_xydata() == pytest.approx(np.array([[50, 0.01], [90, 0.02]]))
-    assert [points.get_offsets().tolist()[0][0] for points in axes.collections] == pytest.approx([50, 90, 80])
+    assert [points.get_offsets().tolist()[0][0] for points in axes.collections] == pytest.approx(
+        [50, 90, 80]
+    )
 
 
 def test_a_timeline_has_a_piece_a_gap(bench):
@@ -63,22 +81,38 @@ def test_a_timeline_has_a_piece_a_gap(bench):
     for panel, (_, part) in zip(panels, requests.groupby("strategy", sort=False), strict=True):
         pieces = [lines for lines in panel.collections if lines.get_array() is not None]
         gaps = sorted(gap for each in part["itl_ms"] for gap in each)
-        assert sorted(np.concatenate([lines.get_array() for lines in pieces])) == pytest.approx(gaps)
+        assert sorted(np.concatenate([lines.get_array() for lines in pieces])) == pytest.approx(
+            gaps
+        )
         ends = [lines.get_segments()[-1][1][0] for lines in pieces if len(lines.get_segments())]
-        assert sorted(ends) == pytest.approx(sorted(part["finished_at"][part["output_tokens"] > 1]), abs=0.05)
+        assert sorted(ends) == pytest.approx(
+            sorted(part["finished_at"][part["output_tokens"] > 1]), abs=0.05
+        )
 
 
 def toy(extents: list, pool: int, at: float) -> dict:
     used = sum(blocks for _, held in extents for _, blocks in held)
     return {
-        "strategy": "paged", "repeat": 0, "started_at": at, "ended_at": at + 1, "used_blocks": used, "free_blocks": pool - used,
+        "strategy": "paged",
+        "repeat": 0,
+        "started_at": at,
+        "ended_at": at + 1,
+        "used_blocks": used,
+        "free_blocks": pool - used,
         "extents": json.dumps(extents),
-    }  # fmt: skip
+    }
 
 
 def test_run_lengths_on_a_toy_pool():
-    """Blocks 0-1 and 5 are a's, 3 is b's: free are 2, 4 and 6-9; a second later only b's is held: free are 0-2 and 4-9."""
-    steps = pd.DataFrame([toy([("r0", [(0, 2), (5, 1)]), ("r1", [(3, 1)])], 10, 0.0), toy([("r1", [(3, 1)])], 10, 1.0)])
+    """Blocks 0-1 and 5 are a's, 3 is b's: free are 2, 4 and 6-9; a second later only b's is held:
+    free are 0-2 and 4-9.
+    """
+    steps = pd.DataFrame(
+        [
+            toy([("r0", [(0, 2), (5, 1)]), ("r1", [(3, 1)])], 10, 0.0),
+            toy([("r1", [(3, 1)])], 10, 1.0),
+        ]
+    )
     counts = plots_load.run_lengths(steps).set_index(["kind", "blocks"])["count"]
     assert counts["free runs"][[1, 2, 4, 8]].tolist() == [1.0, 0.5, 1.0, 0.0]
     assert counts["extents"][[1, 2, 4]].tolist() == [1.5, 0.5, 0.0]
@@ -87,27 +121,42 @@ def test_run_lengths_on_a_toy_pool():
     assert "free runs at a time" in free.get_ylabel() and "extents" in extents.get_xlabel()
     heat = plots_load.address_heat(steps)
     half = plots_load.NUM_TIMES // 2
-    assert (heat[[0, 1, 5], :half] == pytest.approx(1)) and not heat[[0, 1, 5], half:].any() and heat[3] == pytest.approx(1)
+    assert (
+        (heat[[0, 1, 5], :half] == pytest.approx(1))
+        and not heat[[0, 1, 5], half:].any()
+        and heat[3] == pytest.approx(1)
+    )
 
 
 def test_recorded_replays_tell_the_same_holes_as_their_allocator(steps):
     for _, step in steps.iterrows():
         owners = plots_load.block_owners(step)
         assert (owners >= 0).sum() == step["used_blocks"]
-        assert len(plots_load.lengths_of_runs(owners < 0)) == step["num_holes"] or step["strategy"] == "paged"
+        assert (
+            len(plots_load.lengths_of_runs(owners < 0)) == step["num_holes"]
+            or step["strategy"] == "paged"
+        )
     panels = plots_load.address_heat_map(steps)
     for panel, (_, part) in zip(panels, steps.groupby("strategy", sort=False), strict=True):
         held = np.average(part["used_blocks"], weights=part["ended_at"] - part["started_at"])
-        assert panel.images[0].get_array().mean() * len(panel.images[0].get_array()) == pytest.approx(held, rel=1e-6)
+        assert panel.images[0].get_array().mean() * len(
+            panel.images[0].get_array()
+        ) == pytest.approx(held, rel=1e-6)
 
 
-# --- a sweep ------------------------------------------------------------------------------------------------------------------
+# --- a sweep --------------------------------------------------------------------------------------
 
 
 def swept(**columns) -> pd.DataFrame:
     """Six seeds of two strategies at three sizes; a seed is ten times its number from the first."""
     rows = [
-        {"param_block_size": size, "strategy": strategy, "seed": seed, "slow": 1000.0 * size + 10 * seed, "share": 0.5}
+        {
+            "param_block_size": size,
+            "strategy": strategy,
+            "seed": seed,
+            "slow": 1000.0 * size + 10 * seed,
+            "share": 0.5,
+        }
         for size in (1, 16, 256)
         for strategy in ("paged", "runs")
         for seed in range(6)
@@ -131,7 +180,9 @@ def test_figures_far_apart_and_sizes_are_drawn_on_logarithms_words_and_shares_ar
     assert "logarithmic" in slow.get_ylabel() and share.get_ylim()[0] == 0
     words = swept(param_block_size=["chat", "lognormal", "heavy-tail"] * 12)
     (share,) = plots.sweep_figure(words, "param_block_size", "strategy", ["share"])
-    assert share.get_xscale() == "linear" and [tick.get_text() for tick in share.get_xticklabels()] == ["chat", "heavy-tail", "lognormal"]
+    assert share.get_xscale() == "linear" and [
+        tick.get_text() for tick in share.get_xticklabels()
+    ] == ["chat", "heavy-tail", "lognormal"]
 
 
 def test_one_measure_under_two_promises_has_one_scale():
@@ -141,10 +192,22 @@ def test_one_measure_under_two_promises_has_one_scale():
 
 
 def test_waste_waiting_and_pieces_by_block_size():
-    rows = pd.DataFrame({"strategy": "paged", "block_size": [64, 16], "utilization": [0.9, 0.98], "mean_ttft_ms": [3000.0, 2000.0],
-                         "extents_per_sequence": [2.0, 8.0], "mean_live_tokens": 320.0})  # fmt: skip
+    rows = pd.DataFrame(
+        {
+            "strategy": "paged",
+            "block_size": [64, 16],
+            "utilization": [0.9, 0.98],
+            "mean_ttft_ms": [3000.0, 2000.0],
+            "extents_per_sequence": [2.0, 8.0],
+            "mean_live_tokens": 320.0,
+        }
+    )
     waste, waiting, pieces = plots.block_size_curves(rows)
     assert np.allclose(waste.lines[0].get_xydata(), [[16, 2], [64, 10]])
-    assert np.allclose(waste.lines[1].get_ydata(), 100 * (1 - 320 / (320 + np.array([7.5, 31.5])))), "half a block a sequence"
-    assert waiting.lines[0].get_ydata().tolist() == [2, 3] and pieces.lines[0].get_ydata().tolist() == [8, 2]
+    assert np.allclose(
+        waste.lines[1].get_ydata(), 100 * (1 - 320 / (320 + np.array([7.5, 31.5])))
+    ), "half a block a sequence"
+    assert waiting.lines[0].get_ydata().tolist() == [2, 3] and pieces.lines[
+        0
+    ].get_ydata().tolist() == [8, 2]
     assert all("(" in axes.get_xlabel() for axes in (waste, waiting, pieces))

@@ -1,4 +1,6 @@
-"""Prefix sharing: which blocks the cache forgets first, and what the block manager shares, copies, evicts and gives back."""
+"""Prefix sharing: which blocks the cache forgets first, and what the block manager shares, copies,
+evicts and gives back.
+"""
 
 import random
 from collections import Counter
@@ -19,7 +21,7 @@ def ids_of(blocks) -> list[int]:
     return [block.prefix_id for block in blocks]
 
 
-# --- the cache by itself ----------------------------------------------------------------------------------------------------------
+# --- the cache by itself --------------------------------------------------------------------------
 
 
 def cached(*prefix_ids: int) -> PrefixCache:
@@ -69,7 +71,11 @@ def test_of_one_prompt_the_last_block_goes_before_the_first():
 def test_a_held_block_is_never_evicted_however_long_unused():
     cache = cached(1, 2)
     first = cache.match([1])
-    assert (cache.hold(first), cache.hold(first), cache.num_shared) == (1, 0, 1)  # idle before, then not
+    assert (cache.hold(first), cache.hold(first), cache.num_shared) == (
+        1,
+        0,
+        1,
+    )  # idle before, then not
     assert evicted(cache) == [2]
     with pytest.raises(KeyError):
         cache.evict()
@@ -82,12 +88,19 @@ def test_an_evicted_or_forgotten_block_is_found_no_more():
     cache = cached(1, 2, 3)
     assert cache.evict().extents == (Extent(1, 1),)
     cache.forget(cache.match([2]))
-    assert (len(cache), cache.match([1]), cache.match([2]), ids_of(cache.match([3]))) == (1, [], [], [3])
+    assert (len(cache), cache.match([1]), cache.match([2]), ids_of(cache.match([3]))) == (
+        1,
+        [],
+        [],
+        [3],
+    )
     cache.check()
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Beside it a list of ids in order of use and a count of holders: what is idle is what nobody holds, the longest unused first."""
+    """Beside it a list of ids in order of use and a count of holders: what is idle is what nobody
+    holds, the longest unused first.
+    """
 
     def __init__(self):
         super().__init__()
@@ -155,16 +168,33 @@ TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
-# --- the block manager: stories, blocks of two slots ------------------------------------------------------------------------------
+# --- the block manager: stories, blocks of two slots ----------------------------------------------
 
 
-def manager(strategy: str = "paged", num_blocks: int = 8, block_size: int = 2, growth: str | None = None, **options) -> BlockManager:
-    return BlockManager(strategy_of(strategy, growth), num_blocks, block_size, prefix_caching=True, **options)
+def manager(
+    strategy: str = "paged",
+    num_blocks: int = 8,
+    block_size: int = 2,
+    growth: str | None = None,
+    **options,
+) -> BlockManager:
+    return BlockManager(
+        strategy_of(strategy, growth), num_blocks, block_size, prefix_caching=True, **options
+    )
 
 
-def admit(blocks: BlockManager, sequence: str, prompt_tokens: int, *prefix_ids: int, written: int | None = None, max_tokens: int = 0):
+def admit(
+    blocks: BlockManager,
+    sequence: str,
+    prompt_tokens: int,
+    *prefix_ids: int,
+    written: int | None = None,
+    max_tokens: int = 0,
+):
     """A sequence whose prompt is computed, or only its first ``written`` tokens."""
-    assert blocks.allocate(sequence, prompt_tokens, max_tokens or prompt_tokens, prefix_ids, prompt_tokens)
+    assert blocks.allocate(
+        sequence, prompt_tokens, max_tokens or prompt_tokens, prefix_ids, prompt_tokens
+    )
     table = blocks.tables[sequence]
     found, table.num_tokens = table.num_tokens, prompt_tokens if written is None else written
     blocks.check()
@@ -206,7 +236,9 @@ def test_idle_blocks_are_free_and_stay_until_they_are_wanted():
     admit(blocks, "b", 2, 9)
     assert cached_in(blocks) == [1, 2, 3, 9], "the fourth block was free"
     admit(blocks, "c", 2, 8)
-    assert cached_in(blocks) == [1, 2, 8, 9], "one block had to go: the last of the prompt that is not in use"
+    assert cached_in(blocks) == [1, 2, 8, 9], (
+        "one block had to go: the last of the prompt that is not in use"
+    )
     assert blocks.allocate("d", 4, 4)
     assert (cached_in(blocks), blocks.free_blocks) == ([8, 9], 0)
     assert not blocks.allocate("e", 1, 1), "what is held is not evicted"
@@ -224,7 +256,7 @@ def test_growing_evicts_too_and_only_as_much_as_it_needs():
 
 
 def test_moving_to_a_free_place_comes_before_evicting():
-    """x x x b z . . .   b wants another block; x's are cached and idle, but there is room behind z."""
+    """x x x b z . . .   b grows; x is cached and idle, but there is room behind z."""
     blocks = manager("best_fit", block_size=1)
     admit(blocks, "x", 3, 1, 2, 3)
     assert blocks.allocate("b", 1, 1) and blocks.allocate("z", 1, 1)
@@ -236,7 +268,9 @@ def test_moving_to_a_free_place_comes_before_evicting():
 
 
 def test_a_partial_last_block_is_copied_not_shared():
-    """a writes its answer behind its prompt's fifth token, so b takes a copy of that token and writes behind its own."""
+    """a writes its answer behind its prompt's fifth token, so b takes a copy of that token and
+    writes behind its own.
+    """
     blocks = manager()
     a, _ = admit(blocks, "a", 5, 1, 2, 3)
     b, found = admit(blocks, "b", 5, 1, 2, 3)
@@ -247,7 +281,9 @@ def test_a_partial_last_block_is_copied_not_shared():
 
 
 def test_a_partial_block_that_is_not_yet_written_is_not_copied():
-    """b is admitted in the very step in which a's prompt is computed: a copy made before that step holds nothing of it."""
+    """b is admitted in the very step in which a's prompt is computed: a copy made before that step
+    holds nothing of it.
+    """
     blocks = manager()
     admit(blocks, "a", 1, 1, written=0)
     _, found = admit(blocks, "b", 1, 1)
@@ -255,7 +291,9 @@ def test_a_partial_block_that_is_not_yet_written_is_not_copied():
 
 
 def test_the_copy_of_a_partial_block_needs_no_room_beside_it():
-    """The pool is full but for one block; the source is idle and may be overwritten once it is copied."""
+    """The pool is full but for one block; the source is idle and may be overwritten once it is
+    copied.
+    """
     blocks = manager(num_blocks=2)
     admit(blocks, "a", 1, 1)
     blocks.free("a")
@@ -264,15 +302,31 @@ def test_the_copy_of_a_partial_block_needs_no_room_beside_it():
     assert blocks.num_held == 1
 
 
-@pytest.mark.parametrize(("prompt", "written", "kept"), [(6, 6, [1, 2, 3]), (6, 5, [1, 2]), (6, 4, [1, 2]), (6, 0, []), (5, 5, [1, 2, 3]),
-                                                         (5, 4, [1, 2]), (5, 3, [1])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "written", "kept"),
+    [
+        (6, 6, [1, 2, 3]),
+        (6, 5, [1, 2]),
+        (6, 4, [1, 2]),
+        (6, 0, []),
+        (5, 5, [1, 2, 3]),
+        (5, 4, [1, 2]),
+        (5, 3, [1]),
+    ],
+)
 def test_blocks_that_were_not_written_to_their_end_are_forgotten(prompt, written, kept):
-    """A sequence sent back in the middle of its prompt leaves only blocks that hold what their ids say."""
+    """A sequence sent back in the middle of its prompt leaves only blocks that hold what their ids
+    say.
+    """
     blocks = manager()
     admit(blocks, "a", prompt, 1, 2, 3, written=written)
     blocks.free("a")
     blocks.check()
-    assert (cached_in(blocks), blocks.stats().used_blocks, blocks.free_blocks) == (kept, len(kept), 8)
+    assert (cached_in(blocks), blocks.stats().used_blocks, blocks.free_blocks) == (
+        kept,
+        len(kept),
+        8,
+    )
 
 
 def test_what_somebody_else_holds_is_not_forgotten():
@@ -286,8 +340,19 @@ def test_what_somebody_else_holds_is_not_forgotten():
 
 
 def snapshot(blocks: BlockManager):
-    held = {name: (table.extents, tuple(table.shared), table.num_tokens) for name, table in blocks.tables.items()}
-    return held, list(blocks.moves), blocks.num_held, blocks.num_releases, blocks.stats(), cached_in(blocks), blocks.prefix.num_idle
+    held = {
+        name: (table.extents, tuple(table.shared), table.num_tokens)
+        for name, table in blocks.tables.items()
+    }
+    return (
+        held,
+        list(blocks.moves),
+        blocks.num_held,
+        blocks.num_releases,
+        blocks.stats(),
+        cached_in(blocks),
+        blocks.prefix.num_idle,
+    )
 
 
 def test_a_refused_sequence_leaves_books_and_cache_as_they_were():
@@ -299,11 +364,15 @@ def test_a_refused_sequence_leaves_books_and_cache_as_they_were():
     before = snapshot(blocks)
     assert not blocks.allocate("c", 5, 5, (1, 2, 7, 8, 9), 5)
     assert snapshot(blocks) == before
-    assert [blocks.prefix.evict().prefix_id for _ in range(3)] == [3, 2, 1], "asking in vain is no use"
+    assert [blocks.prefix.evict().prefix_id for _ in range(3)] == [3, 2, 1], (
+        "asking in vain is no use"
+    )
 
 
 def test_a_prompt_that_fits_an_empty_pool_is_served_whatever_lies_idle_in_it():
-    """. . . 1 . .   with block 1 in its prompt, the five others are not together, but nobody is there to wait for."""
+    """. . . 1 . .   with block 1 in its prompt, the five others are not together, but nobody is
+    there to wait for.
+    """
     blocks = BlockManager(strategy_of("cortexstream"), 6, 1, prefix_caching=True)
     scheduler = Scheduler(blocks, max_batch_size=1, max_step_tokens=99)
     blocks.allocate("x", 3, 3)
@@ -321,13 +390,15 @@ def test_a_strategy_that_hands_out_more_than_a_block_cannot_share(strategy, max_
         manager(strategy, num_blocks=8, max_seq_len=max_seq_len)
 
 
-# --- ids that contradict themselves ---------------------------------------------------------------------------------------------------
+# --- ids that contradict themselves ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("second", [(3, 2), (2, 1), (2, 2), (3, 1, 2), (1, 3, 2), (3, 3, 3)])
 @pytest.mark.parametrize("live", [True, False], ids=["held", "idle"])
 def test_a_prompt_whose_ids_say_otherwise_than_anothers_loses_no_block(second, live):
-    """1 2 of a, then 3 2: block 2 stands for "1 2", so b may not have it, and nobody may forget whose it is."""
+    """1 2 of a, then 3 2: block 2 stands for "1 2", so b may not have it, and nobody may forget
+    whose it is.
+    """
     blocks = manager(num_blocks=12)
     admit(blocks, "a", 4, 1, 2)
     if not live:
@@ -335,7 +406,9 @@ def test_a_prompt_whose_ids_say_otherwise_than_anothers_loses_no_block(second, l
     b, _ = admit(blocks, "b", 2 * len(second), *second)
     assert b.num_blocks == len(second)
     if len(set(second)) == len(second):
-        assert len({slot for run in b.runs(0, 99) for slot in range(*run)}) == 2 * len(second), "each of its tokens has a slot"
+        assert len({slot for run in b.runs(0, 99) for slot in range(*run)}) == 2 * len(second), (
+            "each of its tokens has a slot"
+        )
     for name in ("a", "b") if live else ("b",):
         assert blocks.grow(name, 2 * len(second) + 3)
         blocks.tables[name].num_tokens += 1
@@ -344,14 +417,20 @@ def test_a_prompt_whose_ids_say_otherwise_than_anothers_loses_no_block(second, l
     for name in ("c", "b", "a") if live else ("b", "c"):
         blocks.free(name)
         blocks.check()
-    assert (blocks.num_held, blocks.free_blocks, blocks.stats().used_blocks) == (0, 12, blocks.prefix.num_idle)
+    assert (blocks.num_held, blocks.free_blocks, blocks.stats().used_blocks) == (
+        0,
+        12,
+        blocks.prefix.num_idle,
+    )
     assert blocks.allocate("whole", 24, 24), "every block can be had again"
     blocks.check()
 
 
 @pytest.mark.parametrize("strategy", ["paged", "best_fit", "runs", "buddy"])
 def test_random_ids_that_mean_nothing_lose_no_block(strategy):
-    """Ids drawn at random, against every promise: what is found may be wrong then, but the books are right."""
+    """Ids drawn at random, against every promise: what is found may be wrong then, but the books
+    are right.
+    """
     for seed in range(30):
         rng = random.Random(f"{strategy} {seed}")
         size = rng.randint(1, 3)
@@ -362,7 +441,9 @@ def test_random_ids_that_mean_nothing_lose_no_block(strategy):
                 prompt = rng.randint(1, 4 * size)
                 ids = tuple(rng.randint(1, 5) for _ in range(blocks.blocks_for(prompt)))
                 if blocks.allocate(name, prompt, prompt + 2, ids, prompt):
-                    blocks.tables[name].num_tokens = prompt if rng.random() < 0.8 else rng.randint(0, prompt)
+                    blocks.tables[name].num_tokens = (
+                        prompt if rng.random() < 0.8 else rng.randint(0, prompt)
+                    )
             elif rng.random() < 0.4:
                 tokens = blocks.tables[name].num_tokens + 1
                 if blocks.grow(name, tokens):
@@ -377,19 +458,28 @@ def test_random_ids_that_mean_nothing_lose_no_block(strategy):
         assert blocks.free_blocks == blocks.num_blocks
 
 
-# --- what a prompt wants ----------------------------------------------------------------------------------------------------------
+# --- what a prompt wants --------------------------------------------------------------------------
 
 
 def test_blocks_that_are_held_are_not_wanted_and_idle_ones_are():
-    """1 2 3 of a, blocks of two: of a prompt of seven tokens behind 1 2 the third block and the fourth are wanted."""
+    """1 2 3 of a, blocks of two: of a prompt of seven tokens behind 1 2 the third block and the
+    fourth are wanted.
+    """
     blocks = manager()
     assert blocks.blocks_wanted(7, 7, (1, 2, 4, 5), 7) == 4
     admit(blocks, "a", 6, 1, 2, 3)
-    assert [blocks.blocks_wanted(7, 7, ids, 7) for ids in ((1, 2, 4, 5), (1, 2, 3, 5), (1, 9, 3, 5), (), (4, 1, 2, 3))] == [2, 1, 3, 4, 4]
+    assert [
+        blocks.blocks_wanted(7, 7, ids, 7)
+        for ids in ((1, 2, 4, 5), (1, 2, 3, 5), (1, 9, 3, 5), (), (4, 1, 2, 3))
+    ] == [2, 1, 3, 4, 4]
     assert blocks.blocks_wanted(6, 6, (1, 2, 3), 6) == 0
-    assert blocks.blocks_wanted(8, 8, (1, 2, 3), 6) == 1, "a token behind its prompt that was sampled before it was sent back"
+    assert blocks.blocks_wanted(8, 8, (1, 2, 3), 6) == 1, (
+        "a token behind its prompt that was sampled before it was sent back"
+    )
     blocks.free("a")
-    assert blocks.blocks_wanted(7, 7, (1, 2, 3, 5), 7) == 4, "free, so they are taken from what is free"
+    assert blocks.blocks_wanted(7, 7, (1, 2, 3, 5), 7) == 4, (
+        "free, so they are taken from what is free"
+    )
 
 
 def test_a_partial_last_block_is_wanted_though_it_is_found():
@@ -402,21 +492,28 @@ def test_a_partial_last_block_is_wanted_though_it_is_found():
     assert reserving.blocks_wanted(4, 11, (1, 2), 4) == 4, "for its last token"
 
 
-# --- nothing is lost --------------------------------------------------------------------------------------------------------------
+# --- nothing is lost ------------------------------------------------------------------------------
 
-SHARING = sorted(set(STRATEGIES) - {"static", "cortexstream_buddy"})  # those that hand out single blocks
+SHARING = sorted(
+    set(STRATEGIES) - {"static", "cortexstream_buddy"}
+)  # those that hand out single blocks
 
 
 def prompt_ids(letters: str, block_size: int) -> tuple[int, ...]:
     """An id a block that stands for everything up to its end, as in Mooncake's trace."""
-    return tuple(known_ids.setdefault(letters[: at + block_size], len(known_ids)) for at in range(0, len(letters), block_size))
+    return tuple(
+        known_ids.setdefault(letters[: at + block_size], len(known_ids))
+        for at in range(0, len(letters), block_size)
+    )
 
 
 known_ids: dict[str, int] = {}
 
 
 class Content:
-    """What the arena would hold: for every slot the text up to and with its token. A sequence must find its own in every slot."""
+    """What the arena would hold: for every slot the text up to and with its token. A sequence must
+    find its own in every slot.
+    """
 
     def __init__(self, blocks: BlockManager):
         self.blocks, self.slots = blocks, {}
@@ -424,7 +521,10 @@ class Content:
     def follow(self) -> None:
         size = self.blocks.block_size
         for move in self.blocks.moves:
-            source, target = ([s for e in extents for s in range(e.start * size, e.end * size)] for extents in (move.source, move.target))
+            source, target = (
+                [s for e in extents for s in range(e.start * size, e.end * size)]
+                for extents in (move.source, move.target)
+            )
             taken = [self.slots.get(slot) for slot in source[: move.num_tokens]]
             self.slots.update(zip(target, taken, strict=False))
         self.blocks.moves.clear()
@@ -435,7 +535,9 @@ class Content:
                 self.slots[slot] = text[: token + 1]
 
     def check(self, sequence: str, text: str, stop: int) -> None:
-        assert [self.slots.get(slot) for slot in self.places(sequence, stop)] == [text[: n + 1] for n in range(stop)], sequence
+        assert [self.slots.get(slot) for slot in self.places(sequence, stop)] == [
+            text[: n + 1] for n in range(stop)
+        ], sequence
 
     def places(self, sequence: str, stop: int) -> list[int]:
         return [slot for run in self.blocks.tables[sequence].runs(0, stop) for slot in range(*run)]
@@ -444,7 +546,9 @@ class Content:
 @pytest.mark.parametrize("growth", [None, "reserve", "chain", "relocate"])
 @pytest.mark.parametrize("strategy", SHARING)
 def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, growth):
-    """Admitted, computed in parts, grown, sent back in the middle, in a pool too small for all: `check()` after each."""
+    """Admitted, computed in parts, grown, sent back in the middle, in a pool too small for all:
+    `check()` after each.
+    """
     for seed in range(12):
         rng = random.Random(f"{strategy} {growth} {seed}")
         size = rng.randint(1, 3)
@@ -454,14 +558,20 @@ def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, grow
             name = rng.choice("abcd")
             action = rng.random()
             if name not in texts:
-                text = "".join(rng.choice("01") for _ in range(rng.randint(1, 3) * size + rng.randint(0, 2)))
+                text = "".join(
+                    rng.choice("01") for _ in range(rng.randint(1, 3) * size + rng.randint(0, 2))
+                )
                 more = rng.randint(0, 5)
                 before = snapshot(blocks)
-                admitted = blocks.allocate(name, len(text), len(text) + more, prompt_ids(text, size), len(text))
+                admitted = blocks.allocate(
+                    name, len(text), len(text) + more, prompt_ids(text, size), len(text)
+                )
                 if not admitted:
                     after = snapshot(blocks)
                     assert after[:4] == before[:4]
-                    assert set(after[5]) <= set(before[5]) and (strategy != "paged" or after == before)
+                    assert set(after[5]) <= set(before[5]) and (
+                        strategy != "paged" or after == before
+                    )
                 else:
                     content.follow()
                     texts[name], longest[name] = text, len(text) + more
@@ -471,7 +581,9 @@ def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, grow
                     stop = len(text) if rng.random() < 0.8 else rng.randint(computed, len(text) - 1)
                     content.write(name, text, computed, stop)
                     blocks.tables[name].num_tokens = stop
-                    if stop < len(text):  # sent back in the middle of its prompt, before anybody else is admitted
+                    if stop < len(
+                        text
+                    ):  # sent back in the middle of its prompt, before anybody else is admitted
                         blocks.free(name)
                         del texts[name]
             elif action < 0.7 and len(texts[name]) < longest[name] + 4:
@@ -488,7 +600,9 @@ def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, grow
                 del texts[name]
             blocks.check()
             idle = blocks.prefix.num_idle
-            assert blocks.free_blocks == blocks.stats().free_blocks + idle, "idle cached blocks are free"
+            assert blocks.free_blocks == blocks.stats().free_blocks + idle, (
+                "idle cached blocks are free"
+            )
             for other, text in texts.items():
                 content.check(other, text, len(text))
         for name in texts:
@@ -499,16 +613,27 @@ def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, grow
 
 @pytest.mark.parametrize("oom_policy", OOM_POLICIES)
 def test_a_scheduled_step_never_reads_what_no_earlier_step_wrote(oom_policy):
-    """Small budgets, a small pool, and prompts with much in common: blocks found are blocks written, in order of the chunks."""
+    """Small budgets, a small pool, and prompts with much in common: blocks found are blocks
+    written, in order of the chunks.
+    """
     for seed in range(60):
         rng = random.Random(f"{oom_policy} {seed}")
         size = rng.randint(1, 3)
         blocks = manager("paged", rng.randint(6, 16), size)
-        scheduler = Scheduler(blocks, max_batch_size=3, max_step_tokens=rng.randint(3, 9), oom_policy=oom_policy)
+        scheduler = Scheduler(
+            blocks, max_batch_size=3, max_step_tokens=rng.randint(3, 9), oom_policy=oom_policy
+        )
         content, texts = Content(blocks), {}
         for n in range(12):
-            text = "".join(rng.choice("01") for _ in range(size)) * rng.randint(1, 2) + "1" * rng.randint(0, size)
-            request = Request(f"r{n}", tuple(range(len(text))), rng.randint(1, 6), prefix_ids=prompt_ids(text, size))
+            text = "".join(rng.choice("01") for _ in range(size)) * rng.randint(
+                1, 2
+            ) + "1" * rng.randint(0, size)
+            request = Request(
+                f"r{n}",
+                tuple(range(len(text))),
+                rng.randint(1, 6),
+                prefix_ids=prompt_ids(text, size),
+            )
             if blocks.could_ever_hold(request.max_slots):
                 texts[request.id] = text + "x" * request.max_tokens
                 scheduler.add(request)

@@ -12,7 +12,9 @@ from cortexlab.lab.conformance import Bitmap, has_enough, has_hole, prove
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "first_fit"])
 def test_every_strategy_of_the_package_is_proved(strategy):
     done = prove(strategy, steps=1500, seed=3)
-    assert done.total() == 1500 and all(done[what] > 20 for what in ("allocate", "refused", "free", "misuse"))
+    assert done.total() == 1500 and all(
+        done[what] > 20 for what in ("allocate", "refused", "free", "misuse")
+    )
     assert prove(strategy, steps=1500, seed=3) == done, "the same seed, the same steps"
     for num_blocks in (1, 2, 13):
         prove(strategy, num_blocks=num_blocks, steps=300)
@@ -116,11 +118,13 @@ class BadBooks(Paged):
     ],
 )
 def test_a_broken_promise_is_named_with_its_step(broken, message):
-    with pytest.raises(AssertionError, match=r"^step \d+, .*\(a pool of 64, seed 0\): .*" + message):
+    with pytest.raises(
+        AssertionError, match=r"^step \d+, .*\(a pool of 64, seed 0\): .*" + message
+    ):
         prove(broken)
 
 
-# --- counts and extents that make no sense ----------------------------------------------------------------------------------------
+# --- counts and extents that make no sense --------------------------------------------------------
 
 
 class AllocatesNone(Paged):
@@ -194,7 +198,11 @@ class ExtendsTheFreed(Paged):
 
     def extend(self, extents, n):
         live = {id(own): own for own in self._live.values()}
-        if n > 0 and tuple(extents) in self.known and not any(tuple(extents) == own for own in live.values()):
+        if (
+            n > 0
+            and tuple(extents) in self.known
+            and not any(tuple(extents) == own for own in live.values())
+        ):
             return None
         grown = super().extend(extents, n)
         self.known.add(grown)
@@ -206,24 +214,43 @@ class ExtendsTheFreedForGood(ExtendsTheFreed):
 
     def extend(self, extents, n):
         grown = super().extend(extents, n)
-        if grown is None and n > 0 and not any(tuple(extents) == own for own in self._live.values()) and (more := super().allocate(n)):
+        if (
+            grown is None
+            and n > 0
+            and not any(tuple(extents) == own for own in self._live.values())
+            and (more := super().allocate(n))
+        ):
             return (*extents, *more)
         return grown
 
 
 @pytest.mark.parametrize(
     "broken",
-    [AllocatesNone, RefusesNone, AllocatesLess, AllocatesOneForLess, ExtendsByNone, ExtendsByLess, WrongError, WrongErrorOnExtend,
-     ExtendsAnything, ExtendsTheFreed, ExtendsTheFreedForGood],
+    [
+        AllocatesNone,
+        RefusesNone,
+        AllocatesLess,
+        AllocatesOneForLess,
+        ExtendsByNone,
+        ExtendsByLess,
+        WrongError,
+        WrongErrorOnExtend,
+        ExtendsAnything,
+        ExtendsTheFreed,
+        ExtendsTheFreedForGood,
+    ],
     ids=lambda broken: broken.__name__,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_makes_no_sense_must_raise_value_error(broken, seed):
     with pytest.raises(AssertionError, match=rf"^step \d+, .*\(a pool of 64, seed {seed}\): .*"):
         prove(broken, seed=seed)
 
 
-@pytest.mark.parametrize("broken", [AllocatesNone, AllocatesLess, ExtendsByNone, ExtendsByLess, ExtendsAnything, ExtendsTheFreed])
+@pytest.mark.parametrize(
+    "broken",
+    [AllocatesNone, AllocatesLess, ExtendsByNone, ExtendsByLess, ExtendsAnything, ExtendsTheFreed],
+)
 def test_the_message_says_what_was_expected(broken):
     with pytest.raises(AssertionError, match=r"(allocate|extend)\(.*ValueError"):
         prove(broken)
@@ -235,9 +262,15 @@ def test_the_packages_own_keep_to_it(strategy):
     extents, gone = allocator.allocate(2), allocator.allocate(2)
     allocator.free(gone)
     before = allocator.stats()
-    for call in (lambda: allocator.allocate(0), lambda: allocator.allocate(-1), lambda: allocator.extend(extents, 0),
-                 lambda: allocator.extend(extents, -1), lambda: allocator.extend(gone, 1),
-                 lambda: allocator.extend((Extent(60, 1),), 1), lambda: allocator.extend((Extent(64, 1),), 1)):  # fmt: skip
+    for call in (
+        lambda: allocator.allocate(0),
+        lambda: allocator.allocate(-1),
+        lambda: allocator.extend(extents, 0),
+        lambda: allocator.extend(extents, -1),
+        lambda: allocator.extend(gone, 1),
+        lambda: allocator.extend((Extent(60, 1),), 1),
+        lambda: allocator.extend((Extent(64, 1),), 1),
+    ):
         with pytest.raises(ValueError):
             call()
         assert allocator.stats() == before
@@ -255,4 +288,10 @@ def test_the_bitmap_by_hand():
     pool = Bitmap(6)
     pool.mark((Extent(1, 2), Extent(4, 1)), True)
     assert pool.holes == [1, 1, 1] and pool.free_blocks == 3
-    assert pool.stats == {"free_blocks": 3, "used_blocks": 3, "largest_free_run": 1, "num_holes": 3, "external_fragmentation": 1 - 1 / 3}
+    assert pool.stats == {
+        "free_blocks": 3,
+        "used_blocks": 3,
+        "largest_free_run": 1,
+        "num_holes": 3,
+        "external_fragmentation": 1 - 1 / 3,
+    }

@@ -14,13 +14,51 @@ from cortexlab.cli import main as cli
 from cortexlab.results import console as tables
 
 ROW = [
-    "strategy", "block_size", "num_blocks", "batch_size", "completed", "refused", "duration", "total_input_tokens", "total_output_tokens",
-    "request_throughput", "output_throughput", "token_share", "reserved_share", "internal_share", "external_share",
-    "external_fragmentation", "num_holes", "num_preemptions", "requests", "tokens", "utilization", "prefix_hit_rate",
-    "prefix_hit_tokens_rate", "long_extent_share", "extents_per_sequence", "peak_blocks", "copied_blocks", "seconds",
-]  # fmt: skip
-ROW += [f"{statistic}_{name}_ms" for statistic in ("mean", "median", "p99") for name in ("ttft", "tpot", "itl", "e2el")]
-SMALL = ["replay", "--requests", "60", "--workload", "heavy-tail", "--request-rate", "40", "--seed", "1"]
+    "strategy",
+    "block_size",
+    "num_blocks",
+    "batch_size",
+    "completed",
+    "refused",
+    "duration",
+    "total_input_tokens",
+    "total_output_tokens",
+    "request_throughput",
+    "output_throughput",
+    "token_share",
+    "reserved_share",
+    "internal_share",
+    "external_share",
+    "external_fragmentation",
+    "num_holes",
+    "num_preemptions",
+    "requests",
+    "tokens",
+    "utilization",
+    "prefix_hit_rate",
+    "prefix_hit_tokens_rate",
+    "long_extent_share",
+    "extents_per_sequence",
+    "peak_blocks",
+    "copied_blocks",
+    "seconds",
+]
+ROW += [
+    f"{statistic}_{name}_ms"
+    for statistic in ("mean", "median", "p99")
+    for name in ("ttft", "tpot", "itl", "e2el")
+]
+SMALL = [
+    "replay",
+    "--requests",
+    "60",
+    "--workload",
+    "heavy-tail",
+    "--request-rate",
+    "40",
+    "--seed",
+    "1",
+]
 
 
 def strict(text: str):
@@ -32,7 +70,9 @@ def strict(text: str):
 
 @pytest.fixture
 def run(capsys, tmp_path):
-    """The command line in this process: ``(exit code, stdout, stderr)``; results go to ``tmp_path / "out"``."""
+    """The command line in this process: ``(exit code, stdout, stderr)``; results go to ``tmp_path /
+    "out"``.
+    """
 
     def run(*words, out=tmp_path / "out"):
         capsys.readouterr()
@@ -47,28 +87,64 @@ def run(capsys, tmp_path):
 
 
 def test_every_strategy_on_one_workload_in_one_document(run, tmp_path):
-    code, stdout, stderr = run(*SMALL, "--strategies", ",".join(STRATEGIES), "--num-blocks", "60%", "--json", "--name", "all")
+    code, stdout, stderr = run(
+        *SMALL,
+        "--strategies",
+        ",".join(STRATEGIES),
+        "--num-blocks",
+        "60%",
+        "--json",
+        "--name",
+        "all",
+    )
     assert (code, stderr) == (0, "")
     rows = strict(stdout)["rows"]
     assert [row["strategy"] for row in rows] == list(STRATEGIES)
     for row in rows:
         assert [name for name in ROW if name not in row] == []
-        assert sum(row[f"{name}_share"] for name in ("token", "reserved", "internal", "external")) == pytest.approx(1)
+        assert sum(
+            row[f"{name}_share"] for name in ("token", "reserved", "internal", "external")
+        ) == pytest.approx(1)
         assert row["completed"] + row["refused"] == row["requests"] == 60
-        assert row["prefix_hit_rate"] is row["prefix_hit_tokens_rate"] is None, "no prefix caching: does not apply"
+        assert row["prefix_hit_rate"] is row["prefix_hit_tokens_rate"] is None, (
+            "no prefix caching: does not apply"
+        )
     folder = tmp_path / "out" / "all"
-    assert {file.name for file in folder.iterdir()} >= {"rows.parquet", "requests.parquet", "steps.parquet", "run.json", "memory.png"}
+    assert {file.name for file in folder.iterdir()} >= {
+        "rows.parquet",
+        "requests.parquet",
+        "steps.parquet",
+        "run.json",
+        "memory.png",
+    }
     requests = pd.read_parquet(folder / "requests.parquet")
     assert len(requests) == sum(row["completed"] for row in rows)
-    assert ((requests["finished_at"] >= requests["first_token_at"]) & (requests["first_token_at"] > requests["arrived_at"])).all()
+    assert (
+        (requests["finished_at"] >= requests["first_token_at"])
+        & (requests["first_token_at"] > requests["arrived_at"])
+    ).all()
 
 
 def test_the_clock_is_virtual_so_a_seed_is_a_document(run):
     documents = []
     for _ in range(2):
-        _, stdout, _ = run(*SMALL, "--strategies", "paged,runs", "--num-blocks", "40%", "--json", "--name", "again", "--overwrite")
+        _, stdout, _ = run(
+            *SMALL,
+            "--strategies",
+            "paged,runs",
+            "--num-blocks",
+            "40%",
+            "--json",
+            "--name",
+            "again",
+            "--overwrite",
+        )
         rows = strict(stdout)["rows"]
-        documents.append(json.dumps([{name: value for name, value in row.items() if name != "seconds"} for row in rows]))
+        documents.append(
+            json.dumps(
+                [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+            )
+        )
     assert documents[0] == documents[1]
 
 
@@ -77,11 +153,15 @@ def test_larger_blocks_waste_more(run):
     rows = strict(stdout)["rows"]
     assert [row["block_size"] for row in rows] == [8, 64, 512]
     assert rows[0]["utilization"] > rows[1]["utilization"] > rows[2]["utilization"]
-    assert rows[0]["extents_per_sequence"] > rows[2]["extents_per_sequence"] == pytest.approx(1, abs=1)
+    assert (
+        rows[0]["extents_per_sequence"] > rows[2]["extents_per_sequence"] == pytest.approx(1, abs=1)
+    )
 
 
 def test_a_strategy_of_ones_own_stands_in_the_table(run, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("from cortexlab.allocators.paged import Paged\n\nclass Mine(Paged):\n    pass\n")
+    (tmp_path / "mine.py").write_text(
+        "from cortexlab.allocators.paged import Paged\n\nclass Mine(Paged):\n    pass\n"
+    )
     monkeypatch.chdir(tmp_path)
     code, stdout, _ = run(*SMALL, "--strategies", "paged,mine:Mine")
     sys.modules.pop("mine", None)
@@ -89,21 +169,46 @@ def test_a_strategy_of_ones_own_stands_in_the_table(run, tmp_path, monkeypatch):
 
 
 def test_a_step_time_that_bench_fitted_drives_the_replay(run, tmp_path):
-    bench = ["bench", "--model", "tiny", "--requests", "3", "--batch-size", "2", "--workload", "lognormal", "--scale-lengths", "0.2"]
+    bench = [
+        "bench",
+        "--model",
+        "tiny",
+        "--requests",
+        "3",
+        "--batch-size",
+        "2",
+        "--workload",
+        "lognormal",
+        "--scale-lengths",
+        "0.2",
+    ]
     assert run(*bench, "--strategies", "paged", "--name", "fitted")[0] == 0
     file = tmp_path / "out" / "fitted" / "step_time.json"
     assert set(strict(file.read_text())) >= {"base_s", "token_s", "sequence_s", "r_squared"}
-    reference, fitted = (strict(run(*SMALL, "--json", "--name", name, *given)[1])["rows"][0] for name, given in
-                         [("a", ()), ("b", ("--step-time", file))])  # fmt: skip
+    reference, fitted = (
+        strict(run(*SMALL, "--json", "--name", name, *given)[1])["rows"][0]
+        for name, given in [("a", ()), ("b", ("--step-time", file))]
+    )
     assert reference["median_tpot_ms"] != fitted["median_tpot_ms"]
     used = strict((tmp_path / "out" / "b" / "run.json").read_text())["step_time"]
     assert used == {name: strict(file.read_text())[name] for name in used}
 
 
 def test_a_policy_that_fails_requests_ends_with_exit_code_1(run):
-    code, stdout, _ = run(*SMALL, "--strategies", "cortexstream", "--num-blocks", "30%", "--oom-policy", "fail", "--json")
+    code, stdout, _ = run(
+        *SMALL,
+        "--strategies",
+        "cortexstream",
+        "--num-blocks",
+        "30%",
+        "--oom-policy",
+        "fail",
+        "--json",
+    )
     (row,) = strict(stdout)["rows"]
-    assert code == 1 and row["failed"] > 0 and row["completed"] + row["failed"] + row["refused"] == 60
+    assert (
+        code == 1 and row["failed"] > 0 and row["completed"] + row["failed"] + row["refused"] == 60
+    )
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -115,7 +220,10 @@ def test_the_table_fits_the_terminal(width, run, monkeypatch):
 
 
 def test_what_no_row_has_is_no_column():
-    rows = [dict.fromkeys([name for _, name, *_ in tables.REPLAY_COLUMNS], 1.0) | {"prefix_hit_rate": None}]
+    rows = [
+        dict.fromkeys([name for _, name, *_ in tables.REPLAY_COLUMNS], 1.0)
+        | {"prefix_hit_rate": None}
+    ]
     rows[0] |= {"completed_by_last_arrival": 1, "requests": 1}
     assert "hits" not in tables.replay_table(rows, 200)
     assert "hits" in tables.replay_table([rows[0] | {"prefix_hit_rate": 0.5}], 200)
@@ -126,8 +234,11 @@ BAD = [
     ("--strategies mlx-lm", "'mlx-lm'"),
     ("--workload holiday", "'holiday'"),
     ("--trace nowhere.csv", "'nowhere.csv'"),
-    *((f"--{option} {value}", f"{option}.*{value}") for option in ("block-size", "num-blocks", "max-batch-size", "requests", "max-seq-len")
-      for value in ("0", "-1", "many")),
+    *(
+        (f"--{option} {value}", f"{option}.*{value}")
+        for option in ("block-size", "num-blocks", "max-batch-size", "requests", "max-seq-len")
+        for value in ("0", "-1", "many")
+    ),
     ("--block-size 16,", "block-size"),
     ("--num-blocks 0%", "num-blocks.*0%"),
     ("--num-blocks 1", "none of 60 can ever fit"),
@@ -136,7 +247,7 @@ BAD = [
     ("--step-time nowhere.json", "nowhere.json"),
     ("--seed -1", "seed.*-1"),
     ("--name a/b", "'a/b'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("words", "named"), BAD, ids=[words for words, _ in BAD])
@@ -148,9 +259,16 @@ def test_bad_input_is_one_line_that_names_it(words, named, run, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"base_s": 1}', '{"base_s": -1, "token_s": 0, "sequence_s": 0}', '{"base_s": "1", "token_s": 0, "sequence_s": 0}',
-     '{"base_s": 0, "token_s": 0, "sequence_s": 0}'],
-)  # fmt: skip
+    [
+        "",
+        "[]",
+        "{}",
+        '{"base_s": 1}',
+        '{"base_s": -1, "token_s": 0, "sequence_s": 0}',
+        '{"base_s": "1", "token_s": 0, "sequence_s": 0}',
+        '{"base_s": 0, "token_s": 0, "sequence_s": 0}',
+    ],
+)
 def test_a_step_time_that_makes_no_sense_is_refused(text, run, tmp_path):
     file = tmp_path / "step_time.json"
     file.write_text(text)
@@ -160,7 +278,10 @@ def test_a_step_time_that_makes_no_sense_is_refused(text, run, tmp_path):
 
 def test_prefix_caching_wants_the_traces_own_blocks(run, tmp_path):
     file = tmp_path / "small.jsonl"
-    file.write_text(json.dumps({"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]}) + "\n")
+    file.write_text(
+        json.dumps({"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]})
+        + "\n"
+    )
     words = ["replay", "--trace", file, "--prefix-caching"]
     code, _, stderr = run(*words, "--block-size", "16")
     assert code == 2 and "512" in stderr
@@ -169,18 +290,46 @@ def test_prefix_caching_wants_the_traces_own_blocks(run, tmp_path):
 
 
 def test_prefix_caching_and_a_strategy_that_hands_out_regions(run, tmp_path):
-    code, _, stderr = run("replay", "--workload", "shared-prefix", "--block-size", "512", "--strategies", "static", "--prefix-caching")
+    code, _, stderr = run(
+        "replay",
+        "--workload",
+        "shared-prefix",
+        "--block-size",
+        "512",
+        "--strategies",
+        "static",
+        "--prefix-caching",
+    )
     assert code == 2 and "static" in stderr
 
 
 def test_allocbench_is_a_command(run):
-    code, stdout, stderr = run("allocbench", "--strategies", "segregated", "--num-blocks", "256", "--request-blocks", "4", "--json")
+    code, stdout, stderr = run(
+        "allocbench",
+        "--strategies",
+        "segregated",
+        "--num-blocks",
+        "256",
+        "--request-blocks",
+        "4",
+        "--json",
+    )
     assert (code, stderr) == (0, "")
-    assert {row["operation"] for row in strict(stdout)["rows"]} == {"allocate+free", "extend", "stats"}
+    assert {row["operation"] for row in strict(stdout)["rows"]} == {
+        "allocate+free",
+        "extend",
+        "stats",
+    }
     code, stdout, stderr = run("allocbench", "--num-blocks", "0")
     assert (code, stdout) == (2, "") and "num-blocks" in stderr
 
 
 def test_a_replay_in_a_process_of_its_own_loads_no_mlx(tmp_path):
-    code = f"import sys; from cortexlab.cli.main import main; main({[*SMALL, '--out', str(tmp_path)]}); sys.exit('mlx.core' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ).returncode == 0
+    code = (
+        "import sys; from cortexlab.cli.main import main; "
+        f"main({[*SMALL, '--out', str(tmp_path)]}); sys.exit('mlx.core' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ).returncode
+        == 0
+    )

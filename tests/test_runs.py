@@ -1,4 +1,6 @@
-"""Runs: each rule of its docstring as a drawing of a toy pool, and compaction: content follows the copies, up to the model's tokens."""
+"""Runs: each rule of its docstring as a drawing of a toy pool, and compaction: content follows the
+copies, up to the model's tokens.
+"""
 
 import os
 import random
@@ -33,7 +35,9 @@ def blocks_of(extents) -> list[int]:
 
 
 class Pool:
-    """A `Runs` beside a memory in which every used block says whose it is and the how manieth. Each step asserts that nothing is lost."""
+    """A `Runs` beside a memory in which every used block says whose it is and the how manieth. Each
+    step asserts that nothing is lost.
+    """
 
     def __init__(self, num_blocks: int, **options):
         self.allocator = Runs(num_blocks, **options)
@@ -44,13 +48,19 @@ class Pool:
 
     @classmethod
     def drawn(cls, drawing: str, gap_blocks: int = 0, **options) -> "Pool":
-        """Capitals are prompts, small letters what they have grown into since, from left to right. Nothing was left over on the way."""
-        pool = cls(len(drawing), gap_blocks=0, **options)  # room would come in the way of the drawing
+        """Capitals are prompts, small letters what they have grown into since, from left to right.
+        Nothing was left over on the way.
+        """
+        pool = cls(
+            len(drawing), gap_blocks=0, **options
+        )  # room would come in the way of the drawing
         pieces, at = [], 0
         for letter, run in groupby(drawing):
             pieces.append((letter if letter.isupper() else at, letter, len(list(run))))
             at += pieces[-1][2]
-        for name, _, size in pieces[:1] + pieces[:0:-1]:  # the first from the left; behind it each takes the far end of the gap
+        for name, _, size in (
+            pieces[:1] + pieces[:0:-1]
+        ):  # the first from the left; behind it each takes the far end of the gap
             pool.put(name, size)
         for name, letter, size in pieces:
             if letter.islower():
@@ -64,7 +74,10 @@ class Pool:
         return pool
 
     def __str__(self) -> str:
-        return "".join("." if mark is None else mark[0] if mark[1] < self.prompts[mark[0]] else mark[0].lower() for mark in self.memory)
+        return "".join(
+            "." if mark is None else mark[0] if mark[1] < self.prompts[mark[0]] else mark[0].lower()
+            for mark in self.memory
+        )
 
     @property
     def free(self) -> int:
@@ -82,7 +95,9 @@ class Pool:
         extents = self.allocator.extend(before, num_blocks)
         assert (extents is None) == (num_blocks > self.free)
         if extents is not None:
-            assert blocks_of(extents)[: len(blocks_of(before))] == blocks_of(before), "growing moves nothing"
+            assert blocks_of(extents)[: len(blocks_of(before))] == blocks_of(before), (
+                "growing moves nothing"
+            )
             self._hold(name, extents, len(blocks_of(before)) + num_blocks)
 
     def end(self, name) -> None:
@@ -103,11 +118,15 @@ class Pool:
                 assert source.num_blocks == target.num_blocks
                 self.seen["in order"] += not left.isdisjoint(blocks_of([target]))
                 for here, there in zip(blocks_of([source]), blocks_of([target]), strict=True):
-                    assert self.memory[there] is None and self.memory[here][0] == name, "a copy lands on what somebody still holds"
+                    assert self.memory[there] is None and self.memory[here][0] == name, (
+                        "a copy lands on what somebody still holds"
+                    )
                     self.memory[there], self.memory[here] = self.memory[here], None
                     left.add(here)
                     copied += 1
-            assert after[0].start == before[0].start and len(after) <= len(before), "what was together stays together"
+            assert after[0].start == before[0].start and len(after) <= len(before), (
+                "what was together stays together"
+            )
             self.held[name] = after
         assert copied <= MAX_COPIES
         self.seen += Counter(moves=len(moved), chains=len(moved) > 1, full=copied == MAX_COPIES)
@@ -118,8 +137,13 @@ class Pool:
         self.allocator.check()
         for name, extents in self.held.items():
             blocks = blocks_of(extents)
-            assert [self.memory[block] for block in blocks] == [(name, index) for index in range(len(blocks))], "content was lost"
-        assert sum(len(blocks_of(extents)) for extents in self.held.values()) == len(self.memory) - self.free
+            assert [self.memory[block] for block in blocks] == [
+                (name, index) for index in range(len(blocks))
+            ], "content was lost"
+        assert (
+            sum(len(blocks_of(extents)) for extents in self.held.values())
+            == len(self.memory) - self.free
+        )
         assert self.allocator.stats().free_blocks == self.free
 
     def _hold(self, name, extents, num_blocks: int) -> None:
@@ -132,7 +156,7 @@ class Pool:
         self.check()
 
 
-# --- prompts ------------------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,9 +176,15 @@ def test_a_prompt_takes_the_smallest_hole_that_holds_it(before, size, after):
 
 @pytest.mark.parametrize(
     ("before", "size", "after"),
-    [("A...B..C.D", 5, "AEEEBEEC.D"), ("A...B..C.D", 4, "AEEEB..CED"), ("A...B..C.D", 6, "AEEEBEECED")],
+    [
+        ("A...B..C.D", 5, "AEEEBEEC.D"),
+        ("A...B..C.D", 4, "AEEEB..CED"),
+        ("A...B..C.D", 6, "AEEEBEECED"),
+    ],
 )
-def test_where_no_hole_holds_it_a_prompt_takes_the_longest_and_its_rest_the_smallest_that_does(before, size, after):
+def test_where_no_hole_holds_it_a_prompt_takes_the_longest_and_its_rest_the_smallest_that_does(
+    before, size, after
+):
     pool = Pool.drawn(before)
     pool.put("E", size)
     assert str(pool) == after
@@ -174,7 +204,7 @@ def test_more_than_is_free_is_refused_and_nothing_changes():
     assert str(pool) == "A...B..C.D"
 
 
-# --- growth -------------------------------------------------------------------------------------------------------------------
+# --- growth ---------------------------------------------------------------------------------------
 
 
 def test_growth_takes_the_block_behind():
@@ -190,7 +220,10 @@ def test_growth_takes_the_block_behind():
     ("before", "after"),
     [
         ("...A.BBa", "...AbBBa"),  # the smallest hole, not the long run
-        ("BA....C.", "BA..b.C."),  # but gaps: half of the longest, so that A and B both go on growing in place
+        (
+            "BA....C.",
+            "BA..b.C.",
+        ),  # but gaps: half of the longest, so that A and B both go on growing in place
         ("..BBA..", "b.BBA.."),  # a hole that is nobody's gap before any gap
     ],
 )
@@ -206,7 +239,7 @@ def test_growth_by_many_fills_its_gap_first():
     assert str(pool) == "AAaB.Caa"
 
 
-# --- room and what is left over -----------------------------------------------------------------------------------------------
+# --- room and what is left over -------------------------------------------------------------------
 
 
 def test_prompts_are_left_room_to_grow_at_most_gap_blocks():
@@ -215,20 +248,33 @@ def test_prompts_are_left_room_to_grow_at_most_gap_blocks():
         pool.put(name, 3)
     assert str(pool) == "AAA..BBB..CCC......."
     pool.grow("A", 3)
-    assert str(pool) == "AAAaaBBB..CCC..a...."  # two in place; the third starts elsewhere, with room for C before and for A behind it
+    assert (
+        str(pool) == "AAAaaBBB..CCC..a...."
+    )  # two in place; the third starts elsewhere, with room for C before and for A behind it
 
 
 def test_the_room_is_an_even_share_of_what_is_free():
     pool = Pool(16)
-    for name, drawing in (("A", "AAA............."), ("B", "AAA..........BBB"), ("C", "AAA...CCC....BBB")):
-        pool.put(name, 3)  # room for B: 13 free / 2 = 6 on both sides, more than there is, so it leaves A all; for C: 10 / 3 = 3
+    for name, drawing in (
+        ("A", "AAA............."),
+        ("B", "AAA..........BBB"),
+        ("C", "AAA...CCC....BBB"),
+    ):
+        pool.put(
+            name,
+            3,
+            # room for B: 13 free / 2 = 6 on both sides, more than there is, so it leaves A all; for
+            # C: 10 / 3 = 3
+        )
         assert str(pool) == drawing
 
 
 def test_there_is_no_room_while_prompts_take_the_last_block_and_trust_comes_back_slowly():
     pool = Pool.drawn("AA........BB", gap_blocks=1)
     pool.put("C", 2)
-    assert str(pool) == "AA......CCBB"  # 8 free blocks for three, but a moment ago none was left over
+    assert (
+        str(pool) == "AA......CCBB"
+    )  # 8 free blocks for three, but a moment ago none was left over
     pool.end("C")
     admissions = 0
     while admissions < 100 and str(pool) != "AA.CC.....BB":
@@ -239,13 +285,15 @@ def test_there_is_no_room_while_prompts_take_the_last_block_and_trust_comes_back
     assert admissions == 22  # half of the six that C leaves over are believed: one for each
 
 
-# --- compaction ---------------------------------------------------------------------------------------------------------------
+# --- compaction -----------------------------------------------------------------------------------
 
 
 def test_compaction_moves_a_block_between_two_holes_behind_the_rest_of_its_sequence():
     pool = Pool.drawn("AA.B...a...C", copy_share=1.0)
     moved = pool.compact(7)
-    assert moved == [((Extent(0, 2), Extent(7, 1)), (Extent(0, 3),), ((Extent(7, 1), Extent(2, 1)),))]
+    assert moved == [
+        ((Extent(0, 2), Extent(7, 1)), (Extent(0, 3),), ((Extent(7, 1), Extent(2, 1)),))
+    ]
     assert str(pool) == "AAaB.......C"
     pool.put("D", 7)
     assert str(pool) == "AAaBDDDDDDDC"
@@ -255,9 +303,17 @@ def test_compaction_moves_a_block_between_two_holes_behind_the_rest_of_its_seque
     ("before", "wanted", "after"),
     [
         ("AAB...a...C.", 6, "AAB.......Ca"),  # no place behind its own: into the dust
-        ("AABB...ab...C.D..", 6, "AABB........CaDb."),  # two blocks of two sequences, each for itself
+        (
+            "AABB...ab...C.D..",
+            6,
+            "AABB........CaDb.",
+        ),  # two blocks of two sequences, each for itself
         ("A.B..C..a......b...", 10, "A.Bb.C..a.........."),  # the longest shorter hole
-        ("A.B..C..a....bb...", 7, "AaB..C.......bb..."),  # for a block copied: two for one, not three for two; then it is enough
+        (
+            "A.B..C..a....bb...",
+            7,
+            "AaB..C.......bb...",
+        ),  # for a block copied: two for one, not three for two; then it is enough
     ],
 )
 def test_compaction_joins_holes(before, wanted, after):
@@ -296,14 +352,20 @@ def test_one_call_copies_at_most_so_many_blocks():
     pool = Pool.drawn(drawing, copy_share=1.0)
     assert len(pool.compact(pool.free)) == MAX_COPIES
     assert len(pool.compact(pool.free)) == len(names) - MAX_COPIES
-    assert str(pool) == "".join(name + name.lower() for name in names) + "." * (3 * len(names) + 2) + "Å"
+    assert (
+        str(pool)
+        == "".join(name + name.lower() for name in names) + "." * (3 * len(names) + 2) + "Å"
+    )
 
 
 def test_a_copy_may_land_where_an_earlier_one_of_the_call_has_left():
     pool = Pool.drawn("A.a.B..bb.", copy_share=1.0)
     (_, _, first), (_, _, second) = pool.compact(4)
     assert str(pool) == "Abb.Ba...."
-    assert (first, second) == (((Extent(2, 1), Extent(5, 1)),), ((Extent(7, 2), Extent(1, 2)),))  # a leaves block 2, then bb takes it
+    assert (first, second) == (
+        ((Extent(2, 1), Extent(5, 1)),),
+        ((Extent(7, 2), Extent(1, 2)),),
+    )  # a leaves block 2, then bb takes it
 
 
 def test_nothing_moves_when_nobody_calls_compact():
@@ -321,7 +383,14 @@ def test_an_allocator_that_is_none_of_ours_need_not_compact():
 
 
 @pytest.mark.parametrize(
-    "options", [{"copy_share": 1.1}, {"copy_share": -0.1}, {"copy_share": "x"}, {"copy_share": None}, {"gap_blocks": -1}]
+    "options",
+    [
+        {"copy_share": 1.1},
+        {"copy_share": -0.1},
+        {"copy_share": "x"},
+        {"copy_share": None},
+        {"gap_blocks": -1},
+    ],
 )
 def test_a_share_or_a_gap_that_makes_no_sense_is_refused(options):
     (name,) = options
@@ -329,20 +398,26 @@ def test_a_share_or_a_gap_that_makes_no_sense_is_refused(options):
         Runs(8, **options)
 
 
-# --- compaction: the property -------------------------------------------------------------------------------------------------
+# --- compaction: the property ---------------------------------------------------------------------
 
 
 def fill_and_compact(seed: int, steps: int = 200) -> Counter:
-    """Almost to the brim with sequences that grow in turns; one ends, and room is made for more than the largest hole. What was seen."""
+    """Almost to the brim with sequences that grow in turns; one ends, and room is made for more
+    than the largest hole. What was seen.
+    """
     rng = random.Random(seed)
     num_blocks = rng.choice([12, 40, 100, 100, 200])
-    pool = Pool(num_blocks, gap_blocks=rng.choice([0, 1, 8]), copy_share=rng.choice([0.1, 1.0, 1.0]))
+    pool = Pool(
+        num_blocks, gap_blocks=rng.choice([0, 1, 8]), copy_share=rng.choice([0.1, 1.0, 1.0])
+    )
     prompt = rng.choice([1, 2, num_blocks // 10 + 1])
     for step in range(steps):
         if pool.free < num_blocks / 10 or rng.random() < 0.03:
             if pool.held:
                 pool.end(rng.choice(list(pool.held)))
-            wanted = rng.randint(min(pool.allocator.stats().largest_free_run + 1, pool.free), pool.free)
+            wanted = rng.randint(
+                min(pool.allocator.stats().largest_free_run + 1, pool.free), pool.free
+            )
             pool.compact(wanted)
             if rng.random() < 0.5:
                 pool.put(step, wanted)
@@ -364,14 +439,18 @@ def test_the_property_looks_at_what_it_is_about():
     assert seen["moves"] > 100 and seen["chains"] > 10 and seen["in order"] > 0, seen
 
 
-# --- block tables follow ------------------------------------------------------------------------------------------------------
+# --- block tables follow --------------------------------------------------------------------------
 
 
 class Served:
-    """A block manager, and slots in which every token is written at the end of the step that computes it, as the engine does it."""
+    """A block manager, and slots in which every token is written at the end of the step that
+    computes it, as the engine does it.
+    """
 
     def __init__(self, strategy, num_blocks: int, block_size: int, prefix_caching: bool = False):
-        self.blocks = BlockManager(strategy_of(strategy), num_blocks, block_size, prefix_caching=prefix_caching)
+        self.blocks = BlockManager(
+            strategy_of(strategy), num_blocks, block_size, prefix_caching=prefix_caching
+        )
         self.slots: list = [None] * num_blocks * block_size
         self.tokens: dict[str, list] = {}
         self.num_moves = 0
@@ -394,24 +473,36 @@ class Served:
         """Make the moves in order, write what is new, and read everything back."""
         for move in self.blocks.moves:
             source, target = self._slots(move.source), self._slots(move.target)
-            for here, there in zip(source[: move.num_tokens], target[: move.num_tokens], strict=True):
+            for here, there in zip(
+                source[: move.num_tokens], target[: move.num_tokens], strict=True
+            ):
                 self.slots[there] = self.slots[here]
         self.num_moves += len(self.blocks.moves)
         self.blocks.moves.clear()
         for name, tokens in self.tokens.items():
             table = self.blocks.tables[name]
-            for token, slot in zip(tokens[table.num_tokens :], self.at(name, table.num_tokens), strict=True):
+            for token, slot in zip(
+                tokens[table.num_tokens :], self.at(name, table.num_tokens), strict=True
+            ):
                 self.slots[slot] = token
             table.num_tokens = len(tokens)
         for name, tokens in self.tokens.items():
-            assert [self.slots[slot] for slot in self.at(name)] == tokens, f"{name} reads what it did not write"
+            assert [self.slots[slot] for slot in self.at(name)] == tokens, (
+                f"{name} reads what it did not write"
+            )
 
     def at(self, name: str, start: int = 0) -> list[int]:
-        return [slot for run in self.blocks.tables[name].runs(start, len(self.tokens[name])) for slot in range(*run)]
+        return [
+            slot
+            for run in self.blocks.tables[name].runs(start, len(self.tokens[name]))
+            for slot in range(*run)
+        ]
 
     def check(self) -> None:
         self.blocks.check()
-        own = {block for table in self.blocks.tables.values() for block in blocks_of(table.all_extents)}
+        own = {
+            block for table in self.blocks.tables.values() for block in blocks_of(table.all_extents)
+        }
         assert self.blocks.num_held == len(own)
         for table in self.blocks.tables.values():
             assert table.num_blocks == len(blocks_of(table.all_extents))
@@ -446,7 +537,9 @@ def test_a_table_follows_and_its_move_is_written_down():
 
 
 def serve(seed: int, prefix_caching: bool) -> Served:
-    """Steps in the scheduler's order: who runs grows, some end, then some are admitted. Prompts begin like one of six."""
+    """Steps in the scheduler's order: who runs grows, some end, then some are admitted. Prompts
+    begin like one of six.
+    """
     rng = random.Random(seed)
     size = rng.choice([1, 2, 3])
     served = Served(EAGER, rng.choice([24, 60]), size, prefix_caching)
@@ -460,8 +553,14 @@ def serve(seed: int, prefix_caching: bool) -> Served:
             served.check()
         for number in range(rng.randint(0, 3)):
             family, length = rng.randrange(6), rng.randint(1, 7 * size)
-            ids = [(family, min(length, end)) for end in range(size, length + size, size)] if prefix_caching else ()
-            served.admit(f"{step}.{number}", [(family, t) for t in range(length)], ids)  # equal ids mean equal tokens
+            ids = (
+                [(family, min(length, end)) for end in range(size, length + size, size)]
+                if prefix_caching
+                else ()
+            )
+            served.admit(
+                f"{step}.{number}", [(family, t) for t in range(length)], ids
+            )  # equal ids mean equal tokens
             served.check()
         served.step()
     return served
@@ -480,8 +579,12 @@ def test_tables_are_moved_in_these_runs(prefix_caching):
 
 
 def test_a_cached_block_never_moves():
-    """Each is an allocation by itself, so its first extent, and no table could follow it: x . y . z . with the prompt of three wanted."""
-    blocks = BlockManager(strategy_of(partial(Runs, copy_share=1.0, gap_blocks=0)), 6, 1, prefix_caching=True)
+    """Each is an allocation by itself, so its first extent, and no table could follow it: x . y . z
+    . with the prompt of three wanted.
+    """
+    blocks = BlockManager(
+        strategy_of(partial(Runs, copy_share=1.0, gap_blocks=0)), 6, 1, prefix_caching=True
+    )
     for number, name in enumerate("xpyqzr"):
         assert blocks.allocate(name, 1, 1, [number], 1)
         blocks.tables[name].num_tokens = 1
@@ -489,18 +592,23 @@ def test_a_cached_block_never_moves():
     for name in "qzr":
         blocks.free(name)
     assert blocks.allocate("d", 3, 3)
-    assert blocks.moves == [] and before == {name: blocks.tables[name].all_extents for name in before}
+    assert blocks.moves == [] and before == {
+        name: blocks.tables[name].all_extents for name in before
+    }
     blocks.check()
 
 
-# --- the arena, and the model's tokens ----------------------------------------------------------------------------------------
+# --- the arena, and the model's tokens ------------------------------------------------------------
 
 
 def test_the_arena_is_copied_in_the_order_of_the_moves():
     cache = KVCache(1, 1, 1, 10, 1)
     values = mx.arange(10, dtype=mx.float32)[None, :, None]  # A.a.B..bb. becomes Abb.Ba....
     cache.arena.write(0, Slots([(0, 10)]), values, values)
-    cache.blocks.moves += [Move((Extent(2, 1),), (Extent(5, 1),), 1), Move((Extent(7, 2),), (Extent(1, 2),), 2)]
+    cache.blocks.moves += [
+        Move((Extent(2, 1),), (Extent(5, 1),), 1),
+        Move((Extent(7, 2),), (Extent(1, 2),), 2),
+    ]
     cache.make_moves()
     assert cache.arena.keys[0].reshape(-1).tolist()[:6] == [0, 7, 8, 3, 4, 2]
     assert cache.stats().copied_bytes == 3 * cache.block_bytes and not cache.blocks.moves
@@ -521,7 +629,9 @@ def test_a_cache_used_by_hand_reads_what_it_wrote():
             cache.free_for(name)
             del written[name]
         for each, values in written.items():
-            assert [value for view in cache.get_k_views(each, 0) for value in view.reshape(-1).tolist()] == values
+            assert [
+                value for view in cache.get_k_views(each, 0) for value in view.reshape(-1).tolist()
+            ] == values
     assert cache.stats().copied_bytes > 0
 
 
@@ -542,18 +652,29 @@ class Counting(Runs):
         return moved
 
 
-PROMPTS = prompts_of([3, 40, 9, 17, 33, 5, 26, 12, 48, 7, 21, 30, 4, 37, 15, 11, 28, 44, 6, 19], 256)
+PROMPTS = prompts_of(
+    [3, 40, 9, 17, 33, 5, 26, 12, 48, 7, 21, 30, 4, 37, 15, 11, 28, 44, 6, 19], 256
+)
 NUM_TOKENS = (30, 6, 22, 14)  # of the answers, in turn, so that some end while others grow
 
 
 @pytest.mark.parametrize("attention", METHODS)
 @pytest.mark.parametrize("oom_policy", OOM_POLICIES)
 @pytest.mark.parametrize(("block_size", "num_slots"), [(1, 160), (2, 160), (4, 200)])
-def test_the_tokens_are_the_references_while_blocks_move(tiny, tiny_reference, ways, block_size, num_slots, oom_policy, attention):
+def test_the_tokens_are_the_references_while_blocks_move(
+    tiny, tiny_reference, ways, block_size, num_slots, oom_policy, attention
+):
     engine = cl.Engine(
-        tiny, num_blocks=num_slots // block_size, block_size=block_size, strategy=partial(Counting, copy_share=1.0, gap_blocks=1),
-        oom_policy=oom_policy, watermark=0.0, attention=attention, max_batch_size=8, max_step_tokens=64,
-    )  # fmt: skip
+        tiny,
+        num_blocks=num_slots // block_size,
+        block_size=block_size,
+        strategy=partial(Counting, copy_share=1.0, gap_blocks=1),
+        oom_policy=oom_policy,
+        watermark=0.0,
+        attention=attention,
+        max_batch_size=8,
+        max_step_tokens=64,
+    )
     engine.cache.warmup()
     arena = engine.cache.arena
     before = [pointer(array) for array in arena.arrays()]
@@ -578,7 +699,7 @@ def pointer(array: mx.array) -> int:
     return np.array(array, copy=False).__array_interface__["data"][0]
 
 
-# --- a real trace -------------------------------------------------------------------------------------------------------------
+# --- a real trace ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -591,7 +712,9 @@ def azure():
 
 def holds_what_runs_promises(items, **options) -> None:
     """Paged's memory and waiting, in long runs, for few copies."""
-    paged, runs = (done.row for done in replay(items, ("paged", "runs"), num_blocks="60%", **options))
+    paged, runs = (
+        done.row for done in replay(items, ("paged", "runs"), num_blocks="60%", **options)
+    )
     targets = {
         "completed": pytest.approx(paged["completed"], rel=0.005),
         "completed_by_last_arrival": pytest.approx(paged["completed_by_last_arrival"], rel=0.005),
@@ -601,7 +724,11 @@ def holds_what_runs_promises(items, **options) -> None:
     for name in (*targets, "long_extent_share", "extents_per_sequence", "copied_share"):
         print(f"{name}: paged {paged[name]:.5g}, runs {runs[name]:.5g}")
     assert {name: runs[name] for name in targets} == targets
-    assert runs["long_extent_share"] >= 0.85 and runs["extents_per_sequence"] <= 8 and runs["copied_share"] < 0.02
+    assert (
+        runs["long_extent_share"] >= 0.85
+        and runs["extents_per_sequence"] <= 8
+        and runs["copied_share"] < 0.02
+    )
 
 
 def test_the_azure_hour_lies_in_long_runs_at_pageds_memory(azure):
@@ -609,5 +736,7 @@ def test_the_azure_hour_lies_in_long_runs_at_pageds_memory(azure):
 
 
 def test_so_does_another_order_of_its_lengths_at_another_speed(azure):
-    """The first 8,000 requests, of which the trace's own order is harder: 0.83 to 0.84 in long extents, 8.6 to 8.9 of them a sequence."""
+    """The first 8,000 requests, of which the trace's own order is harder: 0.83 to 0.84 in long
+    extents, 8.6 to 8.9 of them a sequence.
+    """
     holds_what_runs_promises(shuffled_lengths(azure[:8000], 1), step_time=StepTime(0.04, 0, 0))

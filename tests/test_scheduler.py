@@ -1,4 +1,6 @@
-"""Continuous batching as bookkeeping: the scheduler driven by hand, with no model and no MLX behind it."""
+"""Continuous batching as bookkeeping: the scheduler driven by hand, with no model and no MLX behind
+it.
+"""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +20,9 @@ def request(name: str, prompt: int, max_tokens: int) -> Request:
 
 @dataclass
 class Simulation:
-    """What an engine does with a schedule, without a model: compute the chunks, sample a dummy token, end what is done."""
+    """What an engine does with a schedule, without a model: compute the chunks, sample a dummy
+    token, end what is done.
+    """
 
     scheduler: Scheduler
     finished: list[Request] = field(default_factory=list)
@@ -59,10 +63,18 @@ class Simulation:
         scheduled = [chunk.request for chunk in step.chunks]
         assert len(set(scheduled)) == len(scheduled) and set(scheduled) <= set(scheduler.running)
         assert not set(scheduler.running) & set(scheduler.waiting)
-        assert {each.id for each in scheduler.running} == set(blocks.tables), "who runs holds blocks, and nobody else does"
+        assert {each.id for each in scheduler.running} == set(blocks.tables), (
+            "who runs holds blocks, and nobody else does"
+        )
         for chunk in step.chunks:
-            assert chunk.request.num_computed == chunk.start < chunk.stop <= chunk.request.num_tokens
-            assert blocks.tables[chunk.request.id].num_tokens == chunk.stop <= blocks.tables[chunk.request.id].capacity
+            assert (
+                chunk.request.num_computed == chunk.start < chunk.stop <= chunk.request.num_tokens
+            )
+            assert (
+                blocks.tables[chunk.request.id].num_tokens
+                == chunk.stop
+                <= blocks.tables[chunk.request.id].capacity
+            )
         if step.unusable_blocks:
             assert step.unusable_blocks == blocks.allocator.stats().free_blocks
             if not step.failed:  # else who was refused is not in the queue any more
@@ -91,7 +103,7 @@ def names(requests) -> list[str]:
     return [each.id for each in requests]
 
 
-# --- stories ------------------------------------------------------------------------------------------------------------------
+# --- stories --------------------------------------------------------------------------------------
 
 
 def test_a_request_joins_as_soon_as_another_leaves():
@@ -121,7 +133,9 @@ def test_a_long_prompt_is_computed_in_chunks_beside_a_decoding_request():
         [("short", 3, 4), ("long", 5, 8)],
         [("short", 4, 5), ("long", 8, 9)],
     ]
-    assert (len(short.output_tokens), len(long.output_tokens)) == (4, 1), "only the chunk that ends the prompt samples"
+    assert (len(short.output_tokens), len(long.output_tokens)) == (4, 1), (
+        "only the chunk that ends the prompt samples"
+    )
 
 
 def test_first_come_first_served_even_when_a_later_one_would_fit():
@@ -172,7 +186,11 @@ def test_wait_sends_the_youngest_back_only_when_all_wait_for_each_other():
     sim.step()  # a a b b: full
     sim.step()
     assert sim.last == [("a", 2, 3)]
-    assert (b.state, b.num_computed, names(sim.scheduler.waiting)) == (RequestState.PREEMPTED, 0, ["b"])
+    assert (b.state, b.num_computed, names(sim.scheduler.waiting)) == (
+        RequestState.PREEMPTED,
+        0,
+        ["b"],
+    )
     sim.run()
     assert (names(sim.finished), b.num_preemptions) == (["a", "b"], 1)
 
@@ -182,7 +200,11 @@ def test_fail_ends_a_queued_request_at_once_and_goes_on_with_the_next():
     sim.add(request("a", 3, 1), request("b", 2, 1), request("c", 1, 1))
     sim.step()
     assert names(sim.failed) == ["b"]
-    assert "'b'" in sim.failed[0].error and "2 blocks" in sim.failed[0].error and "1 are free" in sim.failed[0].error
+    assert (
+        "'b'" in sim.failed[0].error
+        and "2 blocks" in sim.failed[0].error
+        and "1 are free" in sim.failed[0].error
+    )
     assert names(sim.finished) == ["a", "c"]
 
 
@@ -209,7 +231,11 @@ def test_preempt_makes_the_youngest_give_way_and_compute_its_tokens_again():
     sim.step()
     sim.step()
     assert sim.last == [("b", 0, 3)]  # the prompt and the token it had sampled, in one chunk
-    assert (names(sim.finished), b.output_tokens, sim.scheduler.num_preemptions) == (["a", "b"], [0, 0], 1)
+    assert (names(sim.finished), b.output_tokens, sim.scheduler.num_preemptions) == (
+        ["a", "b"],
+        [0, 0],
+        1,
+    )
 
 
 def test_a_preempted_request_comes_before_those_that_never_ran():
@@ -231,7 +257,7 @@ def test_a_cancelled_request_leaves_queue_or_batch():
     assert sim.scheduler.blocks.allocator.stats().free_blocks == 100
 
 
-# --- free, but not usable -----------------------------------------------------------------------------------------------------
+# --- free, but not usable -------------------------------------------------------------------------
 
 
 def fragmented() -> Simulation:
@@ -275,12 +301,14 @@ def test_a_full_batch_is_no_reason_to_call_blocks_unusable():
     assert sim.step().unusable_blocks == 0
 
 
-# --- every request ends -------------------------------------------------------------------------------------------------------
+# --- every request ends ---------------------------------------------------------------------------
 
 
 @st.composite
 def loads(draw):
-    """A small pool, limits, and requests that could each be served alone, some of them coming later."""
+    """A small pool, limits, and requests that could each be served alone, some of them coming
+    later.
+    """
     batch = draw(st.integers(1, 4))
     sim = simulation(
         draw(st.sampled_from(sorted(STRATEGIES))),
@@ -303,7 +331,11 @@ def loads(draw):
 def test_every_request_ends_and_every_block_comes_back(load):
     sim, coming, gap = load
     requests, idle = list(coming), 0
-    limit = 20 + (gap + 1) * len(coming) + (len(coming) + 1) * sum(each.max_slots + 1 for each in coming)
+    limit = (
+        20
+        + (gap + 1) * len(coming)
+        + (len(coming) + 1) * sum(each.max_slots + 1 for each in coming)
+    )
     while coming or sim.scheduler.running or sim.scheduler.waiting:
         if coming and (gap == 0 or sim.num_steps % gap == 0):
             sim.add(coming.pop(0))
@@ -328,7 +360,15 @@ def test_requests_first_run_in_the_order_they_came(load):
     assert ran == sorted(ran)
 
 
-@pytest.mark.parametrize("options", [{"max_batch_size": 0}, {"max_step_tokens": 0}, {"oom_policy": "'hope'"}, {"max_step_tokens": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_batch_size": 0},
+        {"max_step_tokens": 0},
+        {"oom_policy": "'hope'"},
+        {"max_step_tokens": 3},
+    ],
+)
 def test_limits_that_make_no_sense_are_refused_by_name_and_value(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}.*{value}"):

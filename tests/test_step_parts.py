@@ -57,7 +57,9 @@ def test_a_step_is_written_down_call_by_call_and_the_model_is_as_it_was(tiny):
 
 def test_parts_and_the_rest_add_up_to_the_step(tiny):
     steps = measure_steps(tiny, [1, 4], [8], context=16, repeats=2)
-    assert list(steps["step"]) == ["decode, 1 row", "decode, 4 rows", "prefill, 8 rows"] and list(steps["num_rows"]) == [1, 4, 8]
+    assert list(steps["step"]) == ["decode, 1 row", "decode, 4 rows", "prefill, 8 rows"] and list(
+        steps["num_rows"]
+    ) == [1, 4, 8]
     assert (steps[[*PARTS, REST]].sum(axis=1) - steps["step_ms"]).abs().max() < 1e-9
     assert (steps[list(PARTS)] > 0).all(axis=None) and (steps["products_gflops"] > 0).all()
     axes = plots_engine.where_a_step_goes(steps)
@@ -67,7 +69,9 @@ def test_parts_and_the_rest_add_up_to_the_step(tiny):
 
 
 def test_extents_are_measured_for_each_method_and_drawn_as_measured():
-    found = measure_extents([LayerShape(1, 8, 8)] * 2, 2, [4, 100, 256], num_sequences=2, context=256, repeats=1)
+    found = measure_extents(
+        [LayerShape(1, 8, 8)] * 2, 2, [4, 100, 256], num_sequences=2, context=256, repeats=1
+    )
     assert list(found["num_extents"].unique()) == [64, 3, 1]
     assert len(found) == 3 * len(METHODS) and (found["ms"] > 0).all()
     axes = plots_engine.attention_against_extents(found)
@@ -86,12 +90,21 @@ def test_a_measurement_of_nothing_is_refused(wrong):
 
 def test_lines_against_the_batch_limit_are_the_rows():
     rows = pd.DataFrame(
-        {"strategy": s, "batch_size": b, "output_throughput": 10.0 * b, "median_ttft_ms": 2000.0, "p99_itl_ms": 5.0}
-        for b in (1, 8) for s in ("runs", "mlx-lm")
-    )  # fmt: skip
+        {
+            "strategy": s,
+            "batch_size": b,
+            "output_throughput": 10.0 * b,
+            "median_ttft_ms": 2000.0,
+            "p99_itl_ms": 5.0,
+        }
+        for b in (1, 8)
+        for s in ("runs", "mlx-lm")
+    )
     throughput, ttft, gaps = plots_engine.against_batch_limit(rows)
     assert [line.get_label() for line in throughput.lines] == ["runs", "mlx-lm"]
-    assert list(throughput.lines[0].get_ydata()) == [10, 80] and list(ttft.lines[0].get_ydata()) == [2, 2]
+    assert list(throughput.lines[0].get_ydata()) == [10, 80] and list(
+        ttft.lines[0].get_ydata()
+    ) == [2, 2]
     assert "(s)" in ttft.get_ylabel() and "(ms)" in gaps.get_ylabel()
 
 
@@ -99,6 +112,11 @@ def test_doctor_prints_what_each_way_of_attention_takes_here(monkeypatch):
     monkeypatch.setattr(doctor, "EXTENT_SLOTS", (64, 512))
     measured = doctor.attention_ms(repeats=1)
     lines = doctor._attention_lines(measured)
-    assert lines[0].split()[-len(METHODS) :] == list(METHODS) and len({len(line) for line in lines}) == 1
-    assert [float(word) for word in lines[2].split()[-len(METHODS) :]] == [round(row["ms"], 2) for row in measured[len(METHODS) :]]
+    assert (
+        lines[0].split()[-len(METHODS) :] == list(METHODS)
+        and len({len(line) for line in lines}) == 1
+    )
+    assert [float(word) for word in lines[2].split()[-len(METHODS) :]] == [
+        round(row["ms"], 2) for row in measured[len(METHODS) :]
+    ]
     assert mx.default_device() == mx.cpu or doctor.environment()["attention"]["streams"] == 1

@@ -1,4 +1,6 @@
-"""Sweeps: killed for real at any moment, on one process, on two, on a Dask cluster; the table is the same."""
+"""Sweeps: killed for real at any moment, on one process, on two, on a Dask cluster; the table is
+the same.
+"""
 
 import os
 import random
@@ -51,26 +53,38 @@ def expected(tmp_path_factory) -> pd.DataFrame:
 
 
 def test_a_row_a_point_sorted_with_what_was_swept(expected):
-    assert len(expected) == 40 and expected["point"].is_monotonic_increasing and expected["point"].is_unique
+    assert (
+        len(expected) == 40
+        and expected["point"].is_monotonic_increasing
+        and expected["point"].is_unique
+    )
     assert set(zip(expected["param_strategy"], expected["param_block_size"], strict=True)) == set(
         zip(expected["strategy"], expected["block_size"], strict=True)
     )
     assert "seconds" not in expected and expected["completed"].eq(300).all()
 
 
-def test_killed_three_times_it_ends_with_the_same_rows_and_runs_no_finished_point_again(file, tmp_path, expected):
+def test_killed_three_times_it_ends_with_the_same_rows_and_runs_no_finished_point_again(
+    file, tmp_path, expected
+):
     rng, folder = random.Random(7), tmp_path / "forty" / "points"
     stamps: dict[str, int] = {}
     for _ in range(3):
         process = start(file, tmp_path, "--jobs", "2")
         known = len(stamps)
-        while process.poll() is None and len(list(folder.glob("*.parquet"))) < known + rng.randint(2, 6):
+        while process.poll() is None and len(list(folder.glob("*.parquet"))) < known + rng.randint(
+            2, 6
+        ):
             time.sleep(0.01)
         time.sleep(rng.random() / 5)
         assert process.poll() is None, "it ended before it could be killed"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        found = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet") if not path.name.startswith(".")}
+        found = {
+            path.name: path.stat().st_mtime_ns
+            for path in folder.glob("*.parquet")
+            if not path.name.startswith(".")
+        }
         assert stamps.items() <= found.items() and 0 < len(found) < 40
         assert all(len(pd.read_parquet(folder / name)) == 1 for name in found), "no half file"
         assert not (tmp_path / "forty" / "rows.parquet").exists()
@@ -82,13 +96,17 @@ def test_killed_three_times_it_ends_with_the_same_rows_and_runs_no_finished_poin
 
 def start(file: Path, out: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "cortexlab", "sweep", str(file), "--out", str(out), *options]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def test_a_sweep_that_is_running_is_not_started_twice(file, tmp_path, capsys, expected):
     process = start(file, tmp_path)
     try:
-        while process.poll() is None and not list((tmp_path / "forty" / "points").glob("*.parquet")):
+        while process.poll() is None and not list(
+            (tmp_path / "forty" / "points").glob("*.parquet")
+        ):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGSTOP)
         assert main(["sweep", str(file), "--out", str(tmp_path)]) == 2
@@ -101,10 +119,21 @@ def test_a_sweep_that_is_running_is_not_started_twice(file, tmp_path, capsys, ex
 
 
 def test_two_processes_of_a_dask_cluster_yield_the_same_rows(file, tmp_path, expected):
-    distributed = pytest.importorskip("distributed", reason="an extra: pip install 'cortexlab[dask]'")
-    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "host": "127.0.0.1", "dashboard_address": None}
+    distributed = pytest.importorskip(
+        "distributed", reason="an extra: pip install 'cortexlab[dask]'"
+    )
+    options = {
+        "n_workers": 2,
+        "threads_per_worker": 1,
+        "processes": True,
+        "host": "127.0.0.1",
+        "dashboard_address": None,
+    }
     with distributed.LocalCluster(**options) as cluster:
-        assert main(["sweep", str(file), "--out", str(tmp_path), "--dask", cluster.scheduler_address]) == 0
+        assert (
+            main(["sweep", str(file), "--out", str(tmp_path), "--dask", cluster.scheduler_address])
+            == 0
+        )
     assert_frame_equal(rows_in(tmp_path), expected)
 
 
@@ -118,7 +147,9 @@ def test_an_edited_allocator_and_an_edited_trace_make_points_new(tmp_path, monke
     package = tmp_path / "cortexlab"
     shutil.copytree(ROOT / "cortexlab", package, ignore=shutil.ignore_patterns("__pycache__"))
     trace = tmp_path / "t.csv"
-    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n")
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"
+    )
     spec = {"parameters": {"trace": str(trace)}, "grid": {"block_size": [16]}}
 
     def name() -> str:
@@ -133,7 +164,9 @@ def test_an_edited_allocator_and_an_edited_trace_make_points_new(tmp_path, monke
     edited = package / "allocators" / "paged.py"
     assert points.package_sha256(package) == points.LOADED
     edited.write_text(edited.read_text() + "\n# edited\n")
-    monkeypatch.setattr(points, "LOADED", points.package_sha256(package))  # as in a process that starts now
+    monkeypatch.setattr(
+        points, "LOADED", points.package_sha256(package)
+    )  # as in a process that starts now
     assert name() not in (first, second)
 
 
@@ -147,7 +180,10 @@ def test_a_worker_with_other_source_refuses_a_point(monkeypatch):
 
 def test_a_notebooks_point_is_named_by_its_code_and_not_by_its_words(monkeypatch):
     def name(*cells) -> str:
-        return sweep.name_of(points.Notebook(nbformat.writes(nbformat.v4.new_notebook(cells=list(cells))), "."), {"seed": 1})
+        return sweep.name_of(
+            points.Notebook(nbformat.writes(nbformat.v4.new_notebook(cells=list(cells))), "."),
+            {"seed": 1},
+        )
 
     code, words = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
     first = name(code("a = 1"), words("one"))
@@ -157,12 +193,18 @@ def test_a_notebooks_point_is_named_by_its_code_and_not_by_its_words(monkeypatch
     assert name(code("a = 1"), words("one")) != first
 
 
-def test_a_failed_point_keeps_its_error_stops_no_other_and_runs_again_only_when_told(tmp_path, capsys):
+def test_a_failed_point_keeps_its_error_stops_no_other_and_runs_again_only_when_told(
+    tmp_path, capsys
+):
     file = tmp_path / "forty.yaml"
-    file.write_text("function: replay\nparameters: {num_requests: 20}\ngrid: {strategy: [paged, nonsense]}\n")
+    file.write_text(
+        "function: replay\nparameters: {num_requests: 20}\ngrid: {strategy: [paged, nonsense]}\n"
+    )
     arguments = ["sweep", str(file), "--out", str(tmp_path)]
     assert main(arguments) == 1
-    assert "nonsense" in capsys.readouterr().out and list(rows_in(tmp_path)["strategy"]) == ["paged"]
+    assert "nonsense" in capsys.readouterr().out and list(rows_in(tmp_path)["strategy"]) == [
+        "paged"
+    ]
     (error,) = (tmp_path / "forty" / "points").glob("*.error.txt")
     before = error.stat().st_mtime_ns
     assert "nonsense" in error.read_text()
@@ -190,7 +232,10 @@ def test_a_point_that_works_when_retried_is_no_failure_any_more(tmp_path):
         ("function: [a]\ngrid: {seed: [1]}", "['a']"),
         ("function: replay\ngrid: {seed: [1]}\nplot: {x: [1], lines: strategy}", "plot.x"),
         ("function: replay\ngrid: {seed: [1]}\nplot: {x: strategy, lines: seed}", "plot.x"),
-        ("function: replay\ngrid: {seed: [1]}\nplot: {x: seed, lines: strategy, y: token_share}", "plot.y"),
+        (
+            "function: replay\ngrid: {seed: [1]}\nplot: {x: seed, lines: strategy, y: token_share}",
+            "plot.y",
+        ),
         ("function: replay\ngrid: {seed: [1]}\nplot: {x: seed, lines: strategy, z: a}", "'z'"),
     ],
 )
@@ -202,10 +247,14 @@ def test_a_bad_replay_sweep_is_refused_in_one_line(tmp_path, capsys, text, names
     assert names in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("plot", ["{x: seed, lines: nothing}", "{x: seed, lines: strategy, y: [nothing]}"])
+@pytest.mark.parametrize(
+    "plot", ["{x: seed, lines: nothing}", "{x: seed, lines: strategy, y: [nothing]}"]
+)
 def test_what_cannot_be_drawn_is_said_when_the_rows_are_safe(tmp_path, capsys, plot):
     file = tmp_path / "forty.yaml"
-    file.write_text(f"function: replay\nparameters: {{num_requests: 5}}\ngrid: {{seed: [1]}}\nplot: {plot}\n")
+    file.write_text(
+        f"function: replay\nparameters: {{num_requests: 5}}\ngrid: {{seed: [1]}}\nplot: {plot}\n"
+    )
     assert main(["sweep", str(file), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "'nothing'" in error and error.count("\n") == 1 and len(rows_in(tmp_path)) == 1
@@ -214,15 +263,20 @@ def test_what_cannot_be_drawn_is_said_when_the_rows_are_safe(tmp_path, capsys, p
 def test_words_are_drawn_in_their_order_not_on_a_scale(tmp_path, recwarn):
     file = tmp_path / "forty.yaml"
     file.write_text(
-        "function: replay\nparameters: {num_requests: 5}\ngrid: {workload: [chat, lognormal]}\nplot: {x: workload, lines: strategy}\n"
+        "function: replay\nparameters: {num_requests: 5}\ngrid: "
+        "{workload: [chat, lognormal]}\nplot: {x: workload, lines: strategy}\n"
     )
     assert main(["sweep", str(file), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "forty" / "sweep.png").exists() and not [each for each in recwarn if "log" in str(each.message)]
+    assert (tmp_path / "forty" / "sweep.png").exists() and not [
+        each for each in recwarn if "log" in str(each.message)
+    ]
 
 
 def test_of_many_failures_the_first_are_told(tmp_path, capsys):
     file = tmp_path / "forty.yaml"
-    file.write_text(f"function: replay\nparameters: {{num_requests: -1}}\ngrid: {{seed: {list(range(30))}}}\n")
+    file.write_text(
+        f"function: replay\nparameters: {{num_requests: -1}}\ngrid: {{seed: {list(range(30))}}}\n"
+    )
     assert main(["sweep", str(file), "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert out.count("failed: ") == sweep.MOST_TOLD and "and 20 more" in out
@@ -234,7 +288,9 @@ def test_jobs_below_one_are_refused(file, tmp_path, capsys):
 
 
 def test_goodput_counts_who_was_served_in_time():
-    """Of four in 2 s: in time; a late first token; slow behind it; failed. A single token has no time per token."""
+    """Of four in 2 s: in time; a late first token; slow behind it; failed. A single token has no
+    time per token.
+    """
     requests = pd.DataFrame(
         {
             "state": ["finished", "finished", "finished", "failed", "finished"],

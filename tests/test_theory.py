@@ -1,4 +1,6 @@
-"""Theory against the real allocators and the replay: theorems for whatever Hypothesis finds, the rest within a stated distance."""
+"""Theory against the real allocators and the replay: theorems for whatever Hypothesis finds, the
+rest within a stated distance.
+"""
 
 import random
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ from cortexlab.scheduler.block_manager import BlockManager
 from cortexlab.workloads.synthetic import WorkItem, make_workload
 
 sizes = st.lists(st.integers(1, 300), min_size=1, max_size=30)
-lengths = st.lists(st.tuples(st.integers(1, 200), st.integers(2, 120)), min_size=1, max_size=12)  # prompt, output
+lengths = st.lists(
+    st.tuples(st.integers(1, 200), st.integers(2, 120)), min_size=1, max_size=12
+)  # prompt, output
 block_sizes = st.sampled_from([1, 2, 5, 16, 64])
 
 
@@ -24,7 +28,7 @@ def row_of(strategy: str, lengths, block_size: int) -> dict:
     return Replay(strategy, num_blocks=1 << 14, block_size=block_size).run(items)
 
 
-# --- buddies ------------------------------------------------------------------------------------------------------------------
+# --- buddies --------------------------------------------------------------------------------------
 
 
 @given(sizes)
@@ -42,15 +46,19 @@ def test_sizes_spread_evenly_between_two_powers_of_two_waste_a_quarter_in_the_li
     evenly = range(2 ** (order - 1) + 1, 2**order + 1)
     assert theory.buddy_waste(evenly) == pytest.approx(theory.buddy_waste_evenly(order), abs=1e-12)
     assert 0 <= 1 / 4 - theory.buddy_waste_evenly(order) <= 1 / 2**order
-    assert theory.buddy_waste(range(1, 2**order + 1)) == pytest.approx(1 / 4, abs=1 / 2**order), "and so do all sizes up to one"
+    assert theory.buddy_waste(range(1, 2**order + 1)) == pytest.approx(1 / 4, abs=1 / 2**order), (
+        "and so do all sizes up to one"
+    )
 
 
 @given(lengths, block_sizes)
 def test_what_growing_buddies_utilize_follows_from_the_lengths(lengths, block_size):
-    assert row_of("buddy", lengths, block_size)["utilization"] == pytest.approx(theory.buddy_utilization(lengths, block_size))
+    assert row_of("buddy", lengths, block_size)["utilization"] == pytest.approx(
+        theory.buddy_utilization(lengths, block_size)
+    )
 
 
-# --- paging -------------------------------------------------------------------------------------------------------------------
+# --- paging ---------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 40)), max_size=40), block_sizes)
@@ -60,14 +68,22 @@ def test_paging_leaves_less_than_a_block_of_each_sequence_empty(steps, block_siz
     for number, more in steps:  # five sequences begin and grow in any order
         name = str(number)
         tokens[name] = tokens.get(name, 0) + more
-        assert blocks.grow(name, tokens[name]) if name in blocks.tables else blocks.allocate(name, tokens[name], tokens[name])
+        assert (
+            blocks.grow(name, tokens[name])
+            if name in blocks.tables
+            else blocks.allocate(name, tokens[name], tokens[name])
+        )
         empty = {name: blocks.tables[name].capacity - count for name, count in tokens.items()}
         assert all(0 <= slots < block_size for slots in empty.values())
-        assert blocks.num_held * block_size - sum(tokens.values()) <= theory.paged_waste_bound(len(tokens), block_size)
+        assert blocks.num_held * block_size - sum(tokens.values()) <= theory.paged_waste_bound(
+            len(tokens), block_size
+        )
 
 
 @given(lengths, block_sizes)
-def test_paged_utilization_is_off_by_no_more_than_an_eighth_of_a_block_squared_a_request(lengths, block_size):
+def test_paged_utilization_is_off_by_no_more_than_an_eighth_of_a_block_squared_a_request(
+    lengths, block_size
+):
     row = row_of("paged", lengths, block_size)
     steps = sum(output - 1 for _, output in lengths)
     live = row["mean_live_tokens"] * steps
@@ -75,25 +91,44 @@ def test_paged_utilization_is_off_by_no_more_than_an_eighth_of_a_block_squared_a
     assert abs(empty - steps * (block_size - 1) / 2) <= len(lengths) * block_size**2 / 8 + 1e-6
 
 
-@given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 8)), min_size=1, max_size=12), block_sizes)
-def test_paged_utilization_is_exact_where_decode_steps_are_whole_blocks(prompts_and_blocks, block_size):
-    row = row_of("paged", [(prompt, 1 + blocks * block_size) for prompt, blocks in prompts_and_blocks], block_size)
-    assert row["utilization"] == pytest.approx(theory.paged_utilization(row["mean_live_tokens"], block_size))
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 8)), min_size=1, max_size=12),
+    block_sizes,
+)
+def test_paged_utilization_is_exact_where_decode_steps_are_whole_blocks(
+    prompts_and_blocks, block_size
+):
+    row = row_of(
+        "paged",
+        [(prompt, 1 + blocks * block_size) for prompt, blocks in prompts_and_blocks],
+        block_size,
+    )
+    assert row["utilization"] == pytest.approx(
+        theory.paged_utilization(row["mean_live_tokens"], block_size)
+    )
 
 
 @pytest.mark.parametrize("workload", ["chat", "heavy-tail"])
-@pytest.mark.parametrize(("block_size", "within"), [(8, 0.001), (16, 0.001), (64, 0.005), (512, 0.05)])
+@pytest.mark.parametrize(
+    ("block_size", "within"), [(8, 0.001), (16, 0.001), (64, 0.005), (512, 0.05)]
+)
 def test_paged_utilization_on_the_workloads(workload, block_size, within):
     items = make_workload(workload, 300, seed=3)
     row = Replay("paged", num_blocks=1 << 17, block_size=block_size).run(items)
-    assert row["utilization"] == pytest.approx(theory.paged_utilization(row["mean_live_tokens"], block_size), abs=within)
+    assert row["utilization"] == pytest.approx(
+        theory.paged_utilization(row["mean_live_tokens"], block_size), abs=within
+    )
 
 
-# --- Knuth's fifty-percent rule -----------------------------------------------------------------------------------------------
+# --- Knuth's fifty-percent rule -------------------------------------------------------------------
 
 
-def in_equilibrium(placement: str, sizes: Sequence[int], next_freed, num_live: int = 400, steps: int = 12_000) -> tuple[float, float]:
-    """Mean holes, and the share of allocations that leave a remainder: always one freed, one allocated, after as many to settle."""
+def in_equilibrium(
+    placement: str, sizes: Sequence[int], next_freed, num_live: int = 400, steps: int = 12_000
+) -> tuple[float, float]:
+    """Mean holes, and the share of allocations that leave a remainder: always one freed, one
+    allocated, after as many to settle.
+    """
     rng = random.Random(5)
     pool = make_allocator(placement, 2 * num_live * sum(sizes) // len(sizes))
     live = [pool.allocate(rng.choice(sizes)) for _ in range(num_live)]
@@ -117,7 +152,9 @@ def test_half_as_many_holes_as_allocations_where_any_may_be_freed_next(placement
 
 def test_the_rule_is_about_lifetimes_that_do_not_know_of_each_other():
     holes, remainder_share = in_equilibrium("first_fit", range(1, 200), lambda rng, n: n - 1)
-    assert holes < 0.05 * theory.fifty_percent_rule(400, remainder_share), "last in, first out leaves one hole at the end"
+    assert holes < 0.05 * theory.fifty_percent_rule(400, remainder_share), (
+        "last in, first out leaves one hole at the end"
+    )
 
 
 def test_kv_bytes_of_a_token_and_how_many_sequences_they_leave_room_for():
@@ -126,4 +163,6 @@ def test_kv_bytes_of_a_token_and_how_many_sequences_they_leave_room_for():
     assert theory.kv_bytes_per_token(32, 8, 128, bits=8) == 131072 * 8.5 / 16
     assert theory.kv_bytes_per_token(32, 8, 128, bits=32) == 2 * 131072
     assert theory.sequences_that_fit(1000, 1, [10, 300]).tolist() == [100, 3]
-    assert theory.sequences_that_fit(1000, 1, 10, block_size=5) == 83, "two tokens a sequence are lost"
+    assert theory.sequences_that_fit(1000, 1, 10, block_size=5) == 83, (
+        "two tokens a sequence are lost"
+    )

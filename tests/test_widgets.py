@@ -1,4 +1,6 @@
-"""The explorer without a browser: every control changes the picture, the maps are the block tables, and errors show in the page."""
+"""The explorer without a browser: every control changes the picture, the maps are the block tables,
+and errors show in the page.
+"""
 
 import io
 
@@ -13,7 +15,12 @@ from cortexlab.workloads.synthetic import make_workload
 
 @pytest.fixture(scope="module")
 def runs():
-    return widgets.record(make_workload("lognormal", 60, seed=1, request_rate=10.0), ("cortexstream", "paged"), 16, "60%")
+    return widgets.record(
+        make_workload("lognormal", 60, seed=1, request_rate=10.0),
+        ("cortexstream", "paged"),
+        16,
+        "60%",
+    )
 
 
 def test_the_maps_are_what_the_live_sequences_hold(runs):
@@ -21,21 +28,35 @@ def test_the_maps_are_what_the_live_sequences_hold(runs):
         assert len(run.moments) == len(run.samples) > 20
         for moment in run.moments:
             held = np.bincount(moment.owners[moment.owners >= 0], minlength=60)
-            assert {number: blocks for number, _, _, blocks, _ in moment.live} == {number: n for number, n in enumerate(held) if n}
-            assert all(0 <= tokens - 1 <= 16 * blocks and tokens <= of for _, tokens, of, blocks, _ in moment.live)
+            assert {number: blocks for number, _, _, blocks, _ in moment.live} == {
+                number: n for number, n in enumerate(held) if n
+            }
+            assert all(
+                0 <= tokens - 1 <= 16 * blocks and tokens <= of
+                for _, tokens, of, blocks, _ in moment.live
+            )
 
 
 def test_recording_changes_nothing(runs):
-    (plain,) = widgets.replay(make_workload("lognormal", 60, seed=1, request_rate=10.0), ["paged"], num_blocks=runs[1].blocks.num_blocks)
+    (plain,) = widgets.replay(
+        make_workload("lognormal", 60, seed=1, request_rate=10.0),
+        ["paged"],
+        num_blocks=runs[1].blocks.num_blocks,
+    )
     assert {**plain.row, "seconds": 0} == {**runs[1].row, "seconds": 0}
 
 
 def test_a_frame_shows_the_moment(runs):
     stage = widgets.Stage(runs)
-    images = [np.asarray(Image.open(io.BytesIO(stage.png(at)))) for at in (0.0, stage.end / 2, stage.end / 2)]
+    images = [
+        np.asarray(Image.open(io.BytesIO(stage.png(at))))
+        for at in (0.0, stage.end / 2, stage.end / 2)
+    ]
     assert (images[0] != images[1]).any() and (images[1] == images[2]).all()
     names = [name for name, _ in stage.moments(1.0)]
-    assert names == ["cortexstream", "paged"] and all(moment.at <= 1.0 for _, moment in stage.moments(1.0))
+    assert names == ["cortexstream", "paged"] and all(
+        moment.at <= 1.0 for _, moment in stage.moments(1.0)
+    )
     assert all(name in stage.listed(stage.end / 2) for name in names)
 
 
@@ -48,7 +69,11 @@ def test_every_control_changes_the_picture_and_an_error_shows(monkeypatch):
     slider.value = 150
     seen.add(picture.value)
     for control in controls.children:
-        control.value = next(each for each in reversed(control.options) if each not in [other.value for other in controls.children])
+        control.value = next(
+            each
+            for each in reversed(control.options)
+            if each not in [other.value for other in controls.children]
+        )
         seen.add(picture.value)
         assert not message.value, message.value
     assert len(seen) == 2 + len(controls.children) and "tokens" in tables.value
@@ -61,13 +86,19 @@ def test_every_control_changes_the_picture_and_an_error_shows(monkeypatch):
     assert "ZeroDivisionError" in message.value
 
 
-def test_a_trace_on_this_machine_can_be_chosen_and_one_that_is_not_is_not_offered(tmp_path, monkeypatch):
+def test_a_trace_on_this_machine_can_be_chosen_and_one_that_is_not_is_not_offered(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("CORTEXLAB_CACHE", str(tmp_path / "nothing"))
     monkeypatch.setenv("CORTEXLAB_TRACES", str(tmp_path))
     workload = widgets.explorer(num_requests=20).children[0].children[0]
     assert list(workload.options) == list(widgets.EXPLORED)
-    lines = [f"2023-11-16 18:17:{second:02}.0000000,{100 + second},{20 + second}" for second in range(30)]
-    (tmp_path / "azure_2023_conv.csv").write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    lines = [
+        f"2023-11-16 18:17:{second:02}.0000000,{100 + second},{20 + second}" for second in range(30)
+    ]
+    (tmp_path / "azure_2023_conv.csv").write_text(
+        "\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines])
+    )
     page = widgets.explorer(num_requests=20)
     workload, picture = page.children[0].children[0], page.children[2]
     before = picture.value

@@ -32,12 +32,14 @@ BOUNDS = {  # shortest and longest prompt and output, as interface.md has them
 every_workload = pytest.mark.parametrize("name", sorted(LENGTHS))
 
 
-# --- made workloads -----------------------------------------------------------------------------------------------------------
+# --- made workloads -------------------------------------------------------------------------------
 
 
 @every_workload
 def test_a_seed_is_a_workload(name):
-    assert make_workload(name, 20, seed=3, request_rate=2.0) == make_workload(name, 20, seed=3, request_rate=2.0)
+    assert make_workload(name, 20, seed=3, request_rate=2.0) == make_workload(
+        name, 20, seed=3, request_rate=2.0
+    )
     assert make_workload(name, 20, seed=3) != make_workload(name, 20, seed=4)
 
 
@@ -45,11 +47,17 @@ def test_a_seed_is_a_workload(name):
 def test_lengths_stay_inside_their_bounds(name):
     low, high, out_low, out_high = BOUNDS[name]
     items = make_workload(name, 5000, seed=1)
-    assert all(low <= item.prompt_tokens <= high and out_low <= item.output_tokens <= out_high for item in items)
+    assert all(
+        low <= item.prompt_tokens <= high and out_low <= item.output_tokens <= out_high
+        for item in items
+    )
     assert max(item.prompt_tokens for item in items) > high / 2, "the tail is there"
 
 
-@pytest.mark.parametrize(("name", "prompt", "output"), [("lognormal", 100, 40), ("heavy-tail", 120, 60), ("chat", 1020, 129)])
+@pytest.mark.parametrize(
+    ("name", "prompt", "output"),
+    [("lognormal", 100, 40), ("heavy-tail", 120, 60), ("chat", 1020, 129)],
+)
 def test_medians_are_the_published_ones(name, prompt, output):
     items = make_workload(name, 5000, seed=1)
     assert np.median([item.prompt_tokens for item in items]) == pytest.approx(prompt, rel=0.1)
@@ -77,7 +85,10 @@ def test_a_turn_of_a_conversation_begins_with_all_that_was_said_before():
         for before, turn in itertools.pairwise(turns):
             said = before.prompt_tokens + before.output_tokens
             assert turn.prompt_tokens > said
-            assert turn.prefix_ids[: before.prompt_tokens // 16] == before.prefix_ids[: before.prompt_tokens // 16]
+            assert (
+                turn.prefix_ids[: before.prompt_tokens // 16]
+                == before.prefix_ids[: before.prompt_tokens // 16]
+            )
     with pytest.raises(CortexLabError, match="turns"):
         conversations(6, 0, 48, request_rate=1.0)
 
@@ -86,7 +97,11 @@ def test_a_turn_of_a_conversation_begins_with_all_that_was_said_before():
 def test_the_longest_possible_request_fits_every_context(name, monkeypatch):
     longest = [draw.longest for draw in LENGTHS[name]]
     monkeypatch.setitem(LENGTHS, name, tuple(always(length) for length in longest))
-    too_long = [context for context in range(600, 5000, 7) if make_workload(name, 1, context=context)[0].total_tokens > context]
+    too_long = [
+        context
+        for context in range(600, 5000, 7)
+        if make_workload(name, 1, context=context)[0].total_tokens > context
+    ]
     assert too_long == []
 
 
@@ -106,12 +121,21 @@ def test_a_context_that_is_large_enough_changes_nothing():
 @settings(deadline=None)
 def test_scaling_multiplies_both_lengths_and_rounds_up(prompt, output, factor):
     (item,) = scale([WorkItem(1.5, prompt, output)], factor)
-    assert (item.arrived_at, item.prompt_tokens, item.output_tokens) == (1.5, math.ceil(prompt * factor), math.ceil(output * factor))
+    assert (item.arrived_at, item.prompt_tokens, item.output_tokens) == (
+        1.5,
+        math.ceil(prompt * factor),
+        math.ceil(output * factor),
+    )
 
 
 def test_scaling_shrinks_the_shared_prefix_too():
     (item,) = scale([WorkItem(0.0, 600, 10, (7,), 512)], 0.25)
-    assert (item.prompt_tokens, item.output_tokens, item.prefix_ids, item.prefix_block) == (150, 3, (7,), 128)
+    assert (item.prompt_tokens, item.output_tokens, item.prefix_ids, item.prefix_block) == (
+        150,
+        3,
+        (7,),
+        128,
+    )
 
 
 @pytest.mark.parametrize("factor", [0, -1, math.nan, math.inf, "2", None])
@@ -141,7 +165,7 @@ def test_arguments_that_make_no_sense_are_refused_by_name_and_value(options, nam
     assert isinstance(caught.value, CortexLabError)
 
 
-# --- arrivals -----------------------------------------------------------------------------------------------------------------
+# --- arrivals -------------------------------------------------------------------------------------
 
 
 def test_by_default_all_arrive_at_time_zero():
@@ -155,7 +179,9 @@ def test_the_first_arrives_at_zero_and_the_others_in_order():
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
 def test_gaps_have_the_mean_of_the_rate_and_the_spread_of_the_burstiness(burstiness):
-    items = with_arrivals([WorkItem(0.0, 1, 1)] * 20_000, request_rate=5.0, burstiness=burstiness, seed=0)
+    items = with_arrivals(
+        [WorkItem(0.0, 1, 1)] * 20_000, request_rate=5.0, burstiness=burstiness, seed=0
+    )
     gaps = np.diff([item.arrived_at for item in items])
     assert gaps.mean() == pytest.approx(1 / 5, rel=0.05)
     assert gaps.std() / gaps.mean() == pytest.approx(burstiness**-0.5, rel=0.05)
@@ -164,10 +190,12 @@ def test_gaps_have_the_mean_of_the_rate_and_the_spread_of_the_burstiness(burstin
 def test_new_arrivals_keep_the_lengths():
     items = make_workload("lognormal", 10, seed=1)
     later = with_arrivals(items, 3.0, 1.0, seed=9)
-    assert [(i.prompt_tokens, i.output_tokens) for i in later] == [(i.prompt_tokens, i.output_tokens) for i in items]
+    assert [(i.prompt_tokens, i.output_tokens) for i in later] == [
+        (i.prompt_tokens, i.output_tokens) for i in items
+    ]
 
 
-# --- tokens -------------------------------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 
 
 @every_workload
@@ -176,33 +204,49 @@ def test_prompts_have_their_length_and_only_tokens(name):
     prompts = prompt_tokens(items, vocabulary=50, seed=1)
     assert [len(prompt) for prompt in prompts] == [item.prompt_tokens for item in items]
     assert all(isinstance(token, int) and 0 <= token < 50 for prompt in prompts for token in prompt)
-    assert prompts == prompt_tokens(items, vocabulary=50, seed=1) != prompt_tokens(items, vocabulary=50, seed=2)
+    assert (
+        prompts
+        == prompt_tokens(items, vocabulary=50, seed=1)
+        != prompt_tokens(items, vocabulary=50, seed=2)
+    )
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.1])
 def test_a_shared_prefix_is_shared_token_for_token_and_the_rest_is_not(factor):
     items = make_workload("shared-prefix", 6, scale_lengths=factor)
-    prompts, shared = prompt_tokens(items, vocabulary=1000), math.ceil(SHARED_PREFIX_TOKENS * factor)
+    prompts, shared = (
+        prompt_tokens(items, vocabulary=1000),
+        math.ceil(SHARED_PREFIX_TOKENS * factor),
+    )
     assert len({tuple(prompt[:shared]) for prompt in prompts}) == 1
     assert len({tuple(prompt[shared : shared + 2]) for prompt in prompts}) == 6
 
 
 def test_equal_prefix_ids_mean_equal_tokens_block_by_block():
-    items = [WorkItem(0, 10, 1, (1, 2, 3), 4), WorkItem(0, 12, 1, (1, 2, 4), 4), WorkItem(0, 9, 1, (5, 2, 3), 4)]
+    items = [
+        WorkItem(0, 10, 1, (1, 2, 3), 4),
+        WorkItem(0, 12, 1, (1, 2, 4), 4),
+        WorkItem(0, 9, 1, (5, 2, 3), 4),
+    ]
     a, b, c = prompt_tokens(items, vocabulary=1000)
     assert a[:8] == b[:8] and a[8:] != b[8:10]
     assert c[:4] != a[:4] and c[4:8] == a[4:8]
     assert a[8:9] == c[8:9], "the last block is cut, not drawn anew"
 
 
-# --- traces: good files -------------------------------------------------------------------------------------------------------
+# --- traces: good files ---------------------------------------------------------------------------
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 AZURE_ROW = "2023-11-16 18:15:46.6805900,374,44\n"
 
 
 def mooncake(**changes) -> str:
-    row = {"timestamp": 27_000, "input_length": 600, "output_length": 20, "hash_ids": [0, 1]} | changes
+    row = {
+        "timestamp": 27_000,
+        "input_length": 600,
+        "output_length": 20,
+        "hash_ids": [0, 1],
+    } | changes
     return json.dumps({name: value for name, value in row.items() if value is not None}) + "\n"
 
 
@@ -213,14 +257,18 @@ def saved(folder: Path, name: str, content: str | bytes) -> str:
 
 
 def test_azure_times_count_from_the_first_row_to_100_ns(tmp_path):
-    items = load_trace(saved(tmp_path, "a.csv", AZURE + AZURE_ROW + "2023-11-16 18:16:50.9951690,396,109\n"))
+    items = load_trace(
+        saved(tmp_path, "a.csv", AZURE + AZURE_ROW + "2023-11-16 18:16:50.9951690,396,109\n")
+    )
     assert [(item.prompt_tokens, item.output_tokens) for item in items] == [(374, 44), (396, 109)]
     assert items[0].arrived_at == 0
     assert items[1].arrived_at == pytest.approx(64.3145790, abs=1e-6)
 
 
 def test_azure_columns_may_stand_in_any_order_with_others_among_them(tmp_path):
-    text = "GeneratedTokens,Region,TIMESTAMP,ContextTokens\n44,west,2023-11-16 18:15:46.6805900,374\n"
+    text = (
+        "GeneratedTokens,Region,TIMESTAMP,ContextTokens\n44,west,2023-11-16 18:15:46.6805900,374\n"
+    )
     (item,) = load_trace(saved(tmp_path, "a.csv", text))
     assert (item.prompt_tokens, item.output_tokens) == (374, 44)
 
@@ -231,7 +279,9 @@ def test_windows_line_ends_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path
 
 
 def test_mooncake_times_are_spread_inside_their_bucket_by_the_seed(tmp_path):
-    path = saved(tmp_path, "m.jsonl", "".join(mooncake(timestamp=3000 * (i // 10)) for i in range(40)))
+    path = saved(
+        tmp_path, "m.jsonl", "".join(mooncake(timestamp=3000 * (i // 10)) for i in range(40))
+    )
     times = [item.arrived_at for item in load_trace(path, seed=1)]
     assert times == sorted(times) and times[0] == 0 and len(set(times)) == 40
     assert times[-1] < 4 * MOONCAKE_BUCKET_S
@@ -241,10 +291,15 @@ def test_mooncake_times_are_spread_inside_their_bucket_by_the_seed(tmp_path):
 
 def test_mooncake_hashes_become_prefix_ids_of_512_tokens(tmp_path):
     (item,) = load_trace(saved(tmp_path, "m.jsonl", mooncake(hash_ids=[46, 47])))
-    assert (item.prompt_tokens, item.output_tokens, item.prefix_ids, item.prefix_block) == (600, 20, (46, 47), 512)
+    assert (item.prompt_tokens, item.output_tokens, item.prefix_ids, item.prefix_block) == (
+        600,
+        20,
+        (46, 47),
+        512,
+    )
 
 
-# --- traces: bad files --------------------------------------------------------------------------------------------------------
+# --- traces: bad files ----------------------------------------------------------------------------
 
 
 def with_second(row: str) -> str:
@@ -256,7 +311,11 @@ def at(count: str) -> str:
 
 
 BAD_AZURE = {  # what is wrong: (content, line, what the message says besides)
-    "missing column": ("TIMESTAMP,ContextTokens\n2023-11-16 18:15:46.0,374\n", 1, "GeneratedTokens"),
+    "missing column": (
+        "TIMESTAMP,ContextTokens\n2023-11-16 18:15:46.0,374\n",
+        1,
+        "GeneratedTokens",
+    ),
     "negative": (at("-3"), 3, "ContextTokens.*-3"),
     "zero": (at("0"), 3, "ContextTokens.*0"),
     "fractional": (at("3.5"), 3, r"ContextTokens.*3\.5"),
@@ -269,9 +328,17 @@ BAD_AZURE = {  # what is wrong: (content, line, what the message says besides)
     "a field too many": (with_second("2023-11-16 18:15:47.0,1,2,3\n"), 3, "4 fields"),
     "no time": (with_second("yesterday,374,44\n"), 3, "TIMESTAMP.*yesterday"),
     "back in time": (with_second("2023-11-16 18:15:45.0,374,44\n"), 3, "TIMESTAMP"),
-    "not UTF-8": ((AZURE + AZURE_ROW).encode() + b"2023-11-16 18:15:47.0,\xff\xfe,44\n", 3, "UTF-8"),
+    "not UTF-8": (
+        (AZURE + AZURE_ROW).encode() + b"2023-11-16 18:15:47.0,\xff\xfe,44\n",
+        3,
+        "UTF-8",
+    ),
     "negative behind a blank line": (with_second("\n2023-11-16 18:15:47.0,-3,44\n"), 4, "-3"),
-    "back in time behind a blank line": (with_second("\n2023-11-16 18:15:45.0,3,44\n"), 4, "TIMESTAMP"),
+    "back in time behind a blank line": (
+        with_second("\n2023-11-16 18:15:45.0,3,44\n"),
+        4,
+        "TIMESTAMP",
+    ),
     "an endless field": (at("x" * 200_000), 3, ""),
 }
 BAD_MOONCAKE = {
@@ -320,7 +387,14 @@ def test_a_bad_mooncake_file_is_refused_with_its_line(content, line, said, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("empty.csv", ""), ("empty.jsonl", ""), ("blank.jsonl", " \n\n"), ("header.csv", AZURE), ("blank.csv", "\n\n\n")]
+    ("name", "content"),
+    [
+        ("empty.csv", ""),
+        ("empty.jsonl", ""),
+        ("blank.jsonl", " \n\n"),
+        ("header.csv", AZURE),
+        ("blank.csv", "\n\n\n"),
+    ],
 )
 def test_a_file_without_requests_is_refused(name, content, tmp_path):
     refused(saved(tmp_path, name, content), None, "no requests")
@@ -343,7 +417,9 @@ def test_an_unknown_trace_is_named_beside_the_known_ones():
         ("mooncake_conversation", "kvcache-ai/Mooncake", "conversation_trace.jsonl"),
     ],
 )
-def test_a_known_trace_that_is_not_here_names_where_to_get_it(name, repository, file, tmp_path, monkeypatch):
+def test_a_known_trace_that_is_not_here_names_where_to_get_it(
+    name, repository, file, tmp_path, monkeypatch
+):
     for variable in ("CORTEXLAB_TRACES", "CORTEXLAB_CACHE"):
         monkeypatch.setenv(variable, str(tmp_path))
     with pytest.raises(ValueError) as caught:
@@ -352,7 +428,9 @@ def test_a_known_trace_that_is_not_here_names_where_to_get_it(name, repository, 
 
 
 @pytest.mark.parametrize("variable", ["CORTEXLAB_TRACES", "CORTEXLAB_CACHE"])
-def test_a_known_trace_is_found_in_the_folder_of_traces_and_in_the_cache(variable, tmp_path, monkeypatch):
+def test_a_known_trace_is_found_in_the_folder_of_traces_and_in_the_cache(
+    variable, tmp_path, monkeypatch
+):
     (tmp_path / "empty").mkdir()
     for name in ("CORTEXLAB_TRACES", "CORTEXLAB_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "empty"))
@@ -361,7 +439,7 @@ def test_a_known_trace_is_found_in_the_folder_of_traces_and_in_the_cache(variabl
     assert len(load_trace("azure_2023_conv")) == 1
 
 
-# --- the real ones ------------------------------------------------------------------------------------------------------------
+# --- the real ones --------------------------------------------------------------------------------
 
 TRACES = Path(os.environ.get("CORTEXLAB_TRACES") or Path(__file__).parents[2] / "shared" / "traces")
 QUANTILES = [0.5, 0.9, 0.99]

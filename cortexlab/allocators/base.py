@@ -1,7 +1,9 @@
 """Extents, and what every block allocator promises. Integers only: nothing here knows of tensors.
 
 blocks   0 1 2 3 4 5 6 7 8 9
-         a a a . b b . . a .      a holds Extent(0, 3), Extent(8, 1); b holds Extent(4, 2); three holes, the largest of 2
+         a a a . b b . . a .
+
+a holds Extent(0, 3) and Extent(8, 1), b holds Extent(4, 2). Three holes, the largest of 2.
 """
 
 import string
@@ -10,14 +12,17 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from ..errors import BadInput, at_least, shown
 
-LETTERS = (string.ascii_lowercase + string.ascii_uppercase).encode()  # of a block map, one a sequence
+LETTERS = (
+    string.ascii_lowercase + string.ascii_uppercase
+).encode()  # of a block map, one a sequence
 
 
 class Extent(NamedTuple):
     """A run of neighbouring blocks: ``[start, start + num_blocks)``.
 
-    A named tuple, since hot paths make millions: 0.2 us each, a frozen dataclass takes 0.7. It checks nothing: an extent from
-    outside counts only when an allocator finds it in its table of live ones.
+    A named tuple, since hot paths make millions: 0.2 us each, a frozen dataclass takes 0.7. It
+    checks nothing: an extent from outside counts only when an allocator finds it in its table of
+    live ones.
     """
 
     start: int
@@ -28,15 +33,21 @@ class Extent(NamedTuple):
         return self.start + self.num_blocks
 
 
-NEW = tuple.__new__  # NEW(Extent, (start, num_blocks)) takes half the time of Extent(start, num_blocks)
+NEW = (
+    tuple.__new__
+)  # NEW(Extent, (start, num_blocks)) takes half the time of Extent(start, num_blocks)
 
 
 Moved = tuple[tuple[Extent, ...], tuple[Extent, ...], tuple[tuple[Extent, Extent], ...]]
-"""What compaction did to one allocation: before, after, and the copies ``(source, target)`` in order."""
+"""What compaction did to one allocation: before, after, and the copies ``(source, target)`` in
+order.
+"""
 
 
 class Stats(dict):
-    """A dict whose keys are also attributes, so that ``stats["free_blocks"]`` and ``stats.free_blocks`` both read well."""
+    """A dict whose keys are also attributes, so that ``stats["free_blocks"]`` and
+    ``stats.free_blocks`` both read well.
+    """
 
     def __getattr__(self, name: str):
         try:
@@ -55,10 +66,14 @@ class Allocator(Protocol):
         """At least ``num_blocks`` blocks, or None when they cannot be had now: never a part."""
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
-        """The same allocation with at least ``num_blocks`` more behind it, in place; the old tuple is then void. None: unchanged."""
+        """The same allocation with at least ``num_blocks`` more behind it, in place; the old tuple
+        is then void. None: unchanged.
+        """
 
     def free(self, extents: Iterable[Extent]) -> None:
-        """Take an allocation back. Twice, foreign or overlapping: `ValueError`, and nothing changes."""
+        """Take an allocation back. Twice, foreign or overlapping: `ValueError`, and nothing
+        changes.
+        """
 
     def stats(self) -> Stats:
         """``free_blocks, used_blocks, largest_free_run, num_holes, external_fragmentation``."""
@@ -68,7 +83,9 @@ class Allocator(Protocol):
 
 
 def pool_stats(num_blocks: int, free_blocks: int, largest_free_run: int, num_holes: int) -> Stats:
-    """The statistics every allocator reports. External fragmentation = 1 - largest free run / free blocks, 0 when none is free."""
+    """The statistics every allocator reports. External fragmentation = 1 - largest free run / free
+    blocks, 0 when none is free.
+    """
     return Stats(
         free_blocks=free_blocks,
         used_blocks=num_blocks - free_blocks,
@@ -88,21 +105,25 @@ def merged(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     return tuple(joined)
 
 
-# --- what an allocator has handed out: a table from an allocation's first block to its extents, as they were handed out ------------
+# --- what an allocator has handed out: a table from an allocation's first block to its extents, as
 
 Live = dict[int, tuple[Extent, ...]]
 
 
 def allocations_in(live: Live, extents: Iterable[Extent]) -> list[tuple[Extent, ...]]:
-    """The allocations of ``live`` that ``extents`` names: one, or several one behind the other, each whole and as it was handed out.
+    """The allocations of ``live`` that ``extents`` names: one, or several one behind the other,
+    each whole and as it was handed out.
 
-    `BadInput` names the first extent that is foreign, part of an allocation or given twice; so it does when there is none. O(1) for
-    the very tuple that was handed out, else O(extents).
+    `BadInput` names the first extent that is foreign, part of an allocation or given twice; so it
+    does when there is none. O(1) for the very tuple that was handed out, else O(extents).
     """
     try:
         if live.get(extents[0][0]) is extents:
             return [extents]
-    except (TypeError, LookupError):  # no sequence, or empty, or of no extents: the long way says what is wrong
+    except (
+        TypeError,
+        LookupError,
+    ):  # no sequence, or empty, or of no extents: the long way says what is wrong
         pass
     given = _as_tuple(extents)
     found: Live = {}
@@ -111,8 +132,13 @@ def allocations_in(live: Live, extents: Iterable[Extent]) -> list[tuple[Extent, 
         whole = _live_at(live, given[at])
         parts = given[at : at + len(whole)]
         if not whole or parts != whole:
-            wrong = next((part for part, own in zip(parts, whole, strict=False) if part != own), given[at])
-            raise BadInput(f"{shown(wrong)} is not an extent this allocator has handed out and not yet got back, or not the whole of it")
+            wrong = next(
+                (part for part, own in zip(parts, whole, strict=False) if part != own), given[at]
+            )
+            raise BadInput(
+                f"{shown(wrong)} is not an extent this allocator has handed out and not yet got "
+                "back, or not the whole of it"
+            )
         if whole[0].start in found:
             raise BadInput(f"{given[at]} is given twice")
         found[whole[0].start] = whole
@@ -131,15 +157,22 @@ def allocation_in(live: Live, extents: Iterable[Extent]) -> tuple[Extent, ...]:
         pass
     found = allocations_in(live, extents)
     if len(found) > 1:
-        raise BadInput(f"{shown(found[0] + found[1])} is not one allocation, but {len(found)}: extend one at a time")
+        raise BadInput(
+            f"{shown(found[0] + found[1])} is not one allocation, but {len(found)}: extend one at "
+            "a time"
+        )
     return found[0]
 
 
-def split_off(live: Live, extents: Iterable[Extent], num_blocks: int) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
-    """Make the first ``num_blocks`` blocks of an allocation in ``live`` allocations of one block each; they, and what is left.
+def split_off(
+    live: Live, extents: Iterable[Extent], num_blocks: int
+) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
+    """Make the first ``num_blocks`` blocks of an allocation in ``live`` allocations of one block
+    each; they, and what is left.
 
-    This is what an allocator's ``split`` promises: prefix caching frees the blocks of a prompt one by one. What is left, perhaps
-    nothing, stays one allocation. `BadInput` when there are fewer blocks.
+    This is what an allocator's ``split`` promises: prefix caching frees the blocks of a prompt one
+    by one. What is left, perhaps nothing, stays one allocation. `BadInput` when there are fewer
+    blocks.
     """
     whole = allocation_in(live, extents)
     blocks = sum(size for _, size in whole)
@@ -171,14 +204,15 @@ def _live_at(live: Live, extent: object) -> tuple[Extent, ...]:
         return ()
 
 
-# --- for the eye ------------------------------------------------------------------------------------------------------------------
+# --- for the eye ----------------------------------------------------------------------------------
 
 
 def block_map(owners: Mapping[Hashable, Iterable[Extent]], num_blocks: int, width: int = 64) -> str:
-    """The pool as text: `.` a free block, a letter a sequence in the order of ``owners``, `+` a block that several hold.
+    """The pool as text: `.` a free block, a letter a sequence in the order of ``owners``, `+` a
+    block that several hold.
 
-    Rows of ``width`` blocks, each behind the number of its first; the 53rd sequence is `a` again. `BadInput` for an extent outside
-    the pool.
+    Rows of ``width`` blocks, each behind the number of its first; the 53rd sequence is `a` again.
+    `BadInput` for an extent outside the pool.
 
         0 aaa.bb..
         8 a.
@@ -195,10 +229,14 @@ def block_map(owners: Mapping[Hashable, Iterable[Extent]], num_blocks: int, widt
             blocks[extent.start : extent.end] = blocks[extent.start : extent.end].translate(mark)
     starts = range(0, num_blocks, width)
     digits = len(str(starts[-1]))
-    return "\n".join(f"{start:{digits}} {blocks[start : start + width].decode()}" for start in starts)
+    return "\n".join(
+        f"{start:{digits}} {blocks[start : start + width].decode()}" for start in starts
+    )
 
 
 def never_extended(live: Live, extents: Iterable[Extent], num_blocks: int) -> None:
-    """`Allocator.extend` of what has its full size from the start: None for whatever makes sense, else as the others."""
+    """`Allocator.extend` of what has its full size from the start: None for whatever makes sense,
+    else as the others.
+    """
     allocation_in(live, extents)
     at_least("num_blocks", num_blocks, 1)

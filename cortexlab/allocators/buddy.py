@@ -1,14 +1,18 @@
-"""Binary buddies (Knowlton 1965; Knuth, TAOCP 1, 2.5): blocks of 2^k, split in halves and joined again with their buddies.
+"""Binary buddies (Knowlton 1965; Knuth, TAOCP 1, 2.5): blocks of 2^k, split in halves and joined
+again with their buddies.
 
-    pool of 13   |0 . . . . . . .|8 . . .|12|     its largest aligned pieces: any size of pool, and every block can be reached
+    pool of 13   |0 . . . . . . .|8 . . .|12|     largest aligned pieces: a pool of any size
 
-Splitting and joining take O(log n) steps. What is handed out beyond the request is the sequence's own to grow into, and is the
-scheme's internal waste: on average a quarter of what is handed out when sizes are spread evenly.
+Splitting and joining take O(log n) steps. What is handed out beyond the request is the sequence's
+own to grow into, and is the scheme's internal waste: on average a quarter of what is handed out
+when sizes are spread evenly.
 
-Joining is *lazy* (the idea of Barkley and Lee, "A Lazy Buddy System Bounded by Two Coalescing Delays per Class", SOSP 1989): what
-was freed last of every order stays *hot*, apart and not joined, and serves the next request of that order as it is. One that is
-freed while another is hot takes its place, and the older is joined. Where no free buddy is large enough, all that are hot (at most
-one an order) are joined and the search is made again, so a request fails only when no aligned run of its size is free.
+Joining is *lazy* (the idea of Barkley and Lee, "A Lazy Buddy System Bounded by Two Coalescing
+Delays per Class", SOSP 1989): what was freed last of every order stays *hot*, apart and not joined,
+and serves the next request of that order as it is. One that is freed while another is hot takes its
+place, and the older is joined. Where no free buddy is large enough, all that are hot (at most one
+an order) are joined and the search is made again, so a request fails only when no aligned run of
+its size is free.
 """
 
 from collections.abc import Iterable
@@ -25,9 +29,12 @@ class Buddy:
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
         self._live: Live = {}
         self._hot: Live = {}  # order k -> the extents, of 2^k blocks, freed last
-        self._seen_hot = 0  # bit k: the map shows the hot one of order k as free; the others it still shows as used
+        # bit k: the map shows the hot one of order k as free; the others it still shows as used
+        self._seen_hot = 0
         self._map = FreeMap(num_blocks)
-        self._free_of: list[dict[int, None]] = [{} for _ in range(num_blocks.bit_length())]  # k -> first blocks, none of them hot
+        self._free_of: list[dict[int, None]] = [
+            {} for _ in range(num_blocks.bit_length())
+        ]  # k -> first blocks, none of them hot
         self._orders = 0  # bit k: there is one of 2^k
         start = 0
         for order in reversed(range(num_blocks.bit_length())):
@@ -82,21 +89,31 @@ class Buddy:
         return self._map.stats()
 
     def check(self) -> None:
-        joined = [(start, 1 << order) for order, starts in enumerate(self._free_of) for start in starts]
+        joined = [
+            (start, 1 << order) for order, starts in enumerate(self._free_of) for start in starts
+        ]
         hot = [extents[0] for extents in self._hot.values()]
         at = 0
-        for start, size in sorted([*joined, *hot, *(extents[0] for extents in self._live.values())]):
+        for start, size in sorted(
+            [*joined, *hot, *(extents[0] for extents in self._live.values())]
+        ):
             assert start == at, f"block {at} is lost or held twice"
-            assert start % size == 0 and size.bit_count() == 1, f"{size} blocks at {start} are no buddy"
+            assert start % size == 0 and size.bit_count() == 1, (
+                f"{size} blocks at {start} are no buddy"
+            )
             at += size
         assert at == self.num_blocks, f"blocks behind {at} are lost"
-        assert self._orders == sum(1 << order for order, starts in enumerate(self._free_of) if starts)
+        assert self._orders == sum(
+            1 << order for order, starts in enumerate(self._free_of) if starts
+        )
         assert all(extents[0].num_blocks == 1 << order for order, extents in self._hot.items())
-        assert not any(start ^ size in self._free_of[size.bit_length() - 1] for start, size in joined), "two free buddies were not joined"
+        assert not any(
+            start ^ size in self._free_of[size.bit_length() - 1] for start, size in joined
+        ), "two free buddies were not joined"
         seen = [extents[0] for order, extents in self._hot.items() if self._seen_hot >> order & 1]
         self._map.check([*joined, *seen])
 
-    # --- buddies --------------------------------------------------------------------------------------------------------------
+    # --- buddies ----------------------------------------------------------------------------------
 
     def _split(self, order: int) -> tuple[Extent, ...] | None:
         """One of 2^order, the lower part of the smallest there is."""
@@ -117,7 +134,9 @@ class Buddy:
         return extents
 
     def _upper_buddies(self, extent: Extent, wanted: int) -> list[tuple[int, int]] | None:
-        """The buddies (first block, order) that make ``extent`` hold ``wanted`` blocks when it is joined with one after the other."""
+        """The buddies (first block, order) that make ``extent`` hold ``wanted`` blocks when it is
+        joined with one after the other.
+        """
         size, upper = extent.num_blocks, []
         while size < wanted:
             order = size.bit_length() - 1
@@ -132,7 +151,9 @@ class Buddy:
             self._join(order)
 
     def _join(self, order: int) -> None:
-        """Put the hot one of ``order`` back, joined with its buddy, and that one with its own, as far as they are free."""
+        """Put the hot one of ``order`` back, joined with its buddy, and that one with its own, as
+        far as they are free.
+        """
         extents = self._hot.pop(order)
         if self._seen_hot >> order & 1:
             self._seen_hot ^= 1 << order

@@ -1,7 +1,9 @@
-"""Contiguous placement: one extent a request, holes coalesced with both neighbours when an extent is freed.
+"""Contiguous placement: one extent a request, holes coalesced with both neighbours when an extent
+is freed.
 
-A hole is known by its two ends (Knuth's boundary tags, TAOCP 1, 2.5), so freeing finds its neighbours in O(1), and by its exact
-size, so the largest and the smallest that is large enough are found in O(1). Which hole serves a request is all a placement adds.
+A hole is known by its two ends (Knuth's boundary tags, TAOCP 1, 2.5), so freeing finds its
+neighbours in O(1), and by its exact size, so the largest and the smallest that is large enough are
+found in O(1). Which hole serves a request is all a placement adds.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +28,9 @@ class ContiguousAllocator(ABC):
         self._put(0, num_blocks)
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
-        if num_blocks.__class__ is not int or num_blocks < 1:  # in here, since the call takes a tenth of the whole
+        if (
+            num_blocks.__class__ is not int or num_blocks < 1
+        ):  # in here, since the call takes a tenth of the whole
             at_least("num_blocks", num_blocks, 1)
         start = self._pop(num_blocks)
         if start is None:
@@ -62,12 +66,16 @@ class ContiguousAllocator(ABC):
             hole_ending[end] = start
             self._put(start, end - start)
 
-    def split(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
+    def split(
+        self, extents: tuple[Extent, ...], num_blocks: int
+    ) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
         """As `split_off`."""
         return split_off(self._live, extents, num_blocks)
 
     def stats(self) -> Stats:
-        return pool_stats(self.num_blocks, self._free_blocks, self._sizes.largest(), len(self._hole_at))
+        return pool_stats(
+            self.num_blocks, self._free_blocks, self._sizes.largest(), len(self._hole_at)
+        )
 
     def check(self) -> None:
         pieces = sorted([*self._hole_at.items(), *(extent for (extent,) in self._live.values())])
@@ -79,7 +87,9 @@ class ContiguousAllocator(ABC):
         assert self._free_blocks == sum(self._hole_at.values())
         assert self._sizes.largest() == max(self._hole_at.values(), default=0)
         assert self._hole_ending == {start + size: start for start, size in self._hole_at.items()}
-        assert not any(start in self._hole_ending for start in self._hole_at), "two neighbouring holes were not joined"
+        assert not any(start in self._hole_ending for start in self._hole_at), (
+            "two neighbouring holes were not joined"
+        )
 
     def _cut(self, start: int, num_blocks: int) -> None:
         """Take the front of a hole that the placement has let go of."""
@@ -93,7 +103,7 @@ class ContiguousAllocator(ABC):
         else:
             del self._hole_ending[end]
 
-    # --- what a placement adds: where it keeps the holes, and which it takes ---------------------------------------------------
+    # --- what a placement adds: where it keeps the holes, and which it takes ----------------------
 
     @abstractmethod
     def _pop(self, num_blocks: int) -> int | None:
@@ -109,7 +119,9 @@ class ContiguousAllocator(ABC):
 
 
 class FirstFit(ContiguousAllocator):
-    """The hole with the lowest address that is large enough, as CortexStream's allocator searches. O(log n), where it scans the pool."""
+    """The hole with the lowest address that is large enough, as CortexStream's allocator searches.
+    O(log n), where it scans the pool.
+    """
 
     def __init__(self, num_blocks: int):
         self._addresses = HoleAddresses(at_least("num_blocks", num_blocks, 1))
@@ -145,8 +157,9 @@ class BestFit(ContiguousAllocator):
 class Segregated(ContiguousAllocator):
     """Good fit by size classes (Masmano et al., TLSF, ECRTS 2004). O(1).
 
-    Between two powers of two lie `SUBDIVISIONS` classes. A request is rounded up to the next class, where any hole serves; only
-    when there is none does an exact search decide, so it fails only when no hole is large enough.
+    Between two powers of two lie `SUBDIVISIONS` classes. A request is rounded up to the next class,
+    where any hole serves; only when there is none does an exact search decide, so it fails only
+    when no hole is large enough.
     """
 
     SUBDIVISIONS = 16

@@ -1,18 +1,23 @@
-"""A replica of the buddy allocator that CortexStream published, kept to show what its one missing loop costs. Not for use.
+"""A replica of the buddy allocator that CortexStream published, kept to show what its one missing
+loop costs. Not for use.
 
-Source: github.com/pythongiant/CortexStream at 3ca8007, ``src/cache/kv_cache.cpp``: ``initBuddySystem``, ``buddyAllocate``,
-``buddyCoalesce``. (At f8c8b1f, whose API this package follows, a buddy is announced in
-``docs/KV_CACHE_DESIGN.md``, "Phase 1", and the code is a linear first fit.) What it does, read there and written anew:
+Source: github.com/pythongiant/CortexStream at 3ca8007, ``src/cache/kv_cache.cpp``:
+``initBuddySystem``, ``buddyAllocate``, ``buddyCoalesce``. (At f8c8b1f, whose API this package
+follows, a buddy is announced in ``docs/KV_CACHE_DESIGN.md``, "Phase 1", and the code is a linear
+first fit.) What it does, read there and written anew:
 
-- the pool is one piece, the largest power of two that fits; what lies behind it is counted as free and never handed out;
-- a request is rounded up to a power of two. A free piece of that size serves, the lowest first, since every list is sorted when
-  something is freed. Otherwise the smallest larger one is split **once**: its upper half goes back, and its lower half, however
-  large, is handed out whole. (A buddy system goes on splitting.) So requests of 32 out of 2,048 blocks get
-  1024, 512, 256, 128, 64, 32 and 32 blocks, and the eighth gets none;
-- a freed piece is joined with a free neighbour of its size, the lower one first, and the two again with theirs. It never asks
-  whether the two are buddies, so pieces come to lie at any multiple of a smaller size. (The published code removes the pair through
-  an iterator that its first removal made void, so what a build of it does there is undefined; joined is what it means to join. With
-  that line made sound, the compiled C++ and this class agreed in 60,000 random steps.)
+- the pool is one piece, the largest power of two that fits; what lies behind it is counted as free
+  and never handed out;
+- a request is rounded up to a power of two. A free piece of that size serves, the lowest first,
+  since every list is sorted when something is freed. Otherwise the smallest larger one is split
+  **once**: its upper half goes back, and its lower half, however large, is handed out whole. (A
+  buddy system goes on splitting.) So requests of 32 out of 2,048 blocks get 1024, 512, 256, 128,
+  64, 32 and 32 blocks, and the eighth gets none;
+- a freed piece is joined with a free neighbour of its size, the lower one first, and the two again
+  with theirs. It never asks whether the two are buddies, so pieces come to lie at any multiple of a
+  smaller size. (The published code removes the pair through an iterator that its first removal made
+  void, so what a build of it does there is undefined; joined is what it means to join. With that
+  line made sound, the compiled C++ and this class agreed in 60,000 random steps.)
 """
 
 from collections.abc import Iterable
@@ -24,11 +29,15 @@ from .free_map import FREE, USED, FreeMap
 
 
 class CortexStreamBuddy:
-    """One extent of at least the next power of two. O(log n); the original sorts a list at every `free`."""
+    """One extent of at least the next power of two. O(log n); the original sorts a list at every
+    `free`.
+    """
 
     def __init__(self, num_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
-        self._pieces = [Pieces() for _ in range(num_blocks.bit_length())]  # k -> the free ones of 2^k blocks
+        self._pieces = [
+            Pieces() for _ in range(num_blocks.bit_length())
+        ]  # k -> the free ones of 2^k blocks
         self._pieces[-1].add(0)
         self._live: Live = {}
         self._map = FreeMap(num_blocks)
@@ -65,7 +74,11 @@ class CortexStreamBuddy:
         return self._map.stats()
 
     def check(self) -> None:
-        free = sorted((start, 1 << order) for order, pieces in enumerate(self._pieces) for start in pieces.starts)
+        free = sorted(
+            (start, 1 << order)
+            for order, pieces in enumerate(self._pieces)
+            for start in pieces.starts
+        )
         at = 0
         for start, size in sorted([*free, *(extents[0] for extents in self._live.values())]):
             assert start == at, f"block {at} is lost or held twice"
@@ -73,7 +86,9 @@ class CortexStreamBuddy:
         assert at == 1 << self.num_blocks.bit_length() - 1, f"blocks behind {at} are lost"
         for order, pieces in enumerate(self._pieces):
             assert pieces.starts <= set(pieces.heap), "a free piece cannot be found"
-            assert not any(start + (1 << order) in pieces.starts for start in pieces.starts), "two free neighbours were not joined"
+            assert not any(start + (1 << order) in pieces.starts for start in pieces.starts), (
+                "two free neighbours were not joined"
+            )
         self._map.check([*free, (at, self.num_blocks - at)])
 
     def _neighbour(self, start: int, order: int) -> int | None:
@@ -82,7 +97,9 @@ class CortexStreamBuddy:
 
 
 class Pieces:
-    """First blocks of free pieces of one size: a set, and a heap that finds the lowest. What was joined leaves the heap late."""
+    """First blocks of free pieces of one size: a set, and a heap that finds the lowest. What was
+    joined leaves the heap late.
+    """
 
     __slots__ = ("heap", "starts")
 

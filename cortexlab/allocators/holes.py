@@ -1,20 +1,28 @@
-"""Two ways to find a hole: by its exact size (`HoleSizes`), and the lowest one that is large enough (`HoleAddresses`)."""
+"""Two ways to find a hole: by its exact size (`HoleSizes`), and the lowest one that is large enough
+(`HoleAddresses`).
+"""
 
 
 class HoleSizes:
-    """Holes by exact size, and a bitmap in two levels of the sizes there are: 1,024 words of 1,024 bits hold a million sizes.
+    """Holes by exact size, and a bitmap in two levels of the sizes there are: 1,024 words of 1,024
+    bits hold a million sizes.
 
-    A size whose last hole has gone keeps its bit until a search comes across it: a hole that is cut and joined again, again and
-    again, then changes no bits. Every bit is cleared at most as often as it was set, so all is O(1), amortised, up to some million
-    blocks; from there on the upper word grows by a bit for every 1,024.
+    A size whose last hole has gone keeps its bit until a search comes across it: a hole that is cut
+    and joined again, again and again, then changes no bits. Every bit is cleared at most as often
+    as it was set, so all is O(1), amortised, up to some million blocks; from there on the upper
+    word grows by a bit for every 1,024.
     """
 
     __slots__ = ("_holes", "_sizes", "_words")
 
     def __init__(self, largest: int):
-        self._sizes = [0] * ((largest >> 10) + 1)  # word w, bit b: size 1024 w + b is a key of `_holes`
+        self._sizes = [0] * (
+            (largest >> 10) + 1
+        )  # word w, bit b: size 1024 w + b is a key of `_holes`
         self._words = 0  # bit w: word w is not zero
-        self._holes: dict[int, dict[int, None]] = {}  # size -> first blocks, in the order they became holes; may be empty
+        self._holes: dict[
+            int, dict[int, None]
+        ] = {}  # size -> first blocks, in the order they became holes; may be empty
 
     def add(self, start: int, size: int) -> None:
         try:
@@ -60,7 +68,9 @@ class HoleSizes:
         return None
 
     def one_of(self, size: int) -> int:
-        """First block of the hole of exactly ``size`` that became one last. O(1): a dict finds its last key at once, its first does not."""
+        """First block of the hole of exactly ``size`` that became one last. O(1): a dict finds its
+        last key at once, its first does not.
+        """
         holes = self._holes[size]
         start, _ = holes.popitem()
         holes[start] = None
@@ -75,10 +85,12 @@ class HoleSizes:
 
 
 class HoleAddresses:
-    """The lowest hole of at least a size, in O(log n): a tournament tree over stretches of the pool.
+    """The lowest hole of at least a size, in O(log n): a tournament tree over stretches of the
+    pool.
 
-    Every stretch of `STRETCH_BLOCKS` knows the holes that begin in it, and the largest of them; every node of the tree the largest
-    below it. A change climbs only as far as it makes a difference.
+    Every stretch of `STRETCH_BLOCKS` knows the holes that begin in it, and the largest of them;
+    every node of the tree the largest below it. A change climbs only as far as it makes a
+    difference.
     """
 
     __slots__ = ("_first_leaf", "_holes", "_largest")
@@ -88,8 +100,12 @@ class HoleAddresses:
     def __init__(self, num_blocks: int):
         num_stretches = -(-num_blocks // self.STRETCH_BLOCKS)
         self._first_leaf = 1 << (num_stretches - 1).bit_length()
-        self._largest = [0] * (2 * self._first_leaf)  # a heap: node i has the children 2i and 2i + 1
-        self._holes: list[dict[int, int]] = [{} for _ in range(num_stretches)]  # first block -> size, in any order
+        self._largest = [0] * (
+            2 * self._first_leaf
+        )  # a heap: node i has the children 2i and 2i + 1
+        self._holes: list[dict[int, int]] = [
+            {} for _ in range(num_stretches)
+        ]  # first block -> size, in any order
 
     def add(self, start: int, size: int) -> None:
         stretch = start // self.STRETCH_BLOCKS
@@ -123,10 +139,14 @@ class HoleAddresses:
             node *= 2
             if largest[node] < size:
                 node += 1
-        return min(start for start, found in self._holes[node - self._first_leaf].items() if found >= size)
+        return min(
+            start for start, found in self._holes[node - self._first_leaf].items() if found >= size
+        )
 
     def check(self, holes: dict[int, int]) -> None:
-        """`AssertionError` unless exactly ``holes`` (first block -> size) are known, and every node says the largest below it."""
+        """`AssertionError` unless exactly ``holes`` (first block -> size) are known, and every node
+        says the largest below it.
+        """
         assert {start: size for found in self._holes for start, size in found.items()} == holes
         for stretch, found in enumerate(self._holes):
             assert self._largest[self._first_leaf + stretch] == max(found.values(), default=0)

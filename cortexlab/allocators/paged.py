@@ -1,4 +1,6 @@
-"""Paging: any free block serves, so nothing is ever too fragmented; what it costs is the number of extents a sequence ends up in."""
+"""Paging: any free block serves, so nothing is ever too fragmented; what it costs is the number of
+extents a sequence ends up in.
+"""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -13,17 +15,22 @@ START, SIZE = itemgetter(0), itemgetter(1)
 
 
 class Paged:
-    """A stack of free blocks, the last one freed handed out first, as in vLLM's first block allocator. O(blocks moved).
+    """A stack of free blocks, the last one freed handed out first, as in vLLM's first block
+    allocator. O(blocks moved).
 
-    vLLM's present queue hands out the one freed the longest ago; under load the sequences end up in as many pieces (experiments/LOG.md).
+    vLLM's present queue hands out the one freed the longest ago; under load the sequences end up in
+    as many pieces (experiments/LOG.md).
 
-    Blocks that happen to follow each other are reported as one extent: attention then reads them in one piece.
+    Blocks that happen to follow each other are reported as one extent: attention then reads them in
+    one piece.
     """
 
     def __init__(self, num_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
         self._stack: list[Extent] = []  # given back; the last one goes first, from its front
-        self._fresh = 0  # this block and those behind it were never handed out: they lie under the stack
+        self._fresh = (
+            0  # this block and those behind it were never handed out: they lie under the stack
+        )
         self._live: Live = {}
         self._map = FreeMap(num_blocks)
 
@@ -34,8 +41,12 @@ class Paged:
         return extents
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
-        """Chain any free blocks behind ``extents``; they join the last one only when they happen to follow it."""
-        if num_blocks.__class__ is not int or num_blocks < 1:  # in here, since the call takes a tenth of the whole
+        """Chain any free blocks behind ``extents``; they join the last one only when they happen to
+        follow it.
+        """
+        if (
+            num_blocks.__class__ is not int or num_blocks < 1
+        ):  # in here, since the call takes a tenth of the whole
             at_least("num_blocks", num_blocks, 1)
         extents = allocation_in(self._live, extents)
         more = self._take(num_blocks)
@@ -56,7 +67,9 @@ class Paged:
             self._map.mark(whole, FREE)
             self._stack.extend(reversed(whole))
 
-    def split(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
+    def split(
+        self, extents: tuple[Extent, ...], num_blocks: int
+    ) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
         """As `split_off`."""
         return split_off(self._live, extents, num_blocks)
 
@@ -64,7 +77,14 @@ class Paged:
         return self._map.stats()
 
     def check(self) -> None:
-        free = [*self._stack, *([Extent(self._fresh, self.num_blocks - self._fresh)] if self._fresh < self.num_blocks else [])]
+        free = [
+            *self._stack,
+            *(
+                [Extent(self._fresh, self.num_blocks - self._fresh)]
+                if self._fresh < self.num_blocks
+                else []
+            ),
+        ]
         held = [extent for extents in self._live.values() for extent in extents]
         at = 0
         for start, size in sorted(free + held):
@@ -103,10 +123,17 @@ class Paged:
 
 
 def joined(extents: list[Extent]) -> tuple[Extent, ...]:
-    """``extents``, at least one, in their order, those that follow each other as one. The searching is done by C functions."""
-    starts, ends = map(START, islice(extents, 1, None)), map(add, map(START, extents), map(SIZE, extents))
+    """``extents``, at least one, in their order, those that follow each other as one. The searching
+    is done by C functions.
+    """
+    starts, ends = (
+        map(START, islice(extents, 1, None)),
+        map(add, map(START, extents), map(SIZE, extents)),
+    )
     at, runs = 0, []
-    for behind in compress(count(1), map(eq, ends, starts)):  # extents[behind] follows the one before it
+    for behind in compress(
+        count(1), map(eq, ends, starts)
+    ):  # extents[behind] follows the one before it
         if behind > at:
             runs += extents[at:behind]
         start, size = runs.pop()

@@ -1,32 +1,54 @@
-"""Runs: long runs for prompts, growth in place where it can, dust for the rest. Paged's memory at contiguous's speed.
+"""Runs: long runs for prompts, growth in place where it can, dust for the rest. Paged's memory at
+contiguous's speed.
 
-    blocks   A A A A . . B B B B b . . C C c a . . c     capitals: prompts; small letters: what they have grown into
-                     hole          gap of B    gap of A    C has no gap: its next block starts elsewhere
+    blocks   A A A A . . B B B B b . . C C c a . . c
+                     hole          gap of B    gap of A
 
-A *hole* is a maximal run of free blocks, and a *gap* when the block before it is the last of an allocation, which can then grow in
-place. Whatever n blocks are free serve n, in the few extents that these rules find:
+Capitals are blocks of prompts, small letters blocks that sequences grew into. C has no gap behind
+it, so its next block starts elsewhere.
 
-- A prompt takes the smallest hole that leaves *room* to grow behind it and, in a gap, before it; else the smallest that holds it;
-  where none does, the longest holes.
-- Growth takes the block behind. Where that is used it starts elsewhere, with room too; and where there is no such place in the
-  *smallest* hole: growth eats the dust, so that long runs are left to prompts.
-- The room is an even share of what admissions have left over lately: a minimum of the free blocks that decays. Room that the next
-  prompt takes away again is worse than none, since it has cut up a run; where prompts take the last block there is no room at all.
-- `compact`, which a block manager calls before it allocates: where no hole is large enough, few used blocks between two holes make
-  way, to behind the rest of their own sequence or else into dust. What it may copy is a share of what is allocated.
+A *hole* is a maximal run of free blocks, and a *gap* when the block before it is the last of an
+allocation, which can then grow in place. Whatever n blocks are free serve n, in the few extents
+that these rules find:
 
-Holes are known by both ends and by exact size, as ``holes`` keeps them: whatever the pool, a call is O(extents it hands out or takes).
+- A prompt takes the smallest hole that leaves *room* to grow behind it and, in a gap, before it;
+  else the smallest that holds it; where none does, the longest holes.
+- Growth takes the block behind. Where that is used it starts elsewhere, with room too; and where
+  there is no such place in the *smallest* hole: growth eats the dust, so that long runs are left to
+  prompts.
+- The room is an even share of what admissions have left over lately: a minimum of the free blocks
+  that decays. Room that the next prompt takes away again is worse than none, since it has cut up a
+  run; where prompts take the last block there is no room at all.
+- `compact`, which a block manager calls before it allocates: where no hole is large enough, few
+  used blocks between two holes make way, to behind the rest of their own sequence or else into
+  dust. What it may copy is a share of what is allocated.
+
+Holes are known by both ends and by exact size, as ``holes`` keeps them: whatever the pool, a call
+is O(extents it hands out or takes).
 """
 
 from collections.abc import Container, Iterable
 from itertools import islice
 
 from ..errors import BadInput, at_least, shown
-from .base import NEW, Extent, Live, Moved, Stats, allocation_in, allocations_in, merged, pool_stats, split_off
+from .base import (
+    NEW,
+    Extent,
+    Live,
+    Moved,
+    Stats,
+    allocation_in,
+    allocations_in,
+    merged,
+    pool_stats,
+    split_off,
+)
 from .holes import HoleSizes
 
 Place = tuple[int, int, int]  # a hole, the block to start at, how many blocks
-Step = tuple[int, int, int]  # an allocation's first block, which of its extents moves, the hole it moves to
+Step = tuple[
+    int, int, int
+]  # an allocation's first block, which of its extents moves, the hole it moves to
 
 MAX_COPIES = 16  # blocks that one `compact` copies at most
 MAX_BRIDGE = 2  # used blocks between two holes that are worth moving
@@ -35,8 +57,8 @@ HOLES_LOOKED_AT = 16  # by `compact` for one move, the youngest first
 
 
 class Runs:
-    """``gap_blocks``: the most room that a sequence is left to grow. ``copy_share``: blocks that `compact` may copy, in the long run,
-    for each block of the allocations it is called for.
+    """``gap_blocks``: the most room that a sequence is left to grow. ``copy_share``: blocks that
+    `compact` may copy, in the long run, for each block of the allocations it is called for.
     """
 
     def __init__(self, num_blocks: int, *, gap_blocks: int = 8, copy_share: float = 0.02):
@@ -55,12 +77,16 @@ class Runs:
         self._live: Live = {}
         self._ends: set[int] = set()  # the block behind each allocation that may grow
         self._fixed: set[int] = set()  # first blocks of the others: single ones that were split off
-        self._chained: dict[int, tuple[int, int]] = {}  # first block of an extent but the first -> its allocation's, its place there
+        self._chained: dict[
+            int, tuple[int, int]
+        ] = {}  # first block of an extent but the first -> its allocation's, its place there
         self._hole_at[0], self._hole_ending[num_blocks] = num_blocks, 0
         self._holes.add(0, num_blocks)
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
-        if num_blocks.__class__ is not int or num_blocks < 1:  # in here, since the call takes a tenth of the whole
+        if (
+            num_blocks.__class__ is not int or num_blocks < 1
+        ):  # in here, since the call takes a tenth of the whole
             at_least("num_blocks", num_blocks, 1)
         if num_blocks > self._free_blocks:
             return None
@@ -112,8 +138,10 @@ class Runs:
             self._give(start, size, ended=start not in self._fixed)
             self._fixed.discard(start)
 
-    def split(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
-        """As `split_off`. The single blocks are not expected to grow: no room is left behind them."""
+    def split(
+        self, extents: tuple[Extent, ...], num_blocks: int
+    ) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
+        """As `split_off`. Single blocks do not grow, so no room is left behind them."""
         whole = allocation_in(self._live, extents)
         grows = whole[0].start not in self._fixed
         singles, rest = split_off(self._live, whole, num_blocks)
@@ -130,35 +158,65 @@ class Runs:
 
     def check(self) -> None:
         at = 0
-        for start, size in sorted([*self._hole_at.items(), *(extent for whole in self._live.values() for extent in whole)]):
+        for start, size in sorted(
+            [*self._hole_at.items(), *(extent for whole in self._live.values() for extent in whole)]
+        ):
             assert start == at, f"block {at} is lost or held twice"
             at += size
         assert at == self.num_blocks, f"blocks behind {at} are lost"
         assert self._free_blocks == sum(self._hole_at.values())
         assert self._hole_ending == {start + size: start for start, size in self._hole_at.items()}
-        assert not any(start in self._hole_ending for start in self._hole_at), "two neighbouring holes were not joined"
-        assert self._ends == {whole[-1].end for first, whole in self._live.items() if first not in self._fixed}
+        assert not any(start in self._hole_ending for start in self._hole_at), (
+            "two neighbouring holes were not joined"
+        )
+        assert self._ends == {
+            whole[-1].end for first, whole in self._live.items() if first not in self._fixed
+        }
         assert all(sum(size for _, size in self._live[first]) == 1 for first in self._fixed)
-        chained = {extent.start: (first, index) for first, whole in self._live.items() for index, extent in enumerate(whole) if index}
+        chained = {
+            extent.start: (first, index)
+            for first, whole in self._live.items()
+            for index, extent in enumerate(whole)
+            if index
+        }
         assert self._chained == chained
-        assert all(merged(whole) == whole and whole[0].start == first for first, whole in self._live.items())
+        assert all(
+            merged(whole) == whole and whole[0].start == first
+            for first, whole in self._live.items()
+        )
         for holes, are_gaps in ((self._gaps, True), (self._holes, False)):
-            assert holes.largest() == max((size for start, size in self._hole_at.items() if (start in self._ends) == are_gaps), default=0)
+            assert holes.largest() == max(
+                (
+                    size
+                    for start, size in self._hole_at.items()
+                    if (start in self._ends) == are_gaps
+                ),
+                default=0,
+            )
 
-    # --- where to -------------------------------------------------------------------------------------------------------------
+    # --- where to ---------------------------------------------------------------------------------
 
     def _place(self, num_blocks: int, growth: bool = False) -> Place:
         """A place for ``num_blocks``, or for as many of them as the hole it has to be holds."""
         free, left_over, gap_blocks = self._free_blocks, self._left_over, self.gap_blocks
-        room = int((free if free < left_over else left_over) / (len(self._live) - len(self._fixed) + 1))
-        place = self._fit(num_blocks, room if room < gap_blocks else gap_blocks) if room or not growth else None
+        room = int(
+            (free if free < left_over else left_over) / (len(self._live) - len(self._fixed) + 1)
+        )
+        place = (
+            self._fit(num_blocks, room if room < gap_blocks else gap_blocks)
+            if room or not growth
+            else None
+        )
         if place is None and room and not growth:
             place = self._fit(num_blocks, 0)
         return place or self._part(num_blocks, growth)
 
     def _fit(self, num_blocks: int, room: int) -> Place | None:
         """In the smallest hole that has ``room`` behind them and, when it is a gap, before them."""
-        size, gap_size = self._holes.smallest_from(num_blocks + room), self._gaps.smallest_from(num_blocks + 2 * room)
+        size, gap_size = (
+            self._holes.smallest_from(num_blocks + room),
+            self._gaps.smallest_from(num_blocks + 2 * room),
+        )
         if size is not None and (gap_size is None or size <= gap_size):
             hole = self._holes.one_of(size)
             return hole, hole, num_blocks
@@ -168,7 +226,9 @@ class Runs:
         return hole, hole + (room or gap_size - num_blocks), num_blocks
 
     def _part(self, num_blocks: int, growth: bool = False) -> Place:
-        """Where nothing fits: prompts take the longest hole, growth the smallest, and the half of a gap when there are but gaps."""
+        """Where nothing fits: prompts take the longest hole, growth the smallest, and the half of a
+        gap when there are but gaps.
+        """
         holes, gaps = self._holes, self._gaps
         size, gap_size = holes.smallest_from(1) if growth else holes.largest(), gaps.largest()
         if size and (growth or size >= gap_size):
@@ -178,10 +238,14 @@ class Runs:
         return hole, hole + (gap_size - size + 1) // 2, size
 
     def _scatter(self, extent: Extent, num_blocks: int) -> tuple[Extent, ...]:
-        """A new allocation of ``extent`` and as many places more as ``num_blocks`` take, the longest first."""
+        """A new allocation of ``extent`` and as many places more as ``num_blocks`` take, the
+        longest first.
+        """
         extents = [extent]
         while num_blocks:
-            hole, start, size = self._place(num_blocks) if num_blocks <= self._largest() else self._part(num_blocks)
+            hole, start, size = (
+                self._place(num_blocks) if num_blocks <= self._largest() else self._part(num_blocks)
+            )
             self._take(hole, start, size, size == num_blocks)
             extents.append(Extent(start, size))
             num_blocks -= size
@@ -193,12 +257,14 @@ class Runs:
         for index, (start, _) in enumerate(whole[1:], 1):
             self._chained[start] = whole[0].start, index
 
-    # --- compaction -----------------------------------------------------------------------------------------------------------
+    # --- compaction -------------------------------------------------------------------------------
 
     def compact(self, num_blocks: int) -> list[Moved]:
-        """Make room for an allocation of ``num_blocks`` that would be scattered otherwise; what has moved, in the order of the copies.
+        """Make room for an allocation of ``num_blocks`` that would be scattered otherwise; what has
+        moved, in the order of the copies.
 
-        An allocation moves at most once a call, and never its first extent. At most MAX_COPIES blocks.
+        An allocation moves at most once a call, and never its first extent. At most MAX_COPIES
+        blocks.
         """
         moved: dict[int, Moved] = {}  # by the allocation's first block
         if num_blocks > self._free_blocks:
@@ -214,7 +280,9 @@ class Runs:
         return list(moved.values())
 
     def _bridge(self, most: int, skip: Container[int]) -> list[Step] | None:
-        """What to move, at most ``most`` blocks, to join two holes: the longest shorter one for a block copied."""
+        """What to move, at most ``most`` blocks, to join two holes: the longest shorter one for a
+        block copied.
+        """
         best, best_gain = None, 0.0
         for start in islice(reversed(self._hole_at), HOLES_LOOKED_AT):
             end = start + self._hole_at[start]
@@ -224,12 +292,16 @@ class Runs:
             blocks = sum(extent.num_blocks for extent in used.values())
             behind = self._hole_at[end + blocks]
             gain = min(end - start, behind) / blocks
-            if gain > best_gain and (steps := self._steps(used, {start, end + blocks}, end - start + blocks + behind)):
+            if gain > best_gain and (
+                steps := self._steps(used, {start, end + blocks}, end - start + blocks + behind)
+            ):
                 best, best_gain = steps, gain
         return best
 
     def _used_behind(self, block: int, most: int, skip: Container[int]) -> dict[int, Extent] | None:
-        """The extents from ``block`` to the next hole, by allocation; None if they are too many blocks or may not move."""
+        """The extents from ``block`` to the next hole, by allocation; None if they are too many
+        blocks or may not move.
+        """
         used: dict[int, Extent] = {}
         while block not in self._hole_at:
             first, index = self._chained.get(block, (None, 0))
@@ -243,8 +315,8 @@ class Runs:
         return used
 
     def _steps(self, used: dict[int, Extent], taken: set[int], joined: int) -> list[Step] | None:
-        """Where each extent goes: behind the rest of its sequence, else into the smallest hole, if that is no larger than the one of
-        ``joined`` blocks to be won; not into the holes ``taken``.
+        """Where each extent goes: behind the rest of its sequence, else into the smallest hole, if
+        that is no larger than the one of ``joined`` blocks to be won; not into the holes ``taken``.
         """
         steps = []
         for first, extent in used.items():
@@ -282,13 +354,15 @@ class Runs:
         self._live[first] = after
         return whole, after, ((source, copy),)
 
-    # --- holes ----------------------------------------------------------------------------------------------------------------
+    # --- holes ------------------------------------------------------------------------------------
 
     def _largest(self) -> int:
         return max(self._holes.largest(), self._gaps.largest())
 
     def _end_at(self, block: int, ends: bool = True) -> None:
-        """An allocation that may grow ends before ``block``, or does no more: a hole there becomes a gap, or is one no more."""
+        """An allocation that may grow ends before ``block``, or does no more: a hole there becomes
+        a gap, or is one no more.
+        """
         size = self._hole_at.get(block)
         if size:
             self._kind(block).remove(block, size)
@@ -303,7 +377,9 @@ class Runs:
     def _take(self, hole: int, start: int, num_blocks: int, ends: bool = False) -> None:
         """Take blocks out of a hole; ``ends``: an allocation ends with them."""
         hole_at, all_ends = self._hole_at, self._ends
-        kind = self._gaps if hole in all_ends else self._holes  # `_kind`, three times: the calls would take a quarter of it all
+        kind = (
+            self._gaps if hole in all_ends else self._holes
+        )  # `_kind`, three times: the calls would take a quarter of it all
         size = hole_at.pop(hole)
         kind.remove(hole, size)
         self._free_blocks -= num_blocks
@@ -322,7 +398,9 @@ class Runs:
             del self._hole_ending[hole_end]
 
     def _give(self, start: int, num_blocks: int, ended: bool = False) -> None:
-        """Make blocks free, joined with the holes beside them; ``ended``: their allocation ended with them."""
+        """Make blocks free, joined with the holes beside them; ``ended``: their allocation ended
+        with them.
+        """
         hole_at, all_ends = self._hole_at, self._ends
         self._free_blocks += num_blocks
         end = hole_end = start + num_blocks

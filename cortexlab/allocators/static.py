@@ -1,4 +1,6 @@
-"""Fixed regions of one size, one a sequence: the dense ``[num_seqs, max_seq_len]`` batch of request-level serving."""
+"""Fixed regions of one size, one a sequence: the dense ``[num_seqs, max_seq_len]`` batch of
+request-level serving.
+"""
 
 from collections.abc import Iterable
 
@@ -8,7 +10,9 @@ from .free_map import FREE, USED, FreeMap
 
 
 class Static:
-    """Regions of ``region_blocks`` blocks (at most the pool); what is left behind the last whole one is never handed out. O(1)."""
+    """Regions of ``region_blocks`` blocks (at most the pool); what is left behind the last whole
+    one is never handed out. O(1).
+    """
 
     def __init__(self, num_blocks: int, region_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
@@ -40,14 +44,20 @@ class Static:
             self._free.append(region)
 
     def stats(self) -> Stats:
-        """Free blocks are those of free regions and of the tail; a free run joins neighbouring free regions, and the tail the last."""
+        """Free blocks are those of free regions and of the tail; a free run joins neighbouring free
+        regions, and the tail the last.
+        """
         _, _, longest, at_the_end, holes = self._map.sum()
         size, tail = self.region_blocks, self._tail
         free_blocks = self._map.free_blocks * size + tail
         holes += 1 if tail and not at_the_end else 0
-        return pool_stats(self.num_blocks, free_blocks, max(longest * size, at_the_end * size + tail), holes)
+        return pool_stats(
+            self.num_blocks, free_blocks, max(longest * size, at_the_end * size + tail), holes
+        )
 
     def check(self) -> None:
         held = [start // self.region_blocks for start in self._live]
-        assert sorted(held + self._free) == list(range(self._map.num_blocks)), "a region is lost or held twice"
+        assert sorted(held + self._free) == list(range(self._map.num_blocks)), (
+            "a region is lost or held twice"
+        )
         self._map.check((region, 1) for region in self._free)

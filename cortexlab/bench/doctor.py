@@ -1,4 +1,6 @@
-"""What machine this is, how fast its arithmetic and memory are, and what to do where it falls short."""
+"""What machine this is, how fast its arithmetic and memory are, and what to do where it falls
+short.
+"""
 
 import os
 import platform
@@ -51,7 +53,9 @@ def environment() -> dict:
 
 
 def examine() -> dict:
-    """`environment`, measured GFLOP/s and GB/s, where the model is, and ``problems: [{what, cure}]``."""
+    """`environment`, measured GFLOP/s and GB/s, where the model is, and ``problems: [{what,
+    cure}]``.
+    """
     from ..host import models as model
 
     found = environment()
@@ -80,7 +84,9 @@ def sgemm_gflops(repeats: int = 9) -> float:
 
 
 def memory_bandwidth(repeats: int = 5) -> float:
-    """GB/s at which a matrix-vector product reads 256 MiB of float32 weights, what bounds decoding at batch 1: median."""
+    """GB/s at which a matrix-vector product reads 256 MiB of float32 weights, what bounds decoding
+    at batch 1: median.
+    """
     import mlx.core as mx
 
     x, weights = mx.ones((1, 8192)), mx.ones((8192, 8192))
@@ -89,11 +95,15 @@ def memory_bandwidth(repeats: int = 5) -> float:
 
 
 def attention_ms(repeats: int = 3) -> list[dict]:
-    """Decode attention of 8 sequences of 512 tokens, SmolLM2's layers, by method and length of extents: median ms a layer."""
+    """Decode attention of 8 sequences of 512 tokens, SmolLM2's layers, by method and length of
+    extents: median ms a layer.
+    """
     from ..engine.arena import LayerShape
     from .step_profile import measure_extents
 
-    return measure_extents([LayerShape(3, 64, 64)] * 10, 9, EXTENT_SLOTS, 8, 512, repeats=repeats).to_dict("records")
+    return measure_extents(
+        [LayerShape(3, 64, 64)] * 10, 9, EXTENT_SLOTS, 8, 512, repeats=repeats
+    ).to_dict("records")
 
 
 def memory_bytes() -> int:
@@ -101,30 +111,42 @@ def memory_bytes() -> int:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that MLX's CPU build would use for compiled functions; None: it then runs them piece by piece."""
+    """The C++ compiler that MLX's CPU build would use for compiled functions; None: it then runs
+    them piece by piece.
+    """
     return shutil.which("g++")
 
 
 def processor() -> str:
     if sys.platform == "darwin":
-        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        done = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
+        )
         return done.stdout.strip() or platform.processor()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def report(found: dict) -> str:
     """The printed form of `examine`."""
     gib = found["memory_bytes"] / 2**30
     lines = [
-        f"cortexlab {found['cortexlab_version']}, Python {found['python_version']}, {found['platform']}",
-        f"MLX        {found['mlx_version']} on the {found['device']}, mlx-lm {found['mlx_lm_version']}",
+        f"cortexlab {found['cortexlab_version']}, Python {found['python_version']}, "
+        f"{found['platform']}",
+        f"MLX        {found['mlx_version']} on the {found['device']}, mlx-lm "
+        f"{found['mlx_lm_version']}",
         f"processor  {found['processor']}, {found['cores']} cores",
-        f"BLAS       {found['blas']}: {found['sgemm_gflops']:.0f} GFLOP/s (float32, 1024 x 576 x 1536)",
-        f"memory     {gib:.1f} GiB, {found['memory_bandwidth_gb_s']:.1f} GB/s (read by a matrix-vector product)",
+        f"BLAS       {found['blas']}: {found['sgemm_gflops']:.0f} GFLOP/s (float32, 1024 x 576 x "
+        "1536)",
+        f"memory     {gib:.1f} GiB, {found['memory_bandwidth_gb_s']:.1f} GB/s (read by a "
+        "matrix-vector product)",
         *_attention_lines(found["attention"]["ms_a_layer"]),
-        f"compiler   {found['cpp_compiler'] or 'none: MLX runs its compiled functions piece by piece'}",
+        "compiler   "
+        f"{found['cpp_compiler'] or 'none: MLX runs its compiled functions piece by piece'}",
         f"model      {found['model'] or 'not here'}",
     ]
     if found["openblas_coretype"]:
@@ -137,11 +159,15 @@ def report(found: dict) -> str:
 
 def _attention_lines(measured: list[dict]) -> list[str]:
     methods = list(dict.fromkeys(row["method"] for row in measured))
-    lines = ["attention  ms a layer, 8 sequences of 512 tokens" + "".join(f"{method:>9}" for method in methods)]
+    lines = [
+        "attention  ms a layer, 8 sequences of 512 tokens"
+        + "".join(f"{method:>9}" for method in methods)
+    ]
     for slots in dict.fromkeys(row["extent_slots"] for row in measured):
         each = [row["ms"] for row in measured if row["extent_slots"] == slots]
         lines.append(
-            f"           in extents of {slots:4d} slots".ljust(len(lines[0]) - 9 * len(methods)) + "".join(f"{ms:9.2f}" for ms in each)
+            f"           in extents of {slots:4d} slots".ljust(len(lines[0]) - 9 * len(methods))
+            + "".join(f"{ms:9.2f}" for ms in each)
         )
     return lines
 
@@ -164,15 +190,28 @@ def _problems(found: dict, path: Path | None) -> list[dict]:
             problem(str(error), "run: cortexlab fetch-model", needed=True)
     if found["device"] == "cpu" and found["sgemm_gflops"] < SLOW_SGEMM_GFLOPS:
         why = blas.active.note or f"{blas.active.name} is slow here"
-        cure = "install OpenBLAS (Debian: libopenblas0), or `pip install mkl` on x86-64, or set CORTEXLAB_BLAS to a library"
+        cure = (
+            "install OpenBLAS (Debian: libopenblas0), or `pip install mkl` on x86-64, or set "
+            "CORTEXLAB_BLAS to a library"
+        )
         problem(f"matrix products run at {found['sgemm_gflops']:.1f} GFLOP/s: {why}", cure)
     if found["openblas_coretype"] and blas.active.name == "OpenBLAS":
-        what = f"OPENBLAS_CORETYPE={found['openblas_coretype']} may keep OpenBLAS from this processor's kernels"
+        what = (
+            f"OPENBLAS_CORETYPE={found['openblas_coretype']} may keep OpenBLAS from this "
+            "processor's kernels"
+        )
         problem(what, "unset OPENBLAS_CORETYPE")
     if blas.needed() and not found["cpp_compiler"]:
-        problem("no g++: MLX cannot compile element-wise functions for the CPU, which costs some speed", "install g++ (optional)")
+        problem(
+            "no g++: MLX cannot compile element-wise functions for the CPU, which costs some speed",
+            "install g++ (optional)",
+        )
     if found["memory_bytes"] < NEEDED_MEMORY_BYTES:
-        problem(f"{found['memory_bytes'] / 2**30:.1f} GiB of memory", "the main job wants 3 GiB: use --model tiny", needed=True)
+        problem(
+            f"{found['memory_bytes'] / 2**30:.1f} GiB of memory",
+            "the main job wants 3 GiB: use --model tiny",
+            needed=True,
+        )
     return problems
 
 
@@ -187,12 +226,16 @@ def _seconds(work, repeats: int) -> float:
 
 
 def _commit() -> str | None:
-    """The commit of the source this runs from, with a ``+`` when it has been edited; None for an installed copy."""
+    """The commit of the source this runs from, with a ``+`` when it has been edited; None for an
+    installed copy.
+    """
     folder = Path(__file__).parents[1]
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True
+            )
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,6 @@
-"""Pools in use: an allocator of ours or of a peer's as plain functions, and the requests that live in it. For `allocbench`."""
+"""Pools in use: an allocator of ours or of a peer's as plain functions, and the requests that live
+in it. For `allocbench`.
+"""
 
 import importlib.util
 import math
@@ -14,12 +16,17 @@ from ..allocators import Allocator, make_allocator
 
 PEERS = ("vllm-mlx", "vllm-mlx-block")  # batched functions, one function a block
 SIGMA = 0.6  # of the lognormal sizes
-PLACES_TRIED, IN_A_ROW = 4096, 8  # for one that can be extended; so often, since joining what was freed may be put off
+PLACES_TRIED, IN_A_ROW = (
+    4096,
+    8,
+)  # for one that can be extended; so often, since joining what was freed may be put off
 
 
 @dataclass(slots=True)
 class Pool:
-    """An allocator, ours or the peer's, as plain functions, so that nothing is added to what is timed; and who lives in it."""
+    """An allocator, ours or the peer's, as plain functions, so that nothing is added to what is
+    timed; and who lives in it.
+    """
 
     num_blocks: int
     allocate: Callable  # timed; called only where there is room
@@ -31,16 +38,24 @@ class Pool:
     check: Callable[[], None]
     size: Callable[[object], int]  # blocks of what was handed out
     rng: Random = field(default_factory=Random)
-    live: list[tuple[object, int]] = field(default_factory=list)  # what was handed out, blocks asked for
-    waiting: list[int] = field(default_factory=list)  # blocks asked for by requests that found no room
+    live: list[tuple[object, int]] = field(
+        default_factory=list
+    )  # what was handed out, blocks asked for
+    waiting: list[int] = field(
+        default_factory=list
+    )  # blocks asked for by requests that found no room
     used: int = 0
 
     def fill(self, request_blocks: int) -> None:
-        """Requests of random sizes until one does not fit; none is larger than an eighth of the pool, the region of static."""
+        """Requests of random sizes until one does not fit; none is larger than an eighth of the
+        pool, the region of static.
+        """
         largest = max(1, self.num_blocks // 8)
         asked = 0
         while self.used < self.num_blocks and (asked == 0 or self._come(asked)):
-            asked = min(largest, math.ceil(self.rng.lognormvariate(math.log(request_blocks), SIGMA)))
+            asked = min(
+                largest, math.ceil(self.rng.lognormvariate(math.log(request_blocks), SIGMA))
+            )
 
     def thin(self, occupancy: float) -> None:
         """Requests leave at random until at most ``occupancy`` is in use."""
@@ -66,9 +81,15 @@ class Pool:
 
     @contextmanager
     def extensible(self, request_blocks: int) -> Iterator[bool]:
-        """Whether requests find places with a free block behind, again and again; those without are held as long as this lasts."""
+        """Whether requests find places with a free block behind, again and again; those without are
+        held as long as this lasts.
+        """
         held, in_a_row = [], 0
-        while in_a_row < IN_A_ROW and len(held) < PLACES_TRIED and (place := self.ask(request_blocks)) is not None:
+        while (
+            in_a_row < IN_A_ROW
+            and len(held) < PLACES_TRIED
+            and (place := self.ask(request_blocks)) is not None
+        ):
             if (grown := self.extend(place, 1)) is None:
                 held.append(place)
                 in_a_row = 0
@@ -114,14 +135,20 @@ def pool_of(strategy: str | Callable[[int], Allocator], num_blocks: int) -> Pool
 
 
 def find_peer() -> ModuleType | None:
-    """`vllm_mlx.paged_cache`, and no more of its package than this one file: the rest needs a model server's dependencies."""
+    """`vllm_mlx.paged_cache`, and no more of its package than this one file: the rest needs a model
+    server's dependencies.
+    """
     spec = importlib.util.find_spec("vllm_mlx")
     folders = (spec and spec.submodule_search_locations) or ()
-    file = next((file for folder in folders if (file := Path(folder, "paged_cache.py")).is_file()), None)
+    file = next(
+        (file for folder in folders if (file := Path(folder, "paged_cache.py")).is_file()), None
+    )
     if file is None:
         return None
     spec = importlib.util.spec_from_file_location("vllm_mlx_paged_cache", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its data classes look their module up
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(
+        spec
+    )  # its data classes look their module up
     try:
         spec.loader.exec_module(module)
     except Exception:  # whatever another version lacks: a peer that cannot be imported is not there

@@ -1,12 +1,15 @@
-"""Where a step's time goes: the step of a real model over an arena, beside its parts run alone, and attention by length of extents.
+"""Where a step's time goes: the step of a real model over an arena, beside its parts run alone, and
+attention by length of extents.
 
-A part is measured by doing again what a step did: while one step runs, the model's modules and the cache's two calls write down what
-they were called with; afterwards all calls of one part are run in a row, through all layers, on arrays of the same shapes. Nothing is
-left out between them, so a part's time has its share of building the graph and of starting kernels, as in the step. What no part
-accounts for is the rest: residuals, the embedding, the plan, and whatever a cold cache costs that a part alone does not pay.
+A part is measured by doing again what a step did: while one step runs, the model's modules and the
+cache's two calls write down what they were called with; afterwards all calls of one part are run in
+a row, through all layers, on arrays of the same shapes. Nothing is left out between them, so a
+part's time has its share of building the graph and of starting kernels, as in the step. What no
+part accounts for is the rest: residuals, the embedding, the plan, and whatever a cold cache costs
+that a part alone does not pay.
 
-The matrix products are the bound: the model's own layers at this many rows, at the BLAS's speed. No engine that computes the same
-tokens takes less, so a step is read as a multiple of them.
+The matrix products are the bound: the model's own layers at this many rows, at the BLAS's speed. No
+engine that computes the same tokens takes less, so a step is read as a multiple of them.
 """
 
 import contextlib
@@ -31,12 +34,20 @@ from ..host import fast_math
 from ..metrics import PARTS, REST
 
 PRODUCTS, ATTENTION, ACTIVATION, ROPE, NORMS, WRITES = PARTS
-ACTIVATIONS = (SWIGLU, "silu", "gelu", "gelu_approx", "relu2")  # functions that models call by these names
+ACTIVATIONS = (
+    SWIGLU,
+    "silu",
+    "gelu",
+    "gelu_approx",
+    "relu2",
+)  # functions that models call by these names
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call as a step made it, with stand-ins for the numbers. ``flops``: of a matrix product, additions counted."""
+    """A call as a step made it, with stand-ins for the numbers. ``flops``: of a matrix product,
+    additions counted.
+    """
 
     part: str
     function: Callable
@@ -46,38 +57,75 @@ class Call:
 
 
 def measure_steps(
-    model: nn.Module, decode_rows: Sequence[int], prefill_rows: Sequence[int], context: int, repeats: int = 5, seed: int = 0
+    model: nn.Module,
+    decode_rows: Sequence[int],
+    prefill_rows: Sequence[int],
+    context: int,
+    repeats: int = 5,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """A row a step: its median time and its parts' in ms, measured in turn.
 
-    A decode step of n rows has n sequences of ``context`` tokens each, in one extent; a prefill step is the start of one prompt.
-    ``times_products``: the step by its own matrix products, the median of the ratios within a turn.
+    A decode step of n rows has n sequences of ``context`` tokens each, in one extent; a prefill
+    step is the start of one prompt. ``times_products``: the step by its own matrix products, the
+    median of the ratios within a turn.
     """
     for num_rows in (*decode_rows, *prefill_rows):
         at_least("rows", num_rows, 1)
     at_least("repeats", repeats, 1)
-    steps = {f"decode, {n} row{'s' * (n > 1)}": _neighbours(n, at_least("context", context, 1), 1) for n in decode_rows}
+    steps = {
+        f"decode, {n} row{'s' * (n > 1)}": _neighbours(n, at_least("context", context, 1), 1)
+        for n in decode_rows
+    }
     steps |= {f"prefill, {n} rows": _neighbours(1, 0, n) for n in prefill_rows}
     driver = Driver(model)
-    arena = filled_arena(driver.layers, driver.dtype, max(rows[-1].runs[-1][1] for rows in steps.values()), seed)
-    return pd.DataFrame([{"step": name} | _measure_step(driver, model, rows, arena, repeats) for name, rows in steps.items()])
+    arena = filled_arena(
+        driver.layers, driver.dtype, max(rows[-1].runs[-1][1] for rows in steps.values()), seed
+    )
+    return pd.DataFrame(
+        [
+            {"step": name} | _measure_step(driver, model, rows, arena, repeats)
+            for name, rows in steps.items()
+        ]
+    )
 
 
 def measure_extents(
-    layers: Sequence[LayerShape], num_heads: int, extent_slots: Sequence[int], num_sequences: int, context: int,
-    methods: Sequence[str] = METHODS, repeats: int = 5, dtype: mx.Dtype = mx.float32, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
-    """A row a length of extents and method: ms of one layer's decode attention, over ``num_sequences`` of ``context`` tokens.
+    layers: Sequence[LayerShape],
+    num_heads: int,
+    extent_slots: Sequence[int],
+    num_sequences: int,
+    context: int,
+    methods: Sequence[str] = METHODS,
+    repeats: int = 5,
+    dtype: mx.Dtype = mx.float32,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """A row a length of extents and method: ms of one layer's decode attention, over
+    ``num_sequences`` of ``context`` tokens.
 
-    The tokens are the same everywhere; only in how many pieces they lie differs. Measured over all layers in a row, as in a step, so
-    that no layer's K and V are left in the processor's cache by the one before; the plan is shared among them and counted.
+    The tokens are the same everywhere; only in how many pieces they lie differs. Measured over all
+    layers in a row, as in a step, so that no layer's K and V are left in the processor's cache by
+    the one before; the plan is shared among them and counted.
     """
     num_slots = at_least("sequences", num_sequences, 1) * at_least("context", context, 1)
-    rows = {each: _scattered(num_sequences, context, at_least("extent-slots", each, 1), seed) for each in extent_slots}
+    rows = {
+        each: _scattered(num_sequences, context, at_least("extent-slots", each, 1), seed)
+        for each in extent_slots
+    }
     arena = filled_arena(layers, dtype, num_slots, seed)
-    works = {(each, method): partial(attend, rows[each], arena, num_heads, method) for each in extent_slots for method in methods}
+    works = {
+        (each, method): partial(attend, rows[each], arena, num_heads, method)
+        for each in extent_slots
+        for method in methods
+    }
     return pd.DataFrame(
-        {"extent_slots": each, "num_extents": -(-context // each), "method": method, "ms": median(seconds) / len(layers) * 1000}
+        {
+            "extent_slots": each,
+            "num_extents": -(-context // each),
+            "method": method,
+            "ms": median(seconds) / len(layers) * 1000,
+        }
         for (each, method), seconds in time_in_turn(works, repeats).items()
     )
 
@@ -92,7 +140,9 @@ def attend(rows: Sequence[RowRun], arena: Arena, num_heads: int, method: str) ->
 
 
 def time_in_turn(works: Mapping, repeats: int) -> dict:
-    """Seconds of each of ``works``, ``repeats`` times in turn behind one that is not counted: what else runs here hits all alike."""
+    """Seconds of each of ``works``, ``repeats`` times in turn behind one that is not counted: what
+    else runs here hits all alike.
+    """
     for work in works.values():
         work()
     times: dict = {name: [] for name in works}
@@ -104,16 +154,23 @@ def time_in_turn(works: Mapping, repeats: int) -> dict:
     return times
 
 
-# --- a step and its parts -----------------------------------------------------------------------------------------------------
+# --- a step and its parts -------------------------------------------------------------------------
 
 
-def _measure_step(driver: Driver, model: nn.Module, rows: list[RowRun], arena: Arena, repeats: int) -> dict:
+def _measure_step(
+    driver: Driver, model: nn.Module, rows: list[RowRun], arena: Arena, repeats: int
+) -> dict:
     calls = record_step(driver, model, rows, arena)
     works = {"step": lambda: _run_step(driver, rows, arena)}
-    works |= {part: lambda part=part: _run_calls([call for call in calls if call.part == part], arena) for part in PARTS}
+    works |= {
+        part: lambda part=part: _run_calls([call for call in calls if call.part == part], arena)
+        for part in PARTS
+    }
     times = time_in_turn(works, repeats)
     ms = {name: median(seconds) * 1000 for name, seconds in times.items()}
-    ratios = [step / products for step, products in zip(times["step"], times[PRODUCTS], strict=True)]
+    ratios = [
+        step / products for step, products in zip(times["step"], times[PRODUCTS], strict=True)
+    ]
     return {
         "num_rows": sum(run.num_rows for run in rows),
         "step_ms": ms["step"],
@@ -132,7 +189,9 @@ def _run_step(driver: Driver, rows: list[RowRun], arena: Arena) -> None:
 
 
 def _run_calls(calls: Sequence[Call], arena: Arena) -> None:
-    """Each result is let go once it is there, as in a step: it hangs in a chain, of which only the end is held."""
+    """Each result is let go once it is there, as in a step: it hangs in a chain, of which only the
+    end is held.
+    """
     chain = mx.array(0)
     for call in calls:
         chain = mx.depends(chain, call.function(*call.args, **call.kwargs))
@@ -140,9 +199,14 @@ def _run_calls(calls: Sequence[Call], arena: Arena) -> None:
 
 
 def record_step(driver: Driver, model: nn.Module, rows: list[RowRun], arena: Arena) -> list[Call]:
-    """The calls that one step of ``rows`` makes, in order. `ModelError` for a model whose attention is its own."""
+    """The calls that one step of ``rows`` makes, in order. `ModelError` for a model whose attention
+    is its own.
+    """
     if not driver.batched:
-        raise ModelError("this model takes its sequences one by one: its attention cannot be told from the rest of it")
+        raise ModelError(
+            "this model takes its sequences one by one: its attention cannot be told from the rest "
+            "of it"
+        )
     with _recorder(model) as calls:
         _run_step(driver, rows, arena)
     return calls
@@ -150,7 +214,9 @@ def record_step(driver: Driver, model: nn.Module, rows: list[RowRun], arena: Are
 
 @contextlib.contextmanager
 def _recorder(model: nn.Module) -> Iterator[list[Call]]:
-    """Within it, calls of the parts are written down, the outermost where one makes another. Afterwards all is as it was."""
+    """Within it, calls of the parts are written down, the outermost where one makes another.
+    Afterwards all is as it was.
+    """
     calls: list[Call] = []
     stand_ins: dict[tuple, mx.array] = {}
     depth = 0
@@ -174,7 +240,15 @@ def _recorder(model: nn.Module) -> Iterator[list[Call]]:
             if not depth:
                 given = args[:is_method] + tuple(map(stand_in, args[is_method:]))
                 flops = 2 * result.size * args[1].shape[-1] if part == PRODUCTS else 0
-                calls.append(Call(part, original, given, {name: stand_in(value) for name, value in kwargs.items()}, flops))
+                calls.append(
+                    Call(
+                        part,
+                        original,
+                        given,
+                        {name: stand_in(value) for name, value in kwargs.items()},
+                        flops,
+                    )
+                )
             return result
 
         return call
@@ -189,19 +263,34 @@ def _recorder(model: nn.Module) -> Iterator[list[Call]]:
 
 
 def _targets(model: nn.Module) -> Iterator[tuple[object, str, str]]:
-    """What of the model's code belongs to which part: ``(class or module, attribute, part)``, each once."""
+    """What of the model's code belongs to which part: ``(class or module, attribute, part)``, each
+    once.
+    """
     yield LayerCache, "attend", ATTENTION
     yield LayerCache, "update_and_fetch", WRITES
     found, names = set(), ACTIVATIONS
-    if fast_math.wanted():  # the hook then puts its own in place of each ``swiglu`` that is mlx-lm's
+    if (
+        fast_math.wanted()
+    ):  # the hook then puts its own in place of each ``swiglu`` that is mlx-lm's
         names = [name for name in ACTIVATIONS if name != SWIGLU]
         yield fast_math, SWIGLU, ACTIVATION
     for module in model.modules():
         kind, code = type(module), sys.modules[type(module).__module__]
         part = part_of(kind)
-        found |= {(owner, "__call__", part) for owner in kind.__mro__ if part and "__call__" in vars(owner)}
-        found |= {(owner, "as_linear", PRODUCTS) for owner in kind.__mro__ if "as_linear" in vars(owner)}
-        found |= {(owner, name, ACTIVATION) for owner in (code, nn) for name in names if callable(vars(owner).get(name))}
+        found |= {
+            (owner, "__call__", part)
+            for owner in kind.__mro__
+            if part and "__call__" in vars(owner)
+        }
+        found |= {
+            (owner, "as_linear", PRODUCTS) for owner in kind.__mro__ if "as_linear" in vars(owner)
+        }
+        found |= {
+            (owner, name, ACTIVATION)
+            for owner in (code, nn)
+            for name in names
+            if callable(vars(owner).get(name))
+        }
     yield from sorted(found, key=str)
 
 
@@ -213,34 +302,48 @@ def part_of(kind: type) -> str | None:
     return next((part for word, part in words.items() if word in kind.__name__), None)
 
 
-# --- where sequences lie ------------------------------------------------------------------------------------------------------
+# --- where sequences lie --------------------------------------------------------------------------
 
 
 def _neighbours(num_sequences: int, start: int, num_rows: int) -> list[RowRun]:
-    """Sequences one behind the other, each in one extent, with ``num_rows`` rows from position ``start``."""
+    """Sequences one behind the other, each in one extent, with ``num_rows`` rows from position
+    ``start``.
+    """
     length = start + num_rows
     return [RowRun(start, num_rows, [(n * length, (n + 1) * length)]) for n in range(num_sequences)]
 
 
 def _scattered(num_sequences: int, context: int, extent_slots: int, seed: int) -> list[RowRun]:
-    """One decode row a sequence, whose tokens lie in extents of ``extent_slots`` (the last may be shorter), shuffled over the arena."""
-    lengths = [min(extent_slots, context - first) for _ in range(num_sequences) for first in range(0, context, extent_slots)]
+    """One decode row a sequence, whose tokens lie in extents of ``extent_slots`` (the last may be
+    shorter), shuffled over the arena.
+    """
+    lengths = [
+        min(extent_slots, context - first)
+        for _ in range(num_sequences)
+        for first in range(0, context, extent_slots)
+    ]
     order = np.random.default_rng(seed).permutation(len(lengths))
     starts = np.empty(len(lengths), dtype=int)
     starts[order] = np.cumsum([0, *(lengths[i] for i in order[:-1])])
-    runs = [(int(start), int(start) + length) for start, length in zip(starts, lengths, strict=True)]
+    runs = [
+        (int(start), int(start) + length) for start, length in zip(starts, lengths, strict=True)
+    ]
     each = len(runs) // num_sequences
     return [RowRun(context - 1, 1, runs[n * each : (n + 1) * each]) for n in range(num_sequences)]
 
 
 def filled_arena(layers: Sequence[LayerShape], dtype: mx.Dtype, num_slots: int, seed: int) -> Arena:
-    """Random K and V, every layer's the same numbers in memory of its own: zeros would be pages that nobody has touched."""
+    """Random K and V, every layer's the same numbers in memory of its own: zeros would be pages
+    that nobody has touched.
+    """
     arena = Arena(len(layers), 1, 1, num_slots, dtype, layers)
     numbers: dict[tuple, mx.array] = {}
     for arrays in (arena.keys, arena.values):
         for layer, array in enumerate(arrays):
             if array.shape not in numbers:
-                numbers[array.shape] = mx.random.normal(array.shape, dtype=dtype, key=mx.random.key(seed))
+                numbers[array.shape] = mx.random.normal(
+                    array.shape, dtype=dtype, key=mx.random.key(seed)
+                )
             arrays[layer] = numbers[array.shape] + 0
     arena.warmup()
     return arena

@@ -1,4 +1,6 @@
-"""The command line. Exit codes: 0 done; 1 done, but something did not hold; 2 bad input (one line on standard error)."""
+"""The command line. Exit codes: 0 done; 1 done, but something did not hold; 2 bad input (one line
+on standard error).
+"""
 
 import argparse
 import contextlib
@@ -46,13 +48,21 @@ def main(arguments: list[str] | None = None) -> int:
     args.rest = [option for option in rest if option != "--"]
     args.stdout = sys.stdout
     try:
-        with contextlib.redirect_stdout(sys.stderr) if getattr(args, "json", False) else contextlib.nullcontext():
+        with (
+            contextlib.redirect_stdout(sys.stderr)
+            if getattr(args, "json", False)
+            else contextlib.nullcontext()
+        ):
             return args.command(args)
     except CortexLabError as error:
         print(f"{parser.prog} {args.name_of_command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = "what is finished is kept, the same command goes on" if args.command is run_sweep else "nothing was written"
+        kept = (
+            "what is finished is kept, the same command goes on"
+            if args.command is run_sweep
+            else "nothing was written"
+        )
         print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `cortexlab ... | head`
@@ -61,8 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="cortexlab", description="How should an LLM's KV cache be laid out and allocated, and what does it cost?")
-    parser.add_argument("--version", action="version", version=f"cortexlab {metadata.version('cortexlab')}")
+    parser = Parser(
+        prog="cortexlab",
+        description=(
+            "How should an LLM's KV cache be laid out and allocated, and what does it cost?"
+        ),
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"cortexlab {metadata.version('cortexlab')}"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, run, text: str) -> Parser:
@@ -70,24 +87,39 @@ def build_parser() -> Parser:
         sub.set_defaults(command=run, name_of_command=name)
         return sub
 
-    doctor = command("doctor", run_doctor, "what this machine is, how fast, and what to do where it falls short")
+    doctor = command(
+        "doctor", run_doctor, "what this machine is, how fast, and what to do where it falls short"
+    )
     doctor.add_argument("--json", action="store_true", help="one JSON document")
 
-    bench = command("bench", run_bench, "run a workload on a real model under each strategy and under mlx-lm")
+    bench = command(
+        "bench", run_bench, "run a workload on a real model under each strategy and under mlx-lm"
+    )
     add_bench_arguments(bench)
 
-    replay = command("replay", run_replay, "a workload or an hour of a trace through scheduler and allocators alone, on a virtual clock")
+    replay = command(
+        "replay",
+        run_replay,
+        "a workload or an hour of a trace through scheduler and allocators alone, on a virtual "
+        "clock",
+    )
     add_replay_arguments(replay)
 
     text = "what bookkeeping costs: microseconds an operation, by strategy and size of pool"
     allocbench.add_arguments(command("allocbench", run_allocbench, text))
 
     sweep = command(
-        "sweep", run_sweep, "run a notebook or a replay over a grid of parameters and collect the rows; goes on where it was killed"
+        "sweep",
+        run_sweep,
+        "run a notebook or a replay over a grid of parameters and collect the rows; goes on where "
+        "it was killed",
     )
     sweep.add_argument(
         "file",
-        help="a YAML file (notebook or function, grid, optionally plot), or the name of one that came with cortexlab, such as quickstart",
+        help=(
+            "a YAML file (notebook or function, grid, optionally plot), or the name of one that "
+            "came with cortexlab, such as quickstart"
+        ),
     )
     sweep.add_argument("--name", help="folder under --out (default: the file's name)")
     sweep.add_argument("--out", default="results", help="where results go")
@@ -95,26 +127,50 @@ def build_parser() -> Parser:
         "--jobs",
         type=int,
         default=1,
-        help="processes, which share the BLAS's threads; times that are measured beside each other are longer",
+        help=(
+            "processes, which share the BLAS's threads; times that are measured beside each other "
+            "are longer"
+        ),
     )
-    sweep.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler whose workers run the points instead, such as tcp://host:8786")
-    sweep.add_argument("--retry", action="store_true", help="run the points again that failed before")
+    sweep.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="a Dask scheduler whose workers run the points instead, such as tcp://host:8786",
+    )
+    sweep.add_argument(
+        "--retry", action="store_true", help="run the points again that failed before"
+    )
 
-    compare = command("compare", run_compare, "what differs between two results: settings, machine, figures with their intervals")
-    compare.add_argument("first", metavar="RUN", help="a folder of results, or its name under --out")
+    compare = command(
+        "compare",
+        run_compare,
+        "what differs between two results: settings, machine, figures with their intervals",
+    )
+    compare.add_argument(
+        "first", metavar="RUN", help="a folder of results, or its name under --out"
+    )
     compare.add_argument("second", metavar="RUN", help="the other")
     compare.add_argument("--out", default="results", help="where results are")
 
-    report = command("report", run_report, "one self-contained HTML page of a result: figures, tables, machine, how to reproduce it")
+    report = command(
+        "report",
+        run_report,
+        "one self-contained HTML page of a result: figures, tables, machine, how to reproduce it",
+    )
     report.add_argument("of", metavar="NAME", help="a folder of results, or its name under --out")
     report.add_argument("--out", default="results", help="where results are")
 
-    command("fetch-model", run_fetch, "fetch the embedded model into the user's cache, unless it is there")
+    command(
+        "fetch-model",
+        run_fetch,
+        "fetch the embedded model into the user's cache, unless it is there",
+    )
 
     command(
         "lab",
         run_lab,
-        "open JupyterLab on the notebooks (copied here where there are none); other options go to jupyter lab (--no-browser, --port 8889)",
+        "open JupyterLab on the notebooks (copied here where there are none); other options go to "
+        "jupyter lab (--no-browser, --port 8889)",
     )
     return parser
 
@@ -122,55 +178,167 @@ def build_parser() -> Parser:
 def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     add = bench.add_argument
     add("--model", default="smollm2", help="smollm2, tiny, a local folder, or a Hub repository")
-    add("--strategies", help=f"{STRATEGIES_HELP} (default: {','.join(BENCHED)}; without static, which cannot share, for --prefix-caching)")
+    add(
+        "--strategies",
+        help=(
+            f"{STRATEGIES_HELP} (default: {','.join(BENCHED)}; without static, which cannot share, "
+            "for --prefix-caching)"
+        ),
+    )
     add("--block-size", type=int, default=16, help="slots a block")
     add(
         "--num-blocks",
-        help="blocks in the pool, or a percentage of what a full batch can ever use, at least one region of static (default: 100%%)",
+        help=(
+            "blocks in the pool, or a percentage of what a full batch can ever use, at least one "
+            "region of static (default: 100%%)"
+        ),
     )
-    add("--batch-size", type=int, default=8, help="requests run at once, for every strategy and for mlx-lm")
+    add(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="requests run at once, for every strategy and for mlx-lm",
+    )
     add_workload_arguments(bench, DEFAULT_REQUESTS, "inf")
-    add("--prefix-caching", action="store_true", help="share equal prefixes of prompts; mlx-lm is given its own prompt cache")
-    add("--oom-policy", choices=OOM_POLICIES, default="wait", help="what happens when memory is out")
-    add("--preemption", choices=PREEMPTIONS, default="recompute", help="whether who gives way is computed again, or swapped to the host")
-    add("--watermark", type=float, default=WATERMARK, help="share of the pool that admissions leave free for growth")
-    add("--max-step-tokens", type=int, help="tokens a step computes at most (default: 512): prompts are cut into chunks")
-    add("--attention", default="auto", help="how decoding rows read K and V: auto, views, windows or gather")
-    add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="let every request yield all of its max_tokens")
-    add("--max-seq-len", type=int, help="longest request, and the region of static (default: the longest, as a power of two)")
-    add("--repeats", type=int, default=1, help="runs of every strategy, in turn; medians and 95 %% intervals are reported")
+    add(
+        "--prefix-caching",
+        action="store_true",
+        help="share equal prefixes of prompts; mlx-lm is given its own prompt cache",
+    )
+    add(
+        "--oom-policy", choices=OOM_POLICIES, default="wait", help="what happens when memory is out"
+    )
+    add(
+        "--preemption",
+        choices=PREEMPTIONS,
+        default="recompute",
+        help="whether who gives way is computed again, or swapped to the host",
+    )
+    add(
+        "--watermark",
+        type=float,
+        default=WATERMARK,
+        help="share of the pool that admissions leave free for growth",
+    )
+    add(
+        "--max-step-tokens",
+        type=int,
+        help="tokens a step computes at most (default: 512): prompts are cut into chunks",
+    )
+    add(
+        "--attention",
+        default="auto",
+        help="how decoding rows read K and V: auto, views, windows or gather",
+    )
+    add(
+        "--ignore-eos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let every request yield all of its max_tokens",
+    )
+    add(
+        "--max-seq-len",
+        type=int,
+        help="longest request, and the region of static (default: the longest, as a power of two)",
+    )
+    add(
+        "--repeats",
+        type=int,
+        default=1,
+        help="runs of every strategy, in turn; medians and 95 %% intervals are reported",
+    )
     add_result_arguments(bench, "bench")
 
 
 def add_replay_arguments(replay: argparse.ArgumentParser) -> None:
     add = replay.add_argument
     add("--strategies", default="paged", help=STRATEGIES_HELP.replace("mlx-lm, ", ""))
-    add("--block-size", default="16", help="slots a block, comma-separated for several; prefix caching wants the trace's own or a multiple")
-    add("--num-blocks", default="unlimited", help="a number, unlimited, or a percentage of what paged holds at its peak when unlimited")
-    add("--growth", choices=GROWTHS, help="what a sequence does that outgrows its blocks (default: the strategy's own)")
-    add("--oom-policy", choices=OOM_POLICIES, default="wait", help="what happens when memory is out")
-    add("--watermark", type=float, default=WATERMARK, help="share of the pool that admissions leave free for growth")
+    add(
+        "--block-size",
+        default="16",
+        help=(
+            "slots a block, comma-separated for several; prefix caching wants the trace's own or a "
+            "multiple"
+        ),
+    )
+    add(
+        "--num-blocks",
+        default="unlimited",
+        help="a number, unlimited, or a percentage of what paged holds at its peak when unlimited",
+    )
+    add(
+        "--growth",
+        choices=GROWTHS,
+        help="what a sequence does that outgrows its blocks (default: the strategy's own)",
+    )
+    add(
+        "--oom-policy", choices=OOM_POLICIES, default="wait", help="what happens when memory is out"
+    )
+    add(
+        "--watermark",
+        type=float,
+        default=WATERMARK,
+        help="share of the pool that admissions leave free for growth",
+    )
     add("--max-batch-size", type=int, default=256, help="requests run at once")
-    add("--max-seq-len", type=int, help="the region of static (default: the longest request, as a power of two)")
-    add("--prefix-caching", action="store_true", help="share prompt blocks by the trace's hashes, least recently used evicted first")
-    add("--step-time", metavar="FILE", help="step_time.json of a bench run (default: 30 ms + 10 us a token + 0.1 ms a sequence)")
-    add("--shuffle-lengths", action="store_true", help="deal prompts and outputs out anew by the seed: is a finding the trace's own?")
+    add(
+        "--max-seq-len",
+        type=int,
+        help="the region of static (default: the longest request, as a power of two)",
+    )
+    add(
+        "--prefix-caching",
+        action="store_true",
+        help="share prompt blocks by the trace's hashes, least recently used evicted first",
+    )
+    add(
+        "--step-time",
+        metavar="FILE",
+        help="step_time.json of a bench run (default: 30 ms + 10 us a token + 0.1 ms a sequence)",
+    )
+    add(
+        "--shuffle-lengths",
+        action="store_true",
+        help="deal prompts and outputs out anew by the seed: is a finding the trace's own?",
+    )
     add_workload_arguments(replay, REPLAY_REQUESTS, "5", "trace")
     add_result_arguments(replay, "replay")
 
 
-def add_workload_arguments(parser: argparse.ArgumentParser, requests: int, rate: str, trace_rate: str | None = None) -> None:
+def add_workload_arguments(
+    parser: argparse.ArgumentParser, requests: int, rate: str, trace_rate: str | None = None
+) -> None:
     add = parser.add_argument
     add("--requests", type=int, help=f"how many (default: {requests}, or all of a trace)")
     add("--workload", default="chat", help="chat, lognormal, heavy-tail or shared-prefix")
-    add("--trace", help="azure_2023_conv, mooncake_conversation, or a .csv or .jsonl file; takes the place of --workload")
+    add(
+        "--trace",
+        help=(
+            "azure_2023_conv, mooncake_conversation, or a .csv or .jsonl file; takes the place of "
+            "--workload"
+        ),
+    )
     text = "requests per second, inf (all at time 0) or trace (the trace's own times)"
     if trace_rate is None:
         add("--request-rate", type=_rate, default=rate, help=text)
     else:
-        add("--request-rate", type=_rate, help=f"{text} (default: {rate}, or {trace_rate} with a trace)")
-    add("--burstiness", type=float, default=1.0, help="shape of the gamma-distributed gaps: 1 is Poisson, smaller is burstier")
-    add("--scale-lengths", type=float, default=1.0, help="multiplies prompt and output lengths, rounded up")
+        add(
+            "--request-rate",
+            type=_rate,
+            help=f"{text} (default: {rate}, or {trace_rate} with a trace)",
+        )
+    add(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        help="shape of the gamma-distributed gaps: 1 is Poisson, smaller is burstier",
+    )
+    add(
+        "--scale-lengths",
+        type=float,
+        default=1.0,
+        help="multiplies prompt and output lengths, rounded up",
+    )
     add("--seed", type=int, default=0, help="of lengths, arrivals and tokens")
 
 
@@ -182,13 +350,15 @@ def add_result_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     add("--json", action="store_true", help="print one JSON document and nothing else")
 
 
-# --- commands -----------------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 def run_bench(args) -> int:
     from ..results import store as results
 
-    given = args.strategies or ",".join(name for name in BENCHED if name != "static" or not args.prefix_caching)
+    given = args.strategies or ",".join(
+        name for name in BENCHED if name != "static" or not args.prefix_caching
+    )
     strategies = [_strategy(name.strip()) for name in given.split(",")]
     for name, minimum in (
         ("block_size", 1),
@@ -201,16 +371,28 @@ def run_bench(args) -> int:
     ):
         if (value := getattr(args, name)) is not None:
             at_least(name.replace("_", "-"), value, minimum)
-    target = results.check_target(Path(args.out), args.name or results.default_name("bench"), args.overwrite)
+    target = results.check_target(
+        Path(args.out), args.name or results.default_name("bench"), args.overwrite
+    )
     make_items = _workload(args)  # reads and checks a trace before the model is loaded
 
     from ..bench import serve as benchmarks
     from ..bench.doctor import environment
     from ..host.models import load_model, model_limits
 
-    engine = {name: getattr(args, name) for name in ("oom_policy", "preemption", "watermark", "max_step_tokens", "attention")}
+    engine = {
+        name: getattr(args, name)
+        for name in ("oom_policy", "preemption", "watermark", "max_step_tokens", "attention")
+    }
     setting = benchmarks.Setting(
-        args.block_size, args.num_blocks, args.batch_size, args.max_seq_len, args.ignore_eos, args.seed, args.prefix_caching, engine
+        args.block_size,
+        args.num_blocks,
+        args.batch_size,
+        args.max_seq_len,
+        args.ignore_eos,
+        args.seed,
+        args.prefix_caching,
+        engine,
     )
     model, tokenizer = load_model(args.model)
     items = make_items(model_limits(model)[0])
@@ -218,8 +400,14 @@ def run_bench(args) -> int:
     total = sum(item.output_tokens for item in items) * args.repeats * len(strategies)
     with _progress(total) as advance:
         bench = benchmarks.run_bench(
-            model, items, strategies, setting, repeats=args.repeats, stop_token_ids=stops, progress=advance
-        )  # fmt: skip
+            model,
+            items,
+            strategies,
+            setting,
+            repeats=args.repeats,
+            stop_token_ids=stops,
+            progress=advance,
+        )
     where = environment()
     document = {"environment": where, "rows": bench.rows, "ratios": bench.ratios}
     text = json.dumps(document, allow_nan=False)
@@ -245,21 +433,38 @@ def run_replay(args) -> int:
     for name, minimum in (("requests", 1), ("max_batch_size", 1), ("max_seq_len", 1), ("seed", 0)):
         if (value := getattr(args, name)) is not None:
             at_least(name.replace("_", "-"), value, minimum)
-    target = results.check_target(Path(args.out), args.name or results.default_name("replay"), args.overwrite)
+    target = results.check_target(
+        Path(args.out), args.name or results.default_name("replay"), args.overwrite
+    )
     step_time = StepTime.load(args.step_time) if args.step_time else reference
     items = _workload(args, REPLAY_REQUESTS)(None)
     if args.shuffle_lengths:
         if args.prefix_caching:
-            raise BadInput("shuffle-lengths deals prompts out anew, so there is no prefix left to cache")
+            raise BadInput(
+                "shuffle-lengths deals prompts out anew, so there is no prefix left to cache"
+            )
         items = shuffled_lengths(items, args.seed)
     options = {
-        name: getattr(args, name) for name in ("growth", "oom_policy", "watermark", "max_batch_size", "max_seq_len", "prefix_caching")
+        name: getattr(args, name)
+        for name in (
+            "growth",
+            "oom_policy",
+            "watermark",
+            "max_batch_size",
+            "max_seq_len",
+            "prefix_caching",
+        )
     }
     with _progress(len(strategies) * len(block_sizes), "row") as advance:
         done = replay(
-            items, strategies, block_sizes=block_sizes, num_blocks=args.num_blocks, step_time=step_time,
-            progress=lambda each: advance(1, each.row["strategy"]), **options,
-        )  # fmt: skip
+            items,
+            strategies,
+            block_sizes=block_sizes,
+            num_blocks=args.num_blocks,
+            step_time=step_time,
+            progress=lambda each: advance(1, each.row["strategy"]),
+            **options,
+        )
     rows, where = [each.row for each in done], machine()
     text = json.dumps({"environment": where, "rows": rows}, allow_nan=False)
     _write_replay(target, args, done, where, step_time)
@@ -306,16 +511,23 @@ def run_sweep(args) -> int:
         if not file.is_file():
             known = ", ".join(sorted(each.stem for each in file.parent.glob("*.yaml")))
             raise BadInput(
-                f"there is no file {shown(args.file)} here, and no grid of that name came with cortexlab: use a path, or {known}"
+                f"there is no file {shown(args.file)} here, and no grid of that name came with "
+                f"cortexlab: use a path, or {known}"
             )
-    return sweep.run(file, Path(args.out), args.name, jobs=args.jobs, dask=args.dask, retry=args.retry)
+    return sweep.run(
+        file, Path(args.out), args.name, jobs=args.jobs, dask=args.dask, retry=args.retry
+    )
 
 
 def run_compare(args) -> int:
     from ..results import report
 
     width = min(120, shutil.get_terminal_size((120, 24)).columns)
-    print(report.comparison(*(report.find(name, Path(args.out)) for name in (args.first, args.second)), width))
+    print(
+        report.comparison(
+            *(report.find(name, Path(args.out)) for name in (args.first, args.second)), width
+        )
+    )
     return 0
 
 
@@ -332,12 +544,25 @@ def run_lab(args) -> int:
     if not NOTEBOOKS.is_dir():
         for folder in (NOTEBOOKS, EXPERIMENTS):
             if not folder.exists():
-                shutil.copytree(shipped(folder.name), folder, ignore=shutil.ignore_patterns("*.py", "*.md", ".*", "__pycache__"))
+                shutil.copytree(
+                    shipped(folder.name),
+                    folder,
+                    ignore=shutil.ignore_patterns("*.py", "*.md", ".*", "__pycache__"),
+                )
                 print(f"copied: {folder.resolve()}")
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={NOTEBOOKS.resolve()}", *args.rest])
+    os.execv(
+        sys.executable,
+        [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            f"--ServerApp.root_dir={NOTEBOOKS.resolve()}",
+            *args.rest,
+        ],
+    )
 
 
-# --- helpers ------------------------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _workload(args, default_requests: int = DEFAULT_REQUESTS):
@@ -351,13 +576,20 @@ def _workload(args, default_requests: int = DEFAULT_REQUESTS):
 
         def make(context: int | None):
             return workload.make_workload(
-                args.workload, args.requests or default_requests, seed=args.seed, context=context,
-                request_rate=args.request_rate, burstiness=args.burstiness, scale_lengths=args.scale_lengths,
-            )  # fmt: skip
+                args.workload,
+                args.requests or default_requests,
+                seed=args.seed,
+                context=context,
+                request_rate=args.request_rate,
+                burstiness=args.burstiness,
+                scale_lengths=args.scale_lengths,
+            )
 
         make(None)  # bad arguments are refused before the model is loaded
         return make
-    items = workload.scale(traces.load_trace(args.trace, args.seed)[: args.requests], args.scale_lengths)
+    items = workload.scale(
+        traces.load_trace(args.trace, args.seed)[: args.requests], args.scale_lengths
+    )
     if args.request_rate != "trace":
         items = workload.with_arrivals(items, args.request_rate, args.burstiness, args.seed)
     return lambda context: items
@@ -379,7 +611,10 @@ def _strategy(name: str, others: tuple[str, ...] = ("mlx-lm",)):
     try:
         factory = getattr(import_module(module), attribute)
         make_allocator(factory, 64)
-    except (Exception, SystemExit) as error:  # whatever the user's module does, the answer is one line
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever the user's module does, the answer is one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"cannot use strategy {shown(name)}: {reason[:200]}") from error
     finally:
@@ -414,8 +649,16 @@ def _write_bench(target: Path, args, bench, document: dict) -> None:
     from ..results import store as results
 
     plots.use_style()
-    tables = {"rows": pd.DataFrame(bench.rows), "requests": bench.requests(), "steps": bench.steps()}
-    run = {"command": "bench", "arguments": _arguments(args), "recommendation": recommendation(bench)}
+    tables = {
+        "rows": pd.DataFrame(bench.rows),
+        "requests": bench.requests(),
+        "steps": bench.steps(),
+    }
+    run = {
+        "command": "bench",
+        "arguments": _arguments(args),
+        "recommendation": recommendation(bench),
+    }
     run |= {"environment": document["environment"], "ratios": document["ratios"]}
     with results.written_atomically(target) as folder:
         results.write_tables(folder, run, **tables)
@@ -439,7 +682,12 @@ def _write_replay(target: Path, args, done, where: dict, step_time) -> None:
 
     plots.use_style()
     frames = tables(done)
-    run = {"command": "replay", "arguments": _arguments(args), "environment": where, "step_time": json.loads(step_time.to_json())}
+    run = {
+        "command": "replay",
+        "arguments": _arguments(args),
+        "environment": where,
+        "step_time": json.loads(step_time.to_json()),
+    }
     with results.written_atomically(target) as folder:
         results.write_tables(folder, run, **frames)
         for name, figure in plots.replay_figures(frames["rows"], frames["steps"]).items():
@@ -461,15 +709,24 @@ def _replay_report(args, rows: list[dict], num_requests: int, target: Path) -> s
     width = min(120, shutil.get_terminal_size((120, 24)).columns)
     source = f"trace {args.trace}" if args.trace else f"workload {args.workload}"
     head = (
-        f"{source}, {num_requests} requests, at most {args.max_batch_size} at once, pool: {args.num_blocks}; times are the virtual clock's"
+        f"{source}, {num_requests} requests, at most {args.max_batch_size} at once, pool: "
+        f"{args.num_blocks}; times are the virtual clock's"
     )
     lines = [textwrap.fill(head, width), replay_table(rows, width)]
     for row in rows:
         if row["refused"]:
-            lines.append(f"{row['strategy']}, blocks of {row['block_size']}: {row['refused']} requests can never fit its pool.")
+            lines.append(
+                f"{row['strategy']}, blocks of {row['block_size']}: {row['refused']} requests can "
+                "never fit its pool."
+            )
         if row["failed"]:
-            lines.append(f"{row['strategy']}, blocks of {row['block_size']}: {row['failed']} requests FAILED for want of memory.")
-    return "\n".join([*lines, "", f"Figures and tables: {target}/ (`cortexlab report {target}` makes a page)"])
+            lines.append(
+                f"{row['strategy']}, blocks of {row['block_size']}: {row['failed']} requests "
+                "FAILED for want of memory."
+            )
+    return "\n".join(
+        [*lines, "", f"Figures and tables: {target}/ (`cortexlab report {target}` makes a page)"]
+    )
 
 
 def _bench_report(args, bench, where: dict, target: Path) -> str:
@@ -481,14 +738,26 @@ def _bench_report(args, bench, where: dict, target: Path) -> str:
     blocks = next((row["num_blocks"] for row in bench.rows if row["num_blocks"]), None)
     pool = f", pool of {blocks} blocks of {args.block_size}" if blocks else ""
     head = (
-        f"{args.model} on {where['device']} ({where['blas']}), {source}, batch {args.batch_size}{pool}, "
+        f"{args.model} on {where['device']} ({where['blas']}), {source}, batch "
+        f"{args.batch_size}{pool}, "
         f"{args.repeats} repeat{'s' * (args.repeats != 1)}"
     )
-    lines = [textwrap.fill(head, width), bench_table(bench.rows, width), "", textwrap.fill(recommendation(bench), width)]
+    lines = [
+        textwrap.fill(head, width),
+        bench_table(bench.rows, width),
+        "",
+        textwrap.fill(recommendation(bench), width),
+    ]
     if refused := max(row["refused"] for row in bench.rows):
-        lines.append(f"{refused} of {refused + len(bench.runs[0].requests)} requests were refused, and left out for all strategies.")
+        lines.append(
+            f"{refused} of {refused + len(bench.runs[0].requests)} requests were refused, and left "
+            "out for all strategies."
+        )
     if not bench.held:
-        lines.append("SOMETHING DID NOT HOLD: a request failed, or its tokens are not the model's own (column `same`).")
+        lines.append(
+            "SOMETHING DID NOT HOLD: a request failed, or its tokens are not the model's own "
+            "(column `same`)."
+        )
     lines.append(f"Figures and tables: {target}/")
     lines.append(f"Next: `make lab` opens the notebooks; `cortexlab report {target}` makes a page.")
     return "\n".join(lines)
@@ -500,7 +769,9 @@ def _rate(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number of requests per second, inf or trace, not {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be a number of requests per second, inf or trace, not {text!r}"
+        ) from None
 
 
 def entry() -> None:

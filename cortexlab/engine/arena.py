@@ -2,8 +2,9 @@
 
     keys[layer], values[layer]   [num_kv_heads, num_slots, head_dim]
 
-Head-major, so that any run of slots is a view that matmul and attention take as it is. MLX writes in place only while nothing
-else holds the array: write first, take views from what the write returned, and keep none of them to the next step.
+Head-major, so that any run of slots is a view that matmul and attention take as it is. MLX writes
+in place only while nothing else holds the array: write first, take views from what the write
+returned, and keep none of them to the next step.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from ..errors import at_least
 
 
 class LayerShape(NamedTuple):
-    """One layer's K and V. Most models have one shape in all layers, and one dimension for K and V."""
+    """Shape of one layer's K and V; most models have the same in all layers."""
 
     num_kv_heads: int
     key_dim: int
@@ -25,33 +26,53 @@ class LayerShape(NamedTuple):
 
 
 class Arena:
-    """K and V of ``num_slots`` tokens in ``num_layers`` layers. ``copied_bytes`` counts what moved besides first writes.
+    """K and V of ``num_slots`` tokens in ``num_layers`` layers. ``copied_bytes`` counts what moved
+    besides first writes.
 
-    ``layers``: the shape of every layer, where they are not all ``(num_kv_heads, head_dim, head_dim)``.
+    ``layers``: the shape of every layer, where they are not all ``(num_kv_heads, head_dim,
+    head_dim)``.
     """
 
     def __init__(
-        self, num_layers: int, num_kv_heads: int, head_dim: int, num_slots: int, dtype: mx.Dtype = mx.float32,
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_slots: int,
+        dtype: mx.Dtype = mx.float32,
         layers: Sequence[LayerShape] | None = None,
-    ):  # fmt: skip
+    ):
         self.num_layers = at_least("num_layers", num_layers, 1)
         self.num_kv_heads = at_least("num_kv_heads", num_kv_heads, 1)
         self.head_dim = at_least("head_dim", head_dim, 1)
         self.num_slots = at_least("num_slots", num_slots, 1)
-        self.layers = [LayerShape(num_kv_heads, head_dim, head_dim)] * num_layers if layers is None else list(layers)
+        self.layers = (
+            [LayerShape(num_kv_heads, head_dim, head_dim)] * num_layers
+            if layers is None
+            else list(layers)
+        )
         self.dtype = dtype
         self.copied_bytes = 0
         self.clear()
 
     def clear(self) -> None:
         """Start over with zeros in every slot."""
-        self.keys = [mx.zeros((layer.num_kv_heads, self.num_slots, layer.key_dim), self.dtype) for layer in self.layers]
-        self.values = [mx.zeros((layer.num_kv_heads, self.num_slots, layer.value_dim), self.dtype) for layer in self.layers]
+        self.keys = [
+            mx.zeros((layer.num_kv_heads, self.num_slots, layer.key_dim), self.dtype)
+            for layer in self.layers
+        ]
+        self.values = [
+            mx.zeros((layer.num_kv_heads, self.num_slots, layer.value_dim), self.dtype)
+            for layer in self.layers
+        ]
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one token's K and V in every layer."""
-        return sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers) * self.dtype.size
+        return (
+            sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
+            * self.dtype.size
+        )
 
     @property
     def nbytes(self) -> int:
@@ -65,19 +86,26 @@ class Arena:
         mx.eval(self.arrays())
 
     def write(self, layer: int, slots: "Slots", keys: mx.array, values: mx.array) -> None:
-        """Put a layer's K and V, ``[num_kv_heads, n, key_dim or value_dim]``, into ``slots``. Lazy, and in place when it runs."""
+        """Put a layer's K and V, ``[num_kv_heads, n, key_dim or value_dim]``, into ``slots``. Lazy,
+        and in place when it runs.
+        """
         if slots.run is not None:
             start, stop = slots.run
             self.keys[layer][:, start:stop] = keys
             self.values[layer][:, start:stop] = values
         else:
-            # put_along_axis takes a quarter of the time of indexed assignment (a scatter) on MLX's CPU build.
+            # put_along_axis takes a quarter of the time of indexed assignment (a scatter) on MLX's
+            # CPU build.
             for arrays, new in ((self.keys, keys), (self.values, values)):
                 index = mx.broadcast_to(slots.index, new.shape)
-                arrays[layer] = mx.put_along_axis(arrays[layer], index, new.astype(self.dtype), axis=1)
+                arrays[layer] = mx.put_along_axis(
+                    arrays[layer], index, new.astype(self.dtype), axis=1
+                )
 
     def read(self, layer: int, slots: "Slots") -> tuple[mx.array, mx.array]:
-        """A layer's K and V in ``slots``: views of one run; several runs are copied together, and their bytes counted."""
+        """A layer's K and V in ``slots``: views of one run; several runs are copied together, and
+        their bytes counted.
+        """
         if slots.run is not None:
             return slots.views(self.keys[layer])[0], slots.views(self.values[layer])[0]
         keys, values = slots.gather(self.keys[layer]), slots.gather(self.values[layer])
@@ -88,14 +116,21 @@ class Arena:
         """Copy tokens between slots in every layer, and count their bytes."""
         for layer in range(self.num_layers):
             keys, values = source.gather(self.keys[layer]), source.gather(self.values[layer])
-            mx.eval(keys, values)  # or they would hold the arena while it is written, and the write would copy all of it
+            mx.eval(
+                keys,
+                values,
+                # or they would hold the arena while it is written, and the write would copy all of
+                # it
+            )
             self.write(layer, target, keys, values)
         mx.eval(self.arrays())
         self.copied_bytes += source.count * self.slot_bytes
 
 
 class Slots:
-    """Slots in token order, from runs ``(first, behind the last)``: one run stays a slice, several become an index array."""
+    """Slots in token order, from runs ``(first, behind the last)``: one run stays a slice, several
+    become an index array.
+    """
 
     def __init__(self, runs: list[tuple[int, int]]):
         joined: list[tuple[int, int]] = []

@@ -6,7 +6,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 class TextStream:
-    """Detokenizes one request's output. What may yet become a ``stop`` string is held back until it cannot."""
+    """Detokenizes one request's output. What may yet become a ``stop`` string is held back until it
+    cannot.
+    """
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()):
         self._detokenizer = wrapped(tokenizer).detokenizer
@@ -15,7 +17,9 @@ class TextStream:
         self._held = ""  # read, but not shown
 
     def add(self, token: int) -> tuple[str, bool]:
-        """The text that can be shown now, and whether a stop string has come: it and what follows it are never shown."""
+        """The text that can be shown now, and whether a stop string has come: it and what follows
+        it are never shown.
+        """
         self._detokenizer.add_token(token)
         return self._shown(self._detokenizer.last_segment)
 
@@ -44,4 +48,6 @@ def wrapped(tokenizer):
 
 def _overlap(text: str, stop: str) -> int:
     """The longest end of ``text`` that is the beginning of ``stop``, but not all of it."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )

@@ -1,8 +1,9 @@
 """The engine: continuous batching of an unmodified mlx-lm model over a `KVCache`.
 
-A step is: schedule, launch, land. Its rows are tokens: those of decoding sequences and of prompts in any mixture, fed to the model as
-a batch ``[rows, 1]`` with each row's own position, so matrix products see all of them at once and nothing is padded. Launching builds
-the step and starts it; landing reads its tokens and delivers them. Pipelined, the next step is launched before one lands:
+A step is: schedule, launch, land. Its rows are tokens: those of decoding sequences and of prompts
+in any mixture, fed to the model as a batch ``[rows, 1]`` with each row's own position, so matrix
+products see all of them at once and nothing is padded. Launching builds the step and starts it;
+landing reads its tokens and delivers them. Pipelined, the next step is launched before one lands:
 
     host      schedule+launch 1 | schedule+launch 2 | land 1 | schedule+launch 3 | land 2 | ...
     device                      | 1 ............... | 2 ............... | 3 ...
@@ -33,14 +34,18 @@ from .model_runner import Driver
 from .sampler import Choice, Chooser, LogitsProcessor, Sampler
 
 DEFAULT_STEP_TOKENS = 512
-MAX_MOVED_TOKENS = 2048  # by relocation and compaction between two steps, or one sequence: 100 MB and a tenth of a second for SmolLM2
+# by relocation and compaction between two steps, or one sequence: 100 MB and a tenth of a second
+# for SmolLM2
+MAX_MOVED_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What one sequence held during a step. ``table`` has the tokens the sequence ended with, once it has.
+    """What one sequence held during a step. ``table`` has the tokens the sequence ended with, once
+    it has.
 
-    ``num_counted``: of its first slots, those in blocks that a sequence before it in the same step holds too: counted once, there.
+    ``num_counted``: of its first slots, those in blocks that a sequence before it in the same step
+    holds too: counted once, there.
     """
 
     request_id: str
@@ -53,7 +58,9 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step as it was run; times are seconds on the engine's clock. ``host_s``: scheduling, block tables, plans."""
+    """One step as it was run; times are seconds on the engine's clock. ``host_s``: scheduling,
+    block tables, plans.
+    """
 
     started_at: float
     ended_at: float
@@ -83,7 +90,9 @@ class _Flight:
     chunks: list[Chunk]
     sampling: list[Request]  # whose next token comes of it
     tokens: mx.array | None = None  # [len(sampling)]
-    choices: dict[Request, Choice] = field(default_factory=dict)  # where it takes more than the largest logit
+    choices: dict[Request, Choice] = field(
+        default_factory=dict
+    )  # where it takes more than the largest logit
     errors: dict[Request, str] = field(default_factory=dict)  # who could not be given one
     record: dict = field(default_factory=dict)  # of its `StepRecord`, what is known at launch
 
@@ -91,25 +100,32 @@ class _Flight:
 class Engine:
     """Serves requests on ``num_blocks`` blocks of ``block_size`` slots.
 
-    - ``strategy``, ``growth``: as `KVCache`. ``max_seq_len``: longest prompt + output a request may have, and the region of
-      ``static`` (default: the model's context, or the pool where that is smaller).
-    - ``max_batch_size`` requests run at once; a step computes at most ``max_step_tokens`` tokens (default: 512, or the batch size
-      where that is more), prompts in chunks if need be.
-    - ``oom_policy``: ``wait``, ``fail`` or ``preempt``; ``watermark``: the share of the pool kept free for growth (`Scheduler`).
-      ``preemption``: who gives way will ``recompute`` its tokens, or is copied to the host and back (``swap``), as long as there is
-      room in its ``swap_blocks`` (default: as many as the pool has).
-    - ``prefix_caching``: whole blocks of equal prefixes are held once, and kept until memory is wanted.
-    - ``attention``: ``views``, ``windows``, ``gather`` (`cortexlab.attention`), or ``auto``, the default, which chooses for each step
-      by a rule of measured crossovers.
-    - ``pipeline``: launch a step before the last one's tokens are read (default: where the device is not the CPU, whose queue is
-      too short to gain by it; one request at a time does, by a tenth).
-    - ``tokenizer``: for prompts as text, text as it comes, stop strings, and to stop at its end-of-sequence tokens.
+    - ``strategy``, ``growth``: as `KVCache`. ``max_seq_len``: longest prompt + output a request may
+      have, and the region of ``static`` (default: the model's context, or the pool where that is
+      smaller).
+    - ``max_batch_size`` requests run at once; a step computes at most ``max_step_tokens`` tokens
+      (default: 512, or the batch size where that is more), prompts in chunks if need be.
+    - ``oom_policy``: ``wait``, ``fail`` or ``preempt``; ``watermark``: the share of the pool kept
+      free for growth (`Scheduler`). ``preemption``: who gives way will ``recompute`` its tokens, or
+      is copied to the host and back (``swap``), as long as there is room in its ``swap_blocks``
+      (default: as many as the pool has).
+    - ``prefix_caching``: whole blocks of equal prefixes are held once, and kept until memory is
+      wanted.
+    - ``attention``: ``views``, ``windows``, ``gather`` (`cortexlab.attention`), or ``auto``, the
+      default, which chooses for each step by a rule of measured crossovers.
+    - ``pipeline``: launch a step before the last one's tokens are read (default: where the device
+      is not the CPU, whose queue is too short to gain by it; one request at a time does, by a
+      tenth).
+    - ``tokenizer``: for prompts as text, text as it comes, stop strings, and to stop at its
+      end-of-sequence tokens.
     - ``on_step`` is called with a `StepRecord` after every step; ``clock`` gives seconds.
 
-    The tokens are those of `mlx_lm.generate.generate_step`, whatever the strategy. Raises `ModelError` for a model that cannot be
-    driven exactly (a few tokens are tried), `BadInput` for an argument that makes no sense.
+    The tokens are those of `mlx_lm.generate.generate_step`, whatever the strategy. Raises
+    `ModelError` for a model that cannot be driven exactly (a few tokens are tried), `BadInput` for
+    an argument that makes no sense.
 
-    When a step raises, the error is passed on, and everything that was running is computed again from its tokens by later steps.
+    When a step raises, the error is passed on, and everything that was running is computed again
+    from its tokens by later steps.
     """
 
     def __init__(
@@ -139,25 +155,47 @@ class Engine:
         yes_or_no("prefix_caching", prefix_caching)
         one_of("preemption", preemption, PREEMPTIONS)
         if preemption == "swap":
-            swap_blocks = num_blocks if swap_blocks is None else at_least("swap_blocks", swap_blocks, 1)
+            swap_blocks = (
+                num_blocks if swap_blocks is None else at_least("swap_blocks", swap_blocks, 1)
+            )
         elif swap_blocks is not None:
             raise BadInput("swap_blocks is for preemption 'swap'")
         context, self.vocabulary = model_limits(model)
-        self.max_seq_len = min(context, num_blocks * block_size) if max_seq_len is None else at_least("max_seq_len", max_seq_len, 1)
+        self.max_seq_len = (
+            min(context, num_blocks * block_size)
+            if max_seq_len is None
+            else at_least("max_seq_len", max_seq_len, 1)
+        )
         self.driver = Driver(model)
         layers = self.driver.layers
         self.cache = KVCache(
-            len(layers), layers[0].num_kv_heads, layers[0].key_dim, num_blocks * block_size, block_size, strategy,
-            growth=growth, max_seq_len=self.max_seq_len, dtype=self.driver.dtype, layers=layers,
-            prefix_caching=prefix_caching, swap_blocks=swap_blocks or 0, max_moved_tokens=MAX_MOVED_TOKENS,
-        )  # fmt: skip
+            len(layers),
+            layers[0].num_kv_heads,
+            layers[0].key_dim,
+            num_blocks * block_size,
+            block_size,
+            strategy,
+            growth=growth,
+            max_seq_len=self.max_seq_len,
+            dtype=self.driver.dtype,
+            layers=layers,
+            prefix_caching=prefix_caching,
+            swap_blocks=swap_blocks or 0,
+            max_moved_tokens=MAX_MOVED_TOKENS,
+        )
         check_method(attention, self.cache.arena)
         at_least("max_batch_size", max_batch_size, 1)
-        step_tokens = max(DEFAULT_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
+        step_tokens = (
+            max(DEFAULT_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
+        )
         self.scheduler = Scheduler(
-            self.cache.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy, watermark=watermark,
+            self.cache.blocks,
+            max_batch_size=max_batch_size,
+            max_step_tokens=step_tokens,
+            oom_policy=oom_policy,
+            watermark=watermark,
             swap=self.cache.swap,
-        )  # fmt: skip
+        )
         self.attention = attention
         gains = mx.default_device() != mx.cpu or max_batch_size == 1
         self.pipeline = gains if pipeline is None else yes_or_no("pipeline", pipeline)
@@ -173,7 +211,7 @@ class Engine:
         self._landed_at = -math.inf
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
 
-    # --- requests -------------------------------------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -194,24 +232,37 @@ class Engine:
     ) -> Request:
         """Queue a request: token ids, or text where the engine has a tokenizer.
 
-        - ``sampling``: `SamplingParams`, a dict of its fields, or a sampler of mlx-lm's kind; ``logits_processors`` likewise. Greedy by
-          default. ``seed``: the same seed, the same tokens, in any batch.
-        - It ends with one of ``stop_token_ids`` (and, with a tokenizer, of its end-of-sequence tokens unless ``ignore_eos``), before the
-          text of ``stop`` (one or several strings; needs a tokenizer), or where ``stop``, a function, says so of the request.
+        - ``sampling``: `SamplingParams`, a dict of its fields, or a sampler of mlx-lm's kind;
+          ``logits_processors`` likewise. Greedy by default. ``seed``: the same seed, the same
+          tokens, in any batch.
+        - It ends with one of ``stop_token_ids`` (and, with a tokenizer, of its end-of-sequence
+          tokens unless ``ignore_eos``), before the text of ``stop`` (one or several strings; needs
+          a tokenizer), or where ``stop``, a function, says so of the request.
         - ``logprobs``: tell each token's log-probability, and those of this many best ones.
-        - ``priority``: lower ones first. ``on_token`` is told of each event as it comes. What raises in a function of the caller's own
-          ends this request, and no other.
+        - ``priority``: lower ones first. ``on_token`` is told of each event as it comes. What
+          raises in a function of the caller's own ends this request, and no other.
 
-        `BadInput` when something in it makes no sense, or when it could never fit; the engine goes on for the others.
+        `BadInput` when something in it makes no sense, or when it could never fit; the engine goes
+        on for the others.
         """
-        strings = () if callable(stop) else (stop,) if isinstance(stop, str) else _sequence("stop", stop)
+        strings = (
+            () if callable(stop) else (stop,) if isinstance(stop, str) else _sequence("stop", stop)
+        )
         if strings and self.tokenizer is None:
-            raise BadInput("stop strings need an engine with a tokenizer: give Engine(tokenizer=...), or use stop_token_ids")
+            raise BadInput(
+                "stop strings need an engine with a tokenizer: give Engine(tokenizer=...), or use "
+                "stop_token_ids"
+            )
         if wrong := [each for each in strings if not isinstance(each, str) or not each]:
-            raise BadInput(f"stop must be strings of at least one character, or a function, not {shown(wrong[0])}")
+            raise BadInput(
+                "stop must be strings of at least one character, or a function, not "
+                f"{shown(wrong[0])}"
+            )
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise BadInput(f"prompt {shown(prompt)} is text: give Engine(tokenizer=...), or token ids")
+                raise BadInput(
+                    f"prompt {shown(prompt)} is text: give Engine(tokenizer=...), or token ids"
+                )
             prompt = self.tokenizer.encode(prompt)
         stops = set(self._tokens("stop_token_ids", stop_token_ids))
         if not yes_or_no("ignore_eos", ignore_eos) and self.tokenizer is not None:
@@ -228,7 +279,13 @@ class Engine:
         )
         self._check(request)
         generation = _Generation(
-            Chooser(sampling, _sequence("logits_processors", logits_processors), seed, logprobs, self.vocabulary),
+            Chooser(
+                sampling,
+                _sequence("logits_processors", logits_processors),
+                seed,
+                logprobs,
+                self.vocabulary,
+            ),
             TextStream(self.tokenizer, strings) if self.tokenizer is not None else None,
         )
         if self.cache.blocks.prefix is not None:
@@ -239,7 +296,7 @@ class Engine:
         return request
 
     def cancel(self, request_id: str) -> bool:
-        """End a request now; its blocks are free at once. False when no such request is under way."""
+        """End a request now and free its blocks; False when no such request is live."""
         request = self.requests.get(request_id)
         if request is None:
             return False
@@ -248,7 +305,9 @@ class Engine:
         return True
 
     def run(self) -> Iterator[TokenEvent]:
-        """Step until every request has ended, yielding each token as it comes. What is not taken comes with the next call."""
+        """Step until every request has ended, yielding each token as it comes. What is not taken
+        comes with the next call.
+        """
         while self.requests or self._events:
             if not self._events:
                 self._advance()
@@ -256,22 +315,29 @@ class Engine:
                 yield self._events.popleft()
 
     def step(self) -> list[TokenEvent]:
-        """Run one step and return what it delivered; nothing to do returns at once. Pipelined, that is of the step before."""
+        """Run one step and return what it delivered; nothing to do returns at once. Pipelined, that
+        is of the step before.
+        """
         self._advance()
         events = list(self._events)
         self._events.clear()
         return events
 
     def stats(self) -> Stats:
-        """The cache's statistics; queue, preemptions and tokens so far; rates since the first step; how full it is now.
+        """The cache's statistics; queue, preemptions and tokens so far; rates since the first step;
+        how full it is now.
 
-        ``occupancy``: blocks held / all. Of H + X as interface.md defines them, ``token_share`` holds tokens, ``external_share`` is
-        free but of no use to the head of the queue, ``empty_share`` is held without a token: *reserved* or *internal*, which only the
-        end of a sequence tells apart. None where nothing is held.
+        ``occupancy``: blocks held / all. Of H + X as interface.md defines them, ``token_share``
+        holds tokens, ``external_share`` is free but of no use to the head of the queue,
+        ``empty_share`` is held without a token: *reserved* or *internal*, which only the end of a
+        sequence tells apart. None where nothing is held.
         """
         elapsed = self.clock() - self._started_at if self._started_at is not None else math.nan
         blocks, prefix = self.cache.blocks, self.cache.blocks.prefix
-        held, unusable = blocks.num_held * blocks.block_size, self.scheduler.unusable_blocks * blocks.block_size
+        held, unusable = (
+            blocks.num_held * blocks.block_size,
+            self.scheduler.unusable_blocks * blocks.block_size,
+        )
         tokens = sum(each.num_tokens - each.num_counted for each in self._held())
         room = held + unusable
         return Stats(
@@ -289,10 +355,12 @@ class Engine:
             token_share=tokens / room if room else None,
             empty_share=(held - tokens) / room if room else None,
             external_share=unusable / room if room else None,
-            prefix_hit_rate=prefix.num_found / prefix.num_asked if prefix is not None and prefix.num_asked else None,
+            prefix_hit_rate=prefix.num_found / prefix.num_asked
+            if prefix is not None and prefix.num_asked
+            else None,
         )
 
-    # --- one step -------------------------------------------------------------------------------------------------------------
+    # --- one step ---------------------------------------------------------------------------------
 
     def _advance(self) -> None:
         try:
@@ -317,7 +385,9 @@ class Engine:
         if not step.chunks:
             self.cache.make_moves()  # of who was swapped out
             return None
-        chunks = sorted(step.chunks, key=lambda chunk: chunk.stop - chunk.start > 1)  # decode rows first, as `Plan` wants them
+        chunks = sorted(
+            step.chunks, key=lambda chunk: chunk.stop - chunk.start > 1
+        )  # decode rows first, as `Plan` wants them
         flight = _Flight(chunks, [chunk.request for chunk in chunks if chunk.samples])
         host_s = self.clock() - started_at
         if self._on_step:
@@ -332,7 +402,10 @@ class Engine:
         self.cache.make_moves()
         planning_at = self.clock()
         tables = self.cache.blocks.tables
-        rows = [RowRun(c.start, c.stop - c.start, list(tables[c.request.id].runs(0, c.stop))) for c in chunks]
+        rows = [
+            RowRun(c.start, c.stop - c.start, list(tables[c.request.id].runs(0, c.stop)))
+            for c in chunks
+        ]
         host_s += self.clock() - planning_at
         self._forward(flight, rows)
         flight.record["host_s"] = host_s + self.driver.planning_s
@@ -343,7 +416,9 @@ class Engine:
         return flight
 
     def _forward(self, flight: _Flight, rows: list[RowRun]) -> None:
-        """Build the model's graph over the chunks, choose the tokens of those that reach their end, and start it all."""
+        """Build the model's graph over the chunks, choose the tokens of those that reach their end,
+        and start it all.
+        """
         ends, last = [], -1
         for chunk in flight.chunks:
             last += chunk.stop - chunk.start
@@ -355,11 +430,20 @@ class Engine:
             mx.async_eval(arena.arrays())
             return
         self._choose(flight, logits)
-        mx.async_eval(flight.tokens, *(array for choice in flight.choices.values() for array in choice.arrays()), arena.arrays())
+        mx.async_eval(
+            flight.tokens,
+            *(array for choice in flight.choices.values() for array in choice.arrays()),
+            arena.arrays(),
+        )
 
     def _inputs(self, chunks: list[Chunk]) -> mx.array:
-        """The chunks' tokens, one behind the other; pending ones are taken from the step in flight, unread."""
-        inputs = mx.array([token for chunk in chunks for token in chunk.request.tokens(chunk.start, chunk.stop)], dtype=mx.uint32)
+        """The chunks' tokens, one behind the other; pending ones are taken from the step in flight,
+        unread.
+        """
+        inputs = mx.array(
+            [token for chunk in chunks for token in chunk.request.tokens(chunk.start, chunk.stop)],
+            dtype=mx.uint32,
+        )
         if not self._in_flight:
             return inputs
         place = {request: index for index, request in enumerate(self._in_flight.sampling)}
@@ -374,30 +458,56 @@ class Engine:
         return inputs
 
     def _choose(self, flight: _Flight, logits: mx.array) -> None:
-        """A token for each row of ``[len(flight.sampling), vocabulary]``. Who cannot be given one is set down with the reason."""
+        """A token for each row of ``[len(flight.sampling), vocabulary]``. Who cannot be given one
+        is set down with the reason.
+        """
         flight.tokens = mx.argmax(logits, axis=-1).astype(mx.uint32)
-        special = [(i, request) for i, request in enumerate(flight.sampling) if not self._generations[request].chooser.plain]
+        special = [
+            (i, request)
+            for i, request in enumerate(flight.sampling)
+            if not self._generations[request].chooser.plain
+        ]
         for i, request in special:
             chooser = self._generations[request].chooser
             before = self._in_flight.choices.get(request) if self._in_flight else None
             state = before.state if before else chooser.state
             try:
-                choice = chooser(self._context(request) if chooser.wants_tokens else None, logits[i : i + 1], state)
+                choice = chooser(
+                    self._context(request) if chooser.wants_tokens else None,
+                    logits[i : i + 1],
+                    state,
+                )
             except BadInput as error:
                 flight.errors[request] = str(error)
             except Exception as error:
-                flight.errors[request] = f"its sampler or logits processor raised {type(error).__name__}: {shown(str(error))}"
+                flight.errors[request] = (
+                    f"its sampler or logits processor raised {type(error).__name__}: "
+                    f"{shown(str(error))}"
+                )
             else:
                 flight.choices[request] = choice
-        if chosen := [(i, flight.choices[request].token) for i, request in special if request in flight.choices]:
-            flight.tokens[mx.array([i for i, _ in chosen])] = mx.concatenate([token for _, token in chosen])
+        if chosen := [
+            (i, flight.choices[request].token)
+            for i, request in special
+            if request in flight.choices
+        ]:
+            flight.tokens[mx.array([i for i, _ in chosen])] = mx.concatenate(
+                [token for _, token in chosen]
+            )
 
     def _context(self, request: Request) -> mx.array:
         """Prompt and output, as logits processors see them."""
         tokens = mx.array([*request.prompt, *request.output_tokens])
         if not request.num_pending:
             return tokens
-        return mx.concatenate([tokens, self._in_flight.tokens[self._in_flight.sampling.index(request)][None].astype(tokens.dtype)])
+        return mx.concatenate(
+            [
+                tokens,
+                self._in_flight.tokens[self._in_flight.sampling.index(request)][None].astype(
+                    tokens.dtype
+                ),
+            ]
+        )
 
     def _land(self, flight: _Flight) -> None:
         """Read a step's tokens and deliver them."""
@@ -405,7 +515,10 @@ class Engine:
             mx.eval(self.cache.arena.arrays())
         tokens = flight.tokens.tolist() if flight.tokens is not None else []
         now = self.clock()
-        num_decode = sum(chunk.stop - chunk.start == 1 and bool(chunk.request.output_tokens) for chunk in flight.chunks)
+        num_decode = sum(
+            chunk.stop - chunk.start == 1 and bool(chunk.request.output_tokens)
+            for chunk in flight.chunks
+        )
         num_prefill = sum(chunk.stop - chunk.start for chunk in flight.chunks) - num_decode
         self._num_steps += 1
         self._num_prefill_tokens += num_prefill
@@ -421,14 +534,20 @@ class Engine:
             started_at = max(flight.record.pop("started_at"), self._landed_at)
             self._on_step(
                 StepRecord(
-                    started_at=started_at, ended_at=now, num_prefill_tokens=num_prefill, num_decode_tokens=num_decode,
-                    copied_bytes=self.cache.arena.copied_bytes, **flight.record,
+                    started_at=started_at,
+                    ended_at=now,
+                    num_prefill_tokens=num_prefill,
+                    num_decode_tokens=num_decode,
+                    copied_bytes=self.cache.arena.copied_bytes,
+                    **flight.record,
                 )
-            )  # fmt: skip
+            )
         self._landed_at = now
 
     def _recover(self) -> None:
-        """After a step that raised: what is in the arena is not to be trusted; what was to be delivered still is."""
+        """After a step that raised: what is in the arena is not to be trusted; what was to be
+        delivered still is.
+        """
         self._in_flight = None
         for request in self.requests.values():
             request.num_pending = 0
@@ -438,9 +557,14 @@ class Engine:
     def _deliver(self, request: Request, token: int, choice: Choice | None, now: float) -> None:
         generation = self._generations[request]
         if token >= self.vocabulary:
-            self._fail(request, f"its sampler returned token {token}, but tokens go up to {self.vocabulary - 1}")
+            self._fail(
+                request,
+                f"its sampler returned token {token}, but tokens go up to {self.vocabulary - 1}",
+            )
             return
-        if request.state is RequestState.PREFILLING:  # not where it gave way while this token was under way
+        if (
+            request.state is RequestState.PREFILLING
+        ):  # not where it gave way while this token was under way
             request.enter(RequestState.DECODING, now)
         request.output_tokens.append(token)
         request.token_times.append(now)
@@ -461,7 +585,9 @@ class Engine:
         if reason is None and len(request.output_tokens) == request.max_tokens:
             reason = "length"
         event = TokenEvent(request.id, token, reason, text, told)
-        self._events.insert(place, event)  # before the end of a request that its own function cancels
+        self._events.insert(
+            place, event
+        )  # before the end of a request that its own function cancels
         try:
             if request.on_token and error is None:
                 request.on_token(event)
@@ -473,9 +599,16 @@ class Engine:
         if reason and request.state is not RequestState.FINISHED:
             self._events[place] = replace(event, finish_reason=None)
         if error is not None:
-            self._fail(request, f"its stop function or token consumer raised {type(error).__name__}: {shown(str(error))}", tell=False)
+            self._fail(
+                request,
+                f"its stop function or token consumer raised {type(error).__name__}: "
+                f"{shown(str(error))}",
+                tell=False,
+            )
 
-    def _text(self, request: Request, stream: TextStream, token: int, reason: str | None) -> tuple[str, str | None]:
+    def _text(
+        self, request: Request, stream: TextStream, token: int, reason: str | None
+    ) -> tuple[str, str | None]:
         """What can be shown behind ``token``, and the reason to stop. A stop token says nothing."""
         text = ""
         if reason is None:
@@ -505,7 +638,9 @@ class Engine:
         self._end_event(request, tell)
 
     def _end_event(self, request: Request, tell: bool = True) -> None:
-        """The event of an end without a token. What a consumer raises at that is lost: there is nothing left to end."""
+        """The event of an end without a token. What a consumer raises at that is lost: there is
+        nothing left to end.
+        """
         event = TokenEvent(request.id, None, request.finish_reason)
         self._events.append(event)
         if tell and request.on_token:
@@ -525,8 +660,12 @@ class Engine:
         blocks = self.cache.blocks
         if blocks.prefix is None or request.id not in blocks.tables:
             return ()
-        known = min(blocks.tables[request.id].num_tokens, len(request.prompt) + len(request.output_tokens))
-        return tuple(block_hashes(request.tokens(0, known - known % blocks.block_size), blocks.block_size))
+        known = min(
+            blocks.tables[request.id].num_tokens, len(request.prompt) + len(request.output_tokens)
+        )
+        return tuple(
+            block_hashes(request.tokens(0, known - known % blocks.block_size), blocks.block_size)
+        )
 
     def _held(self) -> Iterator[Held]:
         tables, seen = self.cache.blocks.tables, set()
@@ -537,9 +676,11 @@ class Engine:
                 counted += block in seen
                 seen.add(block)
             slots = counted * self.cache.blocks.block_size
-            yield Held(request.id, table, table.all_extents, table.capacity, table.num_tokens, slots)
+            yield Held(
+                request.id, table, table.all_extents, table.capacity, table.num_tokens, slots
+            )
 
-    # --- what a request may be ------------------------------------------------------------------------------------------------
+    # --- what a request may be --------------------------------------------------------------------
 
     def _new_id(self) -> str:
         while True:
@@ -557,10 +698,16 @@ class Engine:
         for token in given:
             try:
                 number = -1 if isinstance(token, bool) else index(token)
-            except (TypeError, ValueError):  # an array of no single whole number says it in either way
+            except (
+                TypeError,
+                ValueError,
+            ):  # an array of no single whole number says it in either way
                 number = -1
             if not 0 <= number < self.vocabulary:
-                raise BadInput(f"{name} has token {shown(token)}, but tokens are whole numbers from 0 to {self.vocabulary - 1}")
+                raise BadInput(
+                    f"{name} has token {shown(token)}, but tokens are whole numbers from 0 to "
+                    f"{self.vocabulary - 1}"
+                )
             found.append(number)
         return tuple(found)
 
@@ -571,10 +718,16 @@ class Engine:
             raise BadInput(f"request id {request.id!r} is already in use: choose another")
         length = len(request.prompt) + request.max_tokens
         if length > self.max_seq_len:
-            raise BadInput(f"request {request.id!r} wants {length} tokens (prompt + max_tokens), but max_seq_len is {self.max_seq_len}")
+            raise BadInput(
+                f"request {request.id!r} wants {length} tokens (prompt + max_tokens), but "
+                f"max_seq_len is {self.max_seq_len}"
+            )
         if not self.cache.blocks.could_ever_hold(request.max_slots):
             pool = self.cache.blocks.num_blocks * self.cache.blocks.block_size
-            raise BadInput(f"request {request.id!r} wants {request.max_slots} slots, which can never fit the pool of {pool} slots")
+            raise BadInput(
+                f"request {request.id!r} wants {request.max_slots} slots, which can never fit the "
+                f"pool of {pool} slots"
+            )
 
 
 def _function(name: str, given):

@@ -1,4 +1,6 @@
-"""Where swapped-out sequences wait: K and V in the host's memory, as NumPy keeps it, laid out as the arena."""
+"""Where swapped-out sequences wait: K and V in the host's memory, as NumPy keeps it, laid out as
+the arena.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +17,10 @@ class HostArena:
         self._bits = AS_BITS.get(like.dtype, like.dtype)
         numpy_type = np.array(mx.zeros((), self._bits)).dtype
         self._pairs = [
-            tuple(np.zeros((layer.num_kv_heads, num_slots, dim), numpy_type) for dim in (layer.key_dim, layer.value_dim))
+            tuple(
+                np.zeros((layer.num_kv_heads, num_slots, dim), numpy_type)
+                for dim in (layer.key_dim, layer.value_dim)
+            )
             for layer in like.layers
         ]
 

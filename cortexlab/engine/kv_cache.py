@@ -1,4 +1,6 @@
-"""KVCache: the logical layer (who holds which blocks) over the physical one (the arena). CortexStream's API, in snake case."""
+"""KVCache: the logical layer (who holds which blocks) over the physical one (the arena).
+CortexStream's API, in snake case.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -16,10 +18,12 @@ MIB = 1 << 20
 class KVCache:
     """K and V of many sequences in one arena of ``max_total_tokens`` slots (rounded up to a block).
 
-    ``strategy`` names a pair of placement and growth, or is a factory ``Callable[[int], Allocator]``; ``growth`` overrides the
-    second half; ``max_seq_len`` is the region of ``static`` in tokens (default: an eighth of the pool). float32 unless ``dtype``.
-    ``layers``: the shape of every layer, where they are not all alike. ``prefix_caching``, ``swap_blocks`` (a pool on the host of that
-    many blocks) and ``max_moved_tokens`` (`BlockManager`) are for the engine's scheduler.
+    ``strategy`` names a pair of placement and growth, or is a factory ``Callable[[int],
+    Allocator]``; ``growth`` overrides the second half; ``max_seq_len`` is the region of ``static``
+    in tokens (default: an eighth of the pool). float32 unless ``dtype``. ``layers``: the shape of
+    every layer, where they are not all alike. ``prefix_caching``, ``swap_blocks`` (a pool on the
+    host of that many blocks) and ``max_moved_tokens`` (`BlockManager`) are for the engine's
+    scheduler.
     """
 
     def __init__(
@@ -39,18 +43,38 @@ class KVCache:
         swap_blocks: int = 0,
         max_moved_tokens: int | None = None,
     ):
-        num_blocks = -(-at_least("max_total_tokens", max_total_tokens, 1) // at_least("block_size", block_size, 1))
-        self.blocks = BlockManager(strategy_of(strategy, growth), num_blocks, block_size, max_seq_len, prefix_caching, max_moved_tokens)
-        self.arena = Arena(num_layers, num_kv_heads, head_dim, num_blocks * block_size, dtype, layers)
-        self.swap = BlockManager(strategy_of("paged"), swap_blocks, block_size) if at_least("swap_blocks", swap_blocks, 0) else None
+        num_blocks = -(
+            -at_least("max_total_tokens", max_total_tokens, 1)
+            // at_least("block_size", block_size, 1)
+        )
+        self.blocks = BlockManager(
+            strategy_of(strategy, growth),
+            num_blocks,
+            block_size,
+            max_seq_len,
+            prefix_caching,
+            max_moved_tokens,
+        )
+        self.arena = Arena(
+            num_layers, num_kv_heads, head_dim, num_blocks * block_size, dtype, layers
+        )
+        self.swap = (
+            BlockManager(strategy_of("paged"), swap_blocks, block_size)
+            if at_least("swap_blocks", swap_blocks, 0)
+            else None
+        )
         self.host = HostArena(self.arena, swap_blocks * block_size) if self.swap else None
 
-    # --- sequences ------------------------------------------------------------------------------------------------------------
+    # --- sequences --------------------------------------------------------------------------------
 
     def allocate_for(self, sequence: str, num_tokens: int, max_tokens: int | None = None) -> bool:
-        """Blocks for a sequence of ``num_tokens``, growing to ``max_tokens`` (under ``reserve`` all at once). False without room."""
+        """Blocks for a sequence of ``num_tokens``, growing to ``max_tokens`` (under ``reserve`` all
+        at once). False without room.
+        """
         at_least("num_tokens", num_tokens, 1)
-        max_tokens = num_tokens if max_tokens is None else at_least("max_tokens", max_tokens, num_tokens)
+        max_tokens = (
+            num_tokens if max_tokens is None else at_least("max_tokens", max_tokens, num_tokens)
+        )
         if not self.blocks.allocate(sequence, num_tokens, max_tokens):
             return False
         self.make_moves()  # of those who made way for it
@@ -58,7 +82,9 @@ class KVCache:
         return True
 
     def append_token(self, sequence: str) -> bool:
-        """Room for one more token. False at capacity: under ``reserve`` what was reserved, else when the pool has no block left."""
+        """Room for one more token. False at capacity: under ``reserve`` what was reserved, else
+        when the pool has no block left.
+        """
         table = self._table(sequence)
         if not self.blocks.grow(sequence, table.num_tokens + 1):
             return False
@@ -66,8 +92,12 @@ class KVCache:
         table.num_tokens += 1
         return True
 
-    def write(self, sequence: str, layer: int, keys: mx.array, values: mx.array, start: int) -> None:
-        """Store a layer's K and V, ``[num_kv_heads, n, head_dim]``, of tokens ``start .. start + n - 1``, which must be allocated."""
+    def write(
+        self, sequence: str, layer: int, keys: mx.array, values: mx.array, start: int
+    ) -> None:
+        """Store a layer's K and V, ``[num_kv_heads, n, head_dim]``, of tokens ``start .. start + n
+        - 1``, which must be allocated.
+        """
         table = self._table(sequence)
         self._check_layer(layer)
         heads, key_dim, value_dim = self.arena.layers[layer]
@@ -76,13 +106,18 @@ class KVCache:
                 raise BadInput(f"{name} must be [{heads}, n, {dim}], not {list(array.shape)}")
         stop = at_least("start", start, 0) + keys.shape[1]
         if values.shape[1] != keys.shape[1] or stop > table.num_tokens:
-            raise BadInput(f"tokens {start}..{stop - 1} of K and V do not fit {sequence!r}, which has {table.num_tokens} tokens")
+            raise BadInput(
+                f"tokens {start}..{stop - 1} of K and V do not fit {sequence!r}, which has "
+                f"{table.num_tokens} tokens"
+            )
         self.arena.write(layer, Slots(table.runs(start, stop)), keys, values)
 
     def get_k_view(self, sequence: str, layer: int) -> mx.array:
-        """``[num_kv_heads, used_tokens, head_dim]`` of the arena itself, not a copy. `NotContiguous` when it lies in several extents.
+        """``[num_kv_heads, used_tokens, head_dim]`` of the arena itself, not a copy.
+        `NotContiguous` when it lies in several extents.
 
-        MLX writes in place only while no view is alive: drop it before the next `write`, or that write copies the arena.
+        MLX writes in place only while no view is alive: drop it before the next `write`, or that
+        write copies the arena.
         """
         return self._only(self.get_k_views(sequence, layer), sequence)
 
@@ -105,7 +140,11 @@ class KVCache:
 
     def get_token_offset_in_block(self, sequence: str) -> int:
         """Where in its block the next token goes, -1 if unknown."""
-        return self.used_tokens(sequence) % self.blocks.block_size if sequence in self.blocks.tables else -1
+        return (
+            self.used_tokens(sequence) % self.blocks.block_size
+            if sequence in self.blocks.tables
+            else -1
+        )
 
     def free_for(self, sequence: str) -> None:
         """Give the sequence's blocks back. Safe to repeat."""
@@ -117,10 +156,14 @@ class KVCache:
         return self._table(sequence).extents
 
     def make_moves(self) -> None:
-        """Make the copies that are owed, in order: one may land where an earlier one left. Before the next write."""
+        """Make the copies that are owed, in order: one may land where an earlier one left. Before
+        the next write.
+        """
         for move in self.blocks.moves:
             source, target = (
-                Slots(list(slot_runs(extents, self.blocks.block_size, move.skipped, move.num_tokens)))
+                Slots(
+                    list(slot_runs(extents, self.blocks.block_size, move.skipped, move.num_tokens))
+                )
                 for extents in (move.source, move.target)
             )
             if move.way is Way.WITHIN:
@@ -131,7 +174,7 @@ class KVCache:
                 self.host.give(self.arena, source, target)
         self.blocks.moves_made()
 
-    # --- the pool -------------------------------------------------------------------------------------------------------------
+    # --- the pool ---------------------------------------------------------------------------------
 
     def get_total_allocated(self) -> int:
         """Bytes of K and V in blocks that sequences hold, over all layers."""
@@ -161,9 +204,11 @@ class KVCache:
         return self.blocks.block_size * self.arena.slot_bytes
 
     def stats(self) -> Stats:
-        """The allocator's statistics, and ``num_blocks, block_size, num_sequences, cached_blocks, arena_bytes, copied_bytes``.
+        """The allocator's statistics, and ``num_blocks, block_size, num_sequences, cached_blocks,
+        arena_bytes, copied_bytes``.
 
-        Cached blocks that no sequence holds are free; the largest run and the holes are the allocator's, which they are in the way of.
+        Cached blocks that no sequence holds are free; the largest run and the holes are the
+        allocator's, which they are in the way of.
         """
         return Stats(
             self.blocks.stats(),
@@ -178,13 +223,16 @@ class KVCache:
         )
 
     def dump_cache_stats(self) -> str:
-        """Configuration, allocation state, and one line a sequence: ``id: used/max tokens, blocks [start, +n]``."""
+        """Configuration, allocation state, and one line a sequence: ``id: used/max tokens, blocks
+        [start, +n]``.
+        """
         arena, blocks = self.arena, self.blocks
         lines = [
             "=== KVCache Statistics ===",
             "Configuration:",
             f"  Layers: {arena.num_layers}, Heads: {arena.num_kv_heads}, HeadDim: {arena.head_dim}",
-            f"  BlockSize: {blocks.block_size}, TotalBlocks: {blocks.num_blocks}, Strategy: {blocks.strategy.name}",
+            f"  BlockSize: {blocks.block_size}, TotalBlocks: {blocks.num_blocks}, Strategy: "
+            f"{blocks.strategy.name}",
             "",
             "Allocation State:",
             f"  Allocated sequences: {len(blocks.tables)}",
@@ -196,10 +244,12 @@ class KVCache:
         ]
         for sequence, table in blocks.tables.items():
             where = " ".join(f"[{extent.start}, +{extent.num_blocks}]" for extent in table.extents)
-            lines.append(f"  {sequence}: {table.num_tokens}/{table.capacity} tokens, blocks {where}")
+            lines.append(
+                f"  {sequence}: {table.num_tokens}/{table.capacity} tokens, blocks {where}"
+            )
         return "\n".join(lines)
 
-    # --- helpers --------------------------------------------------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------------
 
     def _table(self, sequence: str):
         if sequence not in self.blocks.tables:
@@ -217,5 +267,7 @@ class KVCache:
 
     def _only(self, views: tuple[mx.array, ...], sequence: str) -> mx.array:
         if len(views) != 1:
-            raise NotContiguous(f"sequence {sequence!r} lies in {len(views)} extents: use get_k_views / get_v_views")
+            raise NotContiguous(
+                f"sequence {sequence!r} lies in {len(views)} extents: use get_k_views / get_v_views"
+            )
         return views[0]

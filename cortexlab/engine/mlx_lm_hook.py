@@ -1,10 +1,13 @@
-"""The one place that reaches into mlx-lm: how an unmodified model's attention comes to read the arena. There are two ways.
+"""The one place that reaches into mlx-lm: how an unmodified model's attention comes to read the
+arena. There are two ways.
 
-In rows     A model's layers call ``cache.update_and_fetch(k, v)`` and then their module's ``scaled_dot_product_attention``. Our
-            `LayerCache` returns an `ArenaArray` there, and while a step runs, that function is wrapped: it looks at the type of
-            ``keys`` and hands ours to the plan, everything else to the original. All sequences of a step run at once.
-One by one  `WholeCache` and `WindowCache` are mlx-lm's own caches, with K and V that lie in the arena. The model gets them whole
-            and does what it likes; they are copied together where a sequence lies in several runs. Sequences take turns.
+In rows     A model's layers call ``cache.update_and_fetch(k, v)`` and then their module's
+            ``scaled_dot_product_attention``. Our `LayerCache` returns an `ArenaArray` there, and
+            while a step runs, that function is wrapped: it looks at the type of ``keys`` and hands
+            ours to the plan, everything else to the original. All sequences of a step run at once.
+One by one  `WholeCache` and `WindowCache` are mlx-lm's own caches, with K and V that lie in the
+            arena. The model gets them whole and does what it likes; they are copied together where
+            a sequence lies in several runs. Sequences take turns.
 
 Afterwards, and after an exception, the modules are as they were.
 """
@@ -30,7 +33,9 @@ _lock = threading.RLock()
 
 
 class ArenaArray(mx.array):
-    """Stands for a layer's K or V in the arena. It is an array only because some models ask one for its ``dtype``."""
+    """Stands for a layer's K or V in the arena. It is an array only because some models ask one for
+    its ``dtype``.
+    """
 
     layer_cache: "LayerCache"
 
@@ -39,7 +44,9 @@ class ArenaArray(mx.array):
 
 
 class LayerCache:
-    """mlx-lm's cache protocol for one layer and one step: writes the step's rows, then stands for what attention reads."""
+    """mlx-lm's cache protocol for one layer and one step: writes the step's rows, then stands for
+    what attention reads.
+    """
 
     def __init__(self, plan: Plan, layer: int, window: int | None):
         self.plan, self.layer, self.window = plan, layer, window
@@ -50,7 +57,9 @@ class LayerCache:
         _check_window(self.layer, window_size, self.window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[ArenaArray, ArenaArray]:
-        """Write ``[rows, kv_heads, 1, head_dim]`` (one sequence: ``[1, kv_heads, rows, head_dim]``) K and V."""
+        """Write ``[rows, kv_heads, 1, head_dim]`` (one sequence: ``[1, kv_heads, rows, head_dim]``)
+        K and V.
+        """
         k, v = (x[0] if self.plan.single else x[:, :, 0].swapaxes(0, 1) for x in (keys, values))
         self.plan.arena.write(self.layer, self.plan.write_slots, k, v)
         handle = ArenaArray(mx.zeros((1,), keys.dtype))
@@ -60,12 +69,14 @@ class LayerCache:
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
         """Queries as the model shapes them, and back in the same shape."""
         if self.plan.single:
-            return self.plan.attend(queries[0].swapaxes(0, 1), self.layer, scale, self.window, sinks).swapaxes(0, 1)[None]
+            return self.plan.attend(
+                queries[0].swapaxes(0, 1), self.layer, scale, self.window, sinks
+            ).swapaxes(0, 1)[None]
         return self.plan.attend(queries[:, :, 0], self.layer, scale, self.window, sinks)[:, :, None]
 
 
 class _InArena:
-    """What puts one of mlx-lm's caches, for one layer, one step and one sequence, over the arena."""
+    """Puts one of mlx-lm's caches over the arena, for one layer, step and sequence."""
 
     window: int | None = None
 
@@ -78,11 +89,15 @@ class _InArena:
         return super().make_mask(*args, window_size=window_size, **kwargs)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write ``[1, kv_heads, rows, dim]`` K and V; the sequence's whole, or what of it the rows see through the window."""
+        """Write ``[1, kv_heads, rows, dim]`` K and V; the sequence's whole, or what of it the rows
+        see through the window.
+        """
         arena, row = self._plan.arena, self._row
         arena.write(self._layer, self._plan.write_slots, keys[0], values[0])
         seen = row.stop if self.window is None else row.num_rows + min(row.start, self.window - 1)
-        self.keys, self.values = (x[None] for x in arena.read(self._layer, Slots(tail(row.runs, seen))))
+        self.keys, self.values = (
+            x[None] for x in arena.read(self._layer, Slots(tail(row.runs, seen)))
+        )
         self.offset = row.stop
         return self.keys, self.values
 
@@ -105,10 +120,15 @@ class WindowCache(_InArena, RotatingKVCache):
 
 
 def _check_window(layer: int, asked: int | None, window: int | None) -> None:
-    """mlx-lm applies a mask that is wider or narrower than its cache to some chunks and not to others: nothing to be equal to."""
+    """mlx-lm applies a mask that is wider or narrower than its cache to some chunks and not to
+    others: nothing to be equal to.
+    """
     if asked not in (None, window):
         cache = "KVCache" if window is None else f"RotatingKVCache of {window}"
-        raise ModelError(f"layer {layer} masks a sliding window of {asked} tokens over a {cache}: mlx-lm's own tokens depend on its chunks")
+        raise ModelError(
+            f"layer {layer} masks a sliding window of {asked} tokens over a {cache}: mlx-lm's own "
+            "tokens depend on its chunks"
+        )
 
 
 def attention_modules(model: nn.Module) -> list[ModuleType]:
@@ -119,11 +139,19 @@ def attention_modules(model: nn.Module) -> list[ModuleType]:
 
 @contextlib.contextmanager
 def attention_over_extents(modules: list[ModuleType]):
-    """Within it, attention on an `ArenaArray` goes to its plan, and SwiGLU where `fast_math` is wanted. One thread at a time."""
+    """Within it, attention on an `ArenaArray` goes to its plan, and SwiGLU where `fast_math` is
+    wanted. One thread at a time.
+    """
     with _lock:
-        originals = [(module, ATTENTION, getattr(module, ATTENTION), _dispatching) for module in modules]
+        originals = [
+            (module, ATTENTION, getattr(module, ATTENTION), _dispatching) for module in modules
+        ]
         if fast_math.wanted():
-            originals += [(module, SWIGLU, swiglu, _in_float32) for module in modules if getattr(module, SWIGLU, None) is swiglu]
+            originals += [
+                (module, SWIGLU, swiglu, _in_float32)
+                for module in modules
+                if getattr(module, SWIGLU, None) is swiglu
+            ]
         try:
             for module, name, original, wrapped in originals:
                 setattr(module, name, wrapped(original))
@@ -135,24 +163,41 @@ def attention_over_extents(modules: list[ModuleType]):
 
 def _in_float32(original):
     def swiglu(gate, x):
-        return fast_math.swiglu(gate, x) if gate.dtype == x.dtype == mx.float32 else original(gate, x)
+        return (
+            fast_math.swiglu(gate, x) if gate.dtype == x.dtype == mx.float32 else original(gate, x)
+        )
 
     return swiglu
 
 
 def _dispatching(original):
-    def scaled_dot_product_attention(queries, keys, values, cache=None, scale=1.0, mask=None, sinks=None, **more):
+    def scaled_dot_product_attention(
+        queries, keys, values, cache=None, scale=1.0, mask=None, sinks=None, **more
+    ):
         if not isinstance(keys, ArenaArray):
-            return original(queries, keys, values, cache, scale=scale, mask=mask, **({"sinks": sinks} if sinks is not None else {}), **more)
+            return original(
+                queries,
+                keys,
+                values,
+                cache,
+                scale=scale,
+                mask=mask,
+                **({"sinks": sinks} if sinks is not None else {}),
+                **more,
+            )
         if mask is not None or more:
-            raise ModelError("this model's attention has a mask of its own, which extents do not support")
+            raise ModelError(
+                "this model's attention has a mask of its own, which extents do not support"
+            )
         return keys.layer_cache.attend(queries, scale, sinks)
 
     return scaled_dot_product_attention
 
 
 class LastRows:
-    """A language model's inner model, handing on only the ``rows`` behind which a token is sampled: only they want the head."""
+    """A language model's inner model, handing on only the ``rows`` behind which a token is sampled:
+    only they want the head.
+    """
 
     def __init__(self, inner: nn.Module):
         self._inner = inner
@@ -167,11 +212,20 @@ class LastRows:
 
 
 def with_last_rows(model: nn.Module) -> tuple[nn.Module, LastRows | None]:
-    """A shallow copy of ``model`` whose inner model is a `LastRows`, sharing every weight; the model itself stays as it is.
+    """A shallow copy of ``model`` whose inner model is a `LastRows`, sharing every weight; the
+    model itself stays as it is.
 
-    None in the second place when the model has no inner model of its own to wrap: its head then runs on every row.
+    None in the second place when the model has no inner model of its own to wrap: its head then
+    runs on every row.
     """
-    name = next((name for name in ("language_model", "model", "transformer") if isinstance(model.get(name), nn.Module)), None)
+    name = next(
+        (
+            name
+            for name in ("language_model", "model", "transformer")
+            if isinstance(model.get(name), nn.Module)
+        ),
+        None,
+    )
     if name is None:
         return model, None
     if name == "language_model":

@@ -19,11 +19,13 @@ MAX_SEED = 2**63 - 1
 
 
 class Chooser:
-    """How one request's tokens are chosen: processors, then a sampler, under a random state of the request's own.
+    """How one request's tokens are chosen: processors, then a sampler, under a random state of the
+    request's own.
 
-    With the same ``seed`` a request is given the tokens that `mlx_lm.generate.generate_step` gives behind ``mx.random.seed(seed)``,
-    whatever else is in its batch. ``sampling`` may be a sampler of mlx-lm's kind: log-probabilities ``[1, vocabulary]`` to a token
-    ``[1]``. ``num_logprobs``: how many of the best are told beside the sampled one; None: none at all.
+    With the same ``seed`` a request is given the tokens that `mlx_lm.generate.generate_step` gives
+    behind ``mx.random.seed(seed)``, whatever else is in its batch. ``sampling`` may be a sampler of
+    mlx-lm's kind: log-probabilities ``[1, vocabulary]`` to a token ``[1]``. ``num_logprobs``: how
+    many of the best are told beside the sampled one; None: none at all.
     """
 
     def __init__(
@@ -34,33 +36,45 @@ class Chooser:
         num_logprobs: int | None,
         vocabulary: int,
     ):
-        self.foreign = callable(sampling) or bool(processors)  # code of the user's own: what it does is its request's affair alone
+        self.foreign = callable(sampling) or bool(
+            processors
+        )  # code of the user's own: what it does is its request's affair alone
         self._vocabulary = vocabulary
         self.num_logprobs = num_logprobs
         if num_logprobs is not None:
             at_least("logprobs", num_logprobs, 0, vocabulary - 1)
         if any(not callable(processor) for processor in processors):
-            raise BadInput(f"logits_processors must be functions of (tokens, logits), not {shown(processors)}")
+            raise BadInput(
+                f"logits_processors must be functions of (tokens, logits), not {shown(processors)}"
+            )
         params = SamplingParams() if callable(sampling) else checked(sampling, vocabulary)
         self._sampler = sampling if callable(sampling) else _sampler(params)
         self._processors = [*_processors(params), *processors]
         self.greedy = not callable(sampling) and params.temperature == 0
-        self.plain = self.greedy and not self._processors and num_logprobs is None  # nothing but the largest logit
+        self.plain = (
+            self.greedy and not self._processors and num_logprobs is None
+        )  # nothing but the largest logit
         self.wants_tokens = bool(self._processors)
         seed = secrets.randbelow(MAX_SEED) if seed is None else at_least("seed", seed, 0, MAX_SEED)
         self.state = None if self.greedy else mx.random.key(seed)
 
-    def __call__(self, tokens: mx.array | None, logits: mx.array, state: mx.array | None) -> "Choice":
-        """Behind ``tokens`` (prompt and output; None unless it ``wants_tokens``), from logits ``[1, vocabulary]``. Lazy.
+    def __call__(
+        self, tokens: mx.array | None, logits: mx.array, state: mx.array | None
+    ) -> "Choice":
+        """Behind ``tokens`` (prompt and output; None unless it ``wants_tokens``), from logits ``[1,
+        vocabulary]``. Lazy.
 
-        A sampler or processor of the user's own is computed at once; `BadInput` says what is wrong with what it returned.
-        ``state`` is where the random state stands: this chooser's, once the token before is delivered, else that one's `Choice.state`.
+        A sampler or processor of the user's own is computed at once; `BadInput` says what is wrong
+        with what it returned. ``state`` is where the random state stands: this chooser's, once the
+        token before is delivered, else that one's `Choice.state`.
         """
         shape = logits.shape
         for processor in self._processors:
             logits = processor(tokens, logits)
             if not isinstance(logits, mx.array) or logits.shape != shape:
-                raise BadInput(f"its logits processor must return logits {list(shape)}, not {_kind(logits)}")
+                raise BadInput(
+                    f"its logits processor must return logits {list(shape)}, not {_kind(logits)}"
+                )
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         if self.greedy:
             token = self._sampler(logprobs)
@@ -78,15 +92,26 @@ class Chooser:
         return Choice(token, state, [named, logprobs[0, named]])
 
     def _check(self, token) -> None:
-        """Compute it now: what raises here is its own affair, and no other token than the model knows may reach the next step."""
-        if not isinstance(token, mx.array) or token.size != 1 or not mx.issubdtype(token.dtype, mx.integer):
+        """Compute it now: what raises here is its own affair, and no other token than the model
+        knows may reach the next step.
+        """
+        if (
+            not isinstance(token, mx.array)
+            or token.size != 1
+            or not mx.issubdtype(token.dtype, mx.integer)
+        ):
             raise BadInput(f"its sampler must return one token id, not {_kind(token)}")
         if not 0 <= token.item() < self._vocabulary:
-            raise BadInput(f"its sampler returned token {token.item()}, but tokens go from 0 to {self._vocabulary - 1}")
+            raise BadInput(
+                f"its sampler returned token {token.item()}, but tokens go from 0 to "
+                f"{self._vocabulary - 1}"
+            )
 
 
 class Choice:
-    """A token that is sampled, but perhaps not computed yet: ``[1]``, the random state behind it, and the log-probabilities wanted."""
+    """A token that is sampled, but perhaps not computed yet: ``[1]``, the random state behind it,
+    and the log-probabilities wanted.
+    """
 
     def __init__(self, token: mx.array, state: mx.array | None, named: list[mx.array]):
         self.token, self.state, self._named = token, state, named
@@ -104,8 +129,12 @@ class Choice:
 
 @contextmanager
 def random_state(state: mx.array):
-    """Within it MLX draws from ``state``; the list it yields holds the state behind that afterwards. MLX's own is as it was."""
-    current = mx.random.state[0]  # the array itself: assigning to its elements is what sets the state
+    """Within it MLX draws from ``state``; the list it yields holds the state behind that
+    afterwards. MLX's own is as it was.
+    """
+    current = mx.random.state[
+        0
+    ]  # the array itself: assigning to its elements is what sets the state
     before, after = mx.array(current), []
     current[...] = state
     try:
@@ -117,7 +146,11 @@ def random_state(state: mx.array):
 
 def _kind(value: object) -> str:
     """What something returned is, in a few words."""
-    return f"an array {list(value.shape)} of {value.dtype}" if isinstance(value, mx.array) else shown(value)
+    return (
+        f"an array {list(value.shape)} of {value.dtype}"
+        if isinstance(value, mx.array)
+        else shown(value)
+    )
 
 
 def checked(sampling: SamplingParams | Mapping | None, vocabulary: int) -> SamplingParams:
@@ -127,18 +160,34 @@ def checked(sampling: SamplingParams | Mapping | None, vocabulary: int) -> Sampl
     if isinstance(sampling, Mapping):
         known = {each.name for each in fields(SamplingParams)}
         if unknown := [name for name in sampling if name not in known]:
-            raise BadInput(f"sampling has {shown(unknown[0])}, but knows only {', '.join(sorted(known))}")
+            raise BadInput(
+                f"sampling has {shown(unknown[0])}, but knows only {', '.join(sorted(known))}"
+            )
         sampling = SamplingParams(**sampling)
     if not isinstance(sampling, SamplingParams):
-        raise BadInput(f"sampling must be a SamplingParams, a dict of its fields or a sampler, not {shown(sampling)}")
+        raise BadInput(
+            "sampling must be a SamplingParams, a dict of its fields or a sampler, not "
+            f"{shown(sampling)}"
+        )
     for name, low, high in (
-        ("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("xtc_probability", 0, 1), ("xtc_threshold", 0, 0.5),
-        ("repetition_penalty", 0, math.inf), ("presence_penalty", -math.inf, math.inf), ("frequency_penalty", -math.inf, math.inf),
-    ):  # fmt: skip
+        ("temperature", 0, math.inf),
+        ("top_p", 0, 1),
+        ("min_p", 0, 1),
+        ("xtc_probability", 0, 1),
+        ("xtc_threshold", 0, 0.5),
+        ("repetition_penalty", 0, math.inf),
+        ("presence_penalty", -math.inf, math.inf),
+        ("frequency_penalty", -math.inf, math.inf),
+    ):
         value = getattr(sampling, name)
         if value is None and name.endswith("penalty"):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not low <= value <= high
+            or not math.isfinite(value)
+        ):
             raise BadInput(f"{name} must be a number from {low} to {high}, not {shown(value)}")
     if sampling.repetition_penalty == 0:
         raise BadInput("repetition_penalty must be above 0: it divides")
@@ -146,7 +195,9 @@ def checked(sampling: SamplingParams | Mapping | None, vocabulary: int) -> Sampl
     at_least("min_tokens_to_keep", sampling.min_tokens_to_keep, 1, vocabulary)
     at_least("penalty_context", sampling.penalty_context, 1)
     if sampling.logit_bias is not None and not isinstance(sampling.logit_bias, Mapping):
-        raise BadInput(f"logit_bias must be a dict of token -> number, not {shown(sampling.logit_bias)}")
+        raise BadInput(
+            f"logit_bias must be a dict of token -> number, not {shown(sampling.logit_bias)}"
+        )
     for token, bias in (sampling.logit_bias or {}).items():
         at_least("token of logit_bias", token, 0, vocabulary - 1)
         if isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias):

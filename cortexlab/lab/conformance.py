@@ -1,6 +1,7 @@
-"""Does an allocator keep the promises of `cortexlab.Allocator`? Random steps beside a bitmap, which is too simple to be wrong.
+"""Does an allocator keep the promises of `cortexlab.Allocator`? Random steps beside a bitmap, which
+is too simple to be wrong.
 
-    prove(Mine)                      # or AssertionError: "step 17, allocate 3 (a pool of 64, seed 0): block 12 is not free"
+    prove(Mine)                      # AssertionError: "step 17, allocate 3: block 12 is not free"
     prove(Mine, has_room=has_hole)   # and it must serve whatever a hole is large enough for
 
 No placement rule is assumed unless you name one, so it is for strategies of your own too.
@@ -15,7 +16,11 @@ from ..allocators.base import pool_stats
 from ..errors import BadInput, at_least
 
 STEPS_A_CHECK = 50
-FREE_SHARE, EXTEND_SHARE, MISUSE_SHARE = 0.36, 0.15, 0.04  # of the steps; the others allocate, so the pool is full most of the time
+FREE_SHARE, EXTEND_SHARE, MISUSE_SHARE = (
+    0.36,
+    0.15,
+    0.04,
+)  # of the steps; the others allocate, so the pool is full most of the time
 
 
 class Bitmap:
@@ -39,7 +44,9 @@ class Bitmap:
 
     @property
     def stats(self) -> dict:
-        return pool_stats(len(self.used), self.free_blocks, max(self.holes, default=0), len(self.holes))
+        return pool_stats(
+            len(self.used), self.free_blocks, max(self.holes, default=0), len(self.holes)
+        )
 
 
 def has_hole(pool: Bitmap, wanted: int) -> bool:
@@ -60,11 +67,13 @@ def prove(
     seed: int = 0,
     has_room: Callable[[Bitmap, int], bool] | None = None,
 ) -> Counter:
-    """Drive an allocator of ``num_blocks`` blocks through ``steps`` seeded random steps, and count what was done.
+    """Drive an allocator of ``num_blocks`` blocks through ``steps`` seeded random steps, and count
+    what was done.
 
-    After each, the blocks handed out must have been free, an extension must keep what there was, the statistics must be those of
-    the bitmap, and misuse (freeing twice, foreign extents) must raise `ValueError` and change nothing; in the end all blocks must
-    come back. ``has_room`` says what must not be refused. Raises `AssertionError` that names the step, whatever went wrong.
+    After each, the blocks handed out must have been free, an extension must keep what there was,
+    the statistics must be those of the bitmap, and misuse (freeing twice, foreign extents) must
+    raise `ValueError` and change nothing; in the end all blocks must come back. ``has_room`` says
+    what must not be refused. Raises `AssertionError` that names the step, whatever went wrong.
     """
     at_least("num_blocks", num_blocks, 1)
     at_least("steps", steps, 1)
@@ -94,7 +103,11 @@ def prove(
 
 
 def _failure(step: int, doing: str, num_blocks: int, seed: int, error: Exception) -> AssertionError:
-    what = str(error) if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: {error}"
+    what = (
+        str(error)
+        if isinstance(error, AssertionError) and str(error)
+        else f"{type(error).__name__}: {error}"
+    )
     return AssertionError(f"step {step}, {doing} (a pool of {num_blocks}, seed {seed}): {what}")
 
 
@@ -125,7 +138,10 @@ class _Pair:
         must = self.has_room is not None and self.has_room(self.pool, wanted)
         extents = self.allocator.allocate(wanted)
         if extents is None:
-            assert not must, f"refused, although {self.pool.free_blocks} blocks are free in holes of {self.pool.holes}"
+            assert not must, (
+                f"refused, although {self.pool.free_blocks} blocks are free in holes of "
+                f"{self.pool.holes}"
+            )
             return "refused"
         self.take(extents, wanted)
         return "allocate"
@@ -136,7 +152,9 @@ class _Pair:
         new = self.allocator.extend(old, more)
         if new is None:
             return "stuck"
-        assert _blocks(new)[: len(before)] == before, f"{new} does not begin with the blocks of {old}: its tokens would be lost"
+        assert _blocks(new)[: len(before)] == before, (
+            f"{new} does not begin with the blocks of {old}: its tokens would be lost"
+        )
         self.drop(number)
         self.take(new, len(before) + more)
         return "extend"
@@ -151,31 +169,46 @@ class _Pair:
         return "free"
 
     def misuse(self, rng: random.Random) -> str:
-        """Whatever is no allocation of now: `ValueError`, and `agree` then sees whether anything changed."""
+        """Whatever is no allocation of now: `ValueError`, and `agree` then sees whether anything
+        changed.
+        """
         wrong = [(Extent(len(self.pool.used), 1),)]
         if self.dead is not None and not all(self.pool.used[block] for block in _blocks(self.dead)):
             wrong.append(self.dead)
         if self.live:
             one = rng.choice(self.live)
             wrong += [one + one, (*one[:-1], Extent(one[-1].start, one[-1].num_blocks + 1))]
-        calls = [(name, extents, *more) for extents in wrong for name, *more in (("free",), ("extend", 1))]
-        calls += [("allocate", wanted) for wanted in (0, -1)] + ([("extend", one, wanted) for wanted in (0, -1)] if self.live else [])
+        calls = [
+            (name, extents, *more)
+            for extents in wrong
+            for name, *more in (("free",), ("extend", 1))
+        ]
+        calls += [("allocate", wanted) for wanted in (0, -1)] + (
+            [("extend", one, wanted) for wanted in (0, -1)] if self.live else []
+        )
         for name, *given in calls:
             try:
                 getattr(self.allocator, name)(*given)
             except ValueError:
                 self.agree()
                 continue
-            raise AssertionError(f"{name}({', '.join(map(str, given))}) was taken, although it makes no sense: it must raise ValueError")
+            raise AssertionError(
+                f"{name}({', '.join(map(str, given))}) was taken, although it makes no sense: it "
+                "must raise ValueError"
+            )
         return "misuse"
 
     def take(self, extents: tuple[Extent, ...], wanted: int) -> None:
-        assert isinstance(extents, tuple) and all(isinstance(extent, Extent) for extent in extents), f"{extents!r} is no tuple of extents"
+        assert isinstance(extents, tuple) and all(
+            isinstance(extent, Extent) for extent in extents
+        ), f"{extents!r} is no tuple of extents"
         blocks = _blocks(extents)
         assert len(blocks) >= wanted, f"{len(blocks)} blocks handed out, not {wanted}: never a part"
         for at, block in enumerate(blocks):
             assert 0 <= block < len(self.pool.used), f"block {block} lies outside the pool"
-            assert not self.pool.used[block] and block not in blocks[:at], f"block {block} is not free"
+            assert not self.pool.used[block] and block not in blocks[:at], (
+                f"block {block} is not free"
+            )
         self.pool.mark(extents, True)
         self.live.append(extents)
 

@@ -1,8 +1,10 @@
-"""The physical layer as CortexStream documents it: `KVBlockAllocator` hands out `KVHandle`s of blocks and knows of no sequence.
+"""The physical layer as CortexStream documents it: `KVBlockAllocator` hands out `KVHandle`s of
+blocks and knows of no sequence.
 
-Source: github.com/pythongiant/CortexStream at f8c8b1f, ``docs/KV_CACHE_API_REFERENCE.md``, in snake case. What is different: no
-room is None rather than an invalid handle, and what its `free` takes without a look, or ignores, is refused: a handle freed twice,
-of another allocator, or made up. (The code there frees blocks that others hold, and its ``fragmentation()`` takes its lock twice.)
+Source: github.com/pythongiant/CortexStream at f8c8b1f, ``docs/KV_CACHE_API_REFERENCE.md``, in snake
+case. What is different: no room is None rather than an invalid handle, and what its `free` takes
+without a look, or ignores, is refused: a handle freed twice, of another allocator, or made up. (The
+code there frees blocks that others hold, and its ``fragmentation()`` takes its lock twice.)
 
     allocator = KVBlockAllocator(2048)
     handle = allocator.allocate(32)      # None: no room
@@ -21,7 +23,9 @@ from ..errors import BadInput, shown
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVHandle:
-    """Blocks handed out at once. It stands for itself: one with the same numbers that an allocator did not make is worth nothing."""
+    """Blocks handed out at once. It stands for itself: one with the same numbers that an allocator
+    did not make is worth nothing.
+    """
 
     start_block_index: int
     num_blocks: int  # at least as many as asked for
@@ -29,14 +33,18 @@ class KVHandle:
     allocator: KVBlockAllocator | None = field(default=None, repr=False)
 
     def is_valid(self) -> bool:
-        """Whether it could name blocks: true of every handle that `KVBlockAllocator.allocate` returns, freed or not."""
+        """Whether it could name blocks: true of every handle that `KVBlockAllocator.allocate`
+        returns, freed or not.
+        """
         return self.start_block_index >= 0 and self.num_blocks > 0
 
 
 class KVBlockAllocator:
-    """A pool of ``total_blocks`` blocks, placed by any strategy (default: first fit, as CortexStream). Safe to call from any thread.
+    """A pool of ``total_blocks`` blocks, placed by any strategy (default: first fit, as
+    CortexStream). Safe to call from any thread.
 
-    One lock guards everything, so an operation takes what the strategy's takes, and none sees another half done.
+    One lock guards everything, so an operation takes what the strategy's takes, and none sees
+    another half done.
     """
 
     def __init__(self, total_blocks: int, strategy: str | Callable[[int], Allocator] = "first_fit"):
@@ -45,7 +53,9 @@ class KVBlockAllocator:
         self._lock = Lock()
 
     def allocate(self, blocks_needed: int) -> KVHandle | None:
-        """A handle on at least ``blocks_needed`` blocks, or None when there is no room: never a part. `BadInput` below one block."""
+        """A handle on at least ``blocks_needed`` blocks, or None when there is no room: never a
+        part. `BadInput` below one block.
+        """
         with self._lock:
             extents = self._blocks.allocate(blocks_needed)
             if extents is None:
@@ -55,7 +65,9 @@ class KVBlockAllocator:
             return handle
 
     def free(self, handle: KVHandle) -> None:
-        """Take the blocks back. `BadInput`, and nothing changes, for what is not a live handle of this allocator; it says why."""
+        """Take the blocks back. `BadInput`, and nothing changes, for what is not a live handle of
+        this allocator; it says why.
+        """
         with self._lock:
             if id(handle) not in self._live:
                 raise BadInput(f"cannot free {shown(handle)}: {self._reason(handle)}")
@@ -79,26 +91,44 @@ class KVBlockAllocator:
         return self.stats()["external_fragmentation"]
 
     def stats(self) -> Stats:
-        """All the figures of one moment: ``free_blocks, used_blocks, largest_free_run, num_holes, external_fragmentation``."""
+        """All the figures of one moment: ``free_blocks, used_blocks, largest_free_run, num_holes,
+        external_fragmentation``.
+        """
         with self._lock:
             return Stats(self._blocks.stats())
 
     def dump_block_map(self, width: int = 64) -> str:
-        """Totals, and the pool as text: `.` a free block, a letter a handle, rows of ``width`` blocks."""
+        """Totals, and the pool as text: `.` a free block, a letter a handle, rows of ``width``
+        blocks.
+        """
         with self._lock:
             stats = self._blocks.stats()
-            rows = block_map({key: handle.extents for key, handle in self._live.items()}, self.total_blocks(), width)
+            rows = block_map(
+                {key: handle.extents for key, handle in self._live.items()},
+                self.total_blocks(),
+                width,
+            )
         return (
-            f"KVBlockAllocator: {self.total_blocks()} blocks, {stats['used_blocks']} used, {stats['free_blocks']} free, "
+            f"KVBlockAllocator: {self.total_blocks()} blocks, {stats['used_blocks']} used, "
+            f"{stats['free_blocks']} free, "
             f"fragmentation {stats['external_fragmentation']:.2f}\n{rows}"
         )
 
     def check(self) -> None:
-        """`AssertionError` unless the books agree: the strategy's, and that the live handles hold exactly what is used."""
+        """`AssertionError` unless the books agree: the strategy's, and that the live handles hold
+        exactly what is used.
+        """
         with self._lock:
             self._blocks.check()
-            held = [block for handle in self._live.values() for start, size in handle.extents for block in range(start, start + size)]
-            assert len(set(held)) == len(held) == self._blocks.stats()["used_blocks"], "two handles hold a block, or none does"
+            held = [
+                block
+                for handle in self._live.values()
+                for start, size in handle.extents
+                for block in range(start, start + size)
+            ]
+            assert len(set(held)) == len(held) == self._blocks.stats()["used_blocks"], (
+                "two handles hold a block, or none does"
+            )
 
     def _reason(self, handle: object) -> str:
         if not isinstance(handle, KVHandle):
@@ -108,7 +138,9 @@ class KVBlockAllocator:
         if handle.allocator is not None:
             return "another allocator handed it out"
         overlapped = next((live for live in self._live.values() if _overlap(handle, live)), None)
-        return "no allocator handed it out" + (f", and it overlaps {overlapped}" if overlapped else "")
+        return "no allocator handed it out" + (
+            f", and it overlaps {overlapped}" if overlapped else ""
+        )
 
 
 def _overlap(made_up: KVHandle, live: KVHandle) -> bool:

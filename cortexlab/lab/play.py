@@ -38,8 +38,12 @@ class Toy:
 
     strategy: str
     num_blocks: int
-    asked: dict[str, int] = field(default_factory=dict)  # blocks that a sequence asked for and holds; 0 once it has left
-    owners: dict[str, tuple[Extent, ...]] = field(default_factory=dict)  # in order of arrival, so that letters stay
+    asked: dict[str, int] = field(
+        default_factory=dict
+    )  # blocks that a sequence asked for and holds; 0 once it has left
+    owners: dict[str, tuple[Extent, ...]] = field(
+        default_factory=dict
+    )  # in order of arrival, so that letters stay
     refused: list["Refusal"] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
 
@@ -59,13 +63,16 @@ class Toy:
 
     def text(self) -> str:
         """The strategy, its block map, and what it refused."""
-        return f"{self.strategy:20}{block_map(self.owners, self.num_blocks, width=self.num_blocks)[2:]}  {self.verdict}"
+        row = block_map(self.owners, self.num_blocks, width=self.num_blocks)[2:]
+        return f"{self.strategy:20}{row}  {self.verdict}"
 
 
 def play(strategy: str | Callable[[int], Allocator], script: str, num_blocks: int) -> Toy:
-    """``script`` under one strategy. A region of ``static`` is the largest request, rounded up to a power of two.
+    """``script`` under one strategy. A region of ``static`` is the largest request, rounded up to a
+    power of two.
 
-    `BadInput` for a step that cannot be read, or of a sequence that is not there. What is refused is noted and left out.
+    `BadInput` for a step that cannot be read, or of a sequence that is not there. What is refused
+    is noted and left out.
     """
     steps = [_parsed(step) for step in script.split()]
     region = 1 << (max((wanted for _, wanted in steps), default=1) - 1).bit_length()
@@ -85,7 +92,9 @@ def play(strategy: str | Callable[[int], Allocator], script: str, num_blocks: in
         toy.asked[name] = toy.asked.get(name, 0) + (0 if found is None else wanted)
         if found is None:
             stats = pool.stats()
-            toy.refused.append(Refusal(f"{name}+{wanted}", wanted, stats["free_blocks"], stats["largest_free_run"]))
+            toy.refused.append(
+                Refusal(f"{name}+{wanted}", wanted, stats["free_blocks"], stats["largest_free_run"])
+            )
     pool.check()
     toy.stats = pool.stats()
     return toy

@@ -1,4 +1,6 @@
-"""Figures: functions from data frames to Axes. They never measure, and import no MLX; widgets are in `cortexlab.plots.widgets`."""
+"""Figures: functions from data frames to Axes. They never measure, and import no MLX; widgets are
+in `cortexlab.plots.widgets`.
+"""
 
 from .allocators import cost_by_pool_size, toy_pools, what_it_gives_up
 from .engine import against_batch_limit, attention_against_extents, where_a_step_goes

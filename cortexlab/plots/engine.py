@@ -1,4 +1,6 @@
-"""Figures of the engine: against mlx-lm, where the time of a step goes, and what pieces cost attention. They never measure."""
+"""Figures of the engine: against mlx-lm, where the time of a step goes, and what pieces cost
+attention. They never measure.
+"""
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -7,12 +9,20 @@ from matplotlib.axes import Axes
 from ..metrics import PARTS, REST
 from .run import WIDTH, color, plain_numbers
 
-PART_COLORS = dict(zip((*PARTS, REST), ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#cccccc"), strict=True))
+PART_COLORS = dict(
+    zip(
+        (*PARTS, REST),
+        ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#cccccc"),
+        strict=True,
+    )
+)
 METHOD_COLORS = {"auto": "#222222", "views": "#4c72b0", "windows": "#2a8c5a", "gather": "#c44e52"}
 
 
 def against_batch_limit(rows: pd.DataFrame) -> list[Axes]:
-    """Throughput, time to first token and gaps between tokens against the number of requests run at once, a line a strategy."""
+    """Throughput, time to first token and gaps between tokens against the number of requests run at
+    once, a line a strategy.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.6), layout="constrained")
     values = {
         "output tokens per second": rows["output_throughput"],
@@ -21,8 +31,12 @@ def against_batch_limit(rows: pd.DataFrame) -> list[Axes]:
     }
     for panel, (label, column) in zip(axes, values.items(), strict=True):
         for strategy, part in rows.groupby("strategy", sort=False):
-            panel.plot(part["batch_size"], column[part.index], "o-", color=color(strategy), label=strategy)
-        panel.set(xlabel="requests run at once, at most", ylabel=label, xscale="log", ylim=(0, None))
+            panel.plot(
+                part["batch_size"], column[part.index], "o-", color=color(strategy), label=strategy
+            )
+        panel.set(
+            xlabel="requests run at once, at most", ylabel=label, xscale="log", ylim=(0, None)
+        )
         panel.set_xticks(sorted(set(rows["batch_size"])), sorted(set(rows["batch_size"])))
         panel.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -30,7 +44,9 @@ def against_batch_limit(rows: pd.DataFrame) -> list[Axes]:
 
 
 def where_a_step_goes(steps: pd.DataFrame) -> Axes:
-    """The parts of a step as multiples of its own matrix products (dashed: the bound), a bar a step, its time behind it."""
+    """The parts of a step as multiples of its own matrix products (dashed: the bound), a bar a
+    step, its time behind it.
+    """
     figure, axes = plt.subplots(figsize=(WIDTH, 1.4 + 0.42 * len(steps)), layout="constrained")
     left = pd.Series(0.0, index=steps.index)
     for part, shade in PART_COLORS.items():
@@ -40,19 +56,43 @@ def where_a_step_goes(steps: pd.DataFrame) -> Axes:
     for end, name, ms in zip(left, steps["step"], steps["step_ms"], strict=True):
         axes.annotate(f"{ms:,.0f} ms", (end, name), (4, 0), textcoords="offset points", va="center")
     axes.axvline(1, color="#333333", linestyle="--", linewidth=1.4)
-    axes.set(xlabel="time / time of the step's matrix products at the BLAS's speed", xlim=(0, left.max() * 1.12))
+    axes.set(
+        xlabel="time / time of the step's matrix products at the BLAS's speed",
+        xlim=(0, left.max() * 1.12),
+    )
     axes.invert_yaxis()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(PART_COLORS))
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(PART_COLORS)
+    )
     return axes
 
 
 def attention_against_extents(extents: pd.DataFrame) -> Axes:
-    """Milliseconds of a layer's decode attention against the length of extents, a line a method; ticks name how many there are."""
+    """Milliseconds of a layer's decode attention against the length of extents, a line a method;
+    ticks name how many there are.
+    """
     _, axes = plt.subplots(figsize=(WIDTH * 0.7, 4.2), layout="constrained")
     for method, part in extents.groupby("method", sort=False):
-        style = {"linestyle": "--", "linewidth": 1.2, "zorder": 3} if method == "auto" else {"linewidth": 1.8}
-        axes.plot(part["extent_slots"], part["ms"], marker="o", markersize=4, color=METHOD_COLORS[method], label=method, **style)
-    axes.set(xscale="log", yscale="log", xlabel="slots an extent (and extents a sequence), logarithmic", ylabel="ms a layer, logarithmic")
+        style = (
+            {"linestyle": "--", "linewidth": 1.2, "zorder": 3}
+            if method == "auto"
+            else {"linewidth": 1.8}
+        )
+        axes.plot(
+            part["extent_slots"],
+            part["ms"],
+            marker="o",
+            markersize=4,
+            color=METHOD_COLORS[method],
+            label=method,
+            **style,
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="slots an extent (and extents a sequence), logarithmic",
+        ylabel="ms a layer, logarithmic",
+    )
     counts = extents.drop_duplicates("extent_slots").set_index("extent_slots")["num_extents"]
     axes.set_xticks(list(counts.index), [f"{slots}\n({count})" for slots, count in counts.items()])
     axes.minorticks_off()

@@ -1,4 +1,6 @@
-"""Figures of where KV memory goes and what that costs: of `replay`'s rows and samples, theory dashed. They never measure."""
+"""Figures of where KV memory goes and what that costs: of `replay`'s rows and samples, theory
+dashed. They never measure.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +15,8 @@ from .run import SHARE_COLORS, SHARE_WORDS, WIDTH, color, plain_numbers
 
 FRONTIER_MARKERS = "osD^"
 DASHED = {"color": "#333333", "linestyle": "--", "linewidth": 1.4}
-PUBLISHED_WORDS = {  # the paper's categories, its last one in the two parts that a replay can tell apart
+# the paper's categories, its last one in the two parts that a replay can tell apart
+PUBLISHED_WORDS = {
     "token": "token states",
     "reserved": "reservation: filled later",
     "internal": "internal: asked for, never filled",
@@ -24,15 +27,37 @@ PUBLISHED_COLORS = SHARE_COLORS | {"rounding": "#e9909a", "free": "#d1495b", "ot
 
 
 def shares_beside_ttft(rows: pd.DataFrame) -> list[Axes]:
-    """The four shares of what a strategy ties up, a bar a row, and how long its requests wait for their first token beside them."""
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.3 + 0.42 * len(rows)), sharey=True, width_ratios=(2, 1), layout="constrained")
+    """The four shares of what a strategy ties up, a bar a row, and how long its requests wait for
+    their first token beside them.
+    """
+    figure, axes = plt.subplots(
+        1,
+        2,
+        figsize=(WIDTH, 1.3 + 0.42 * len(rows)),
+        sharey=True,
+        width_ratios=(2, 1),
+        layout="constrained",
+    )
     names = list(rows["strategy"])
-    _stack(axes[0], names, {SHARE_WORDS[share]: (100 * rows[f"{share}_share"], SHARE_COLORS[share]) for share in SHARES})
+    _stack(
+        axes[0],
+        names,
+        {
+            SHARE_WORDS[share]: (100 * rows[f"{share}_share"], SHARE_COLORS[share])
+            for share in SHARES
+        },
+    )
     axes[0].set_xlabel("share of the KV memory a strategy ties up (%)")
     seconds = rows["mean_ttft_ms"] / 1000
     axes[1].barh(names, seconds, color=[color(name) for name in names])
     for name, value in zip(names, seconds, strict=True):
-        axes[1].annotate(f"{value:,.{1 if value < 100 else 0}f}", (value, name), (4, 0), textcoords="offset points", va="center")
+        axes[1].annotate(
+            f"{value:,.{1 if value < 100 else 0}f}",
+            (value, name),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+        )
     axes[1].set_xscale("log")
     axes[1].set_xlim(seconds.min() / 3, seconds.max() * 4)
     axes[1].set_xlabel("mean time to first token (s, logarithmic)")
@@ -43,25 +68,42 @@ def shares_beside_ttft(rows: pd.DataFrame) -> list[Axes]:
 
 
 def holes_over_time(steps: pd.DataFrame, rule_for: str) -> list[Axes]:
-    """External fragmentation and number of holes, a line a strategy; dashed: Knuth's rule for the requests ``rule_for`` runs."""
+    """External fragmentation and number of holes, a line a strategy; dashed: Knuth's rule for the
+    requests ``rule_for`` runs.
+    """
     figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 5.4), sharex=True, layout="constrained")
     for strategy, part in steps.groupby("strategy", sort=False):
         for panel, name in zip(axes, ("external_fragmentation", "num_holes"), strict=True):
-            panel.plot(part["started_at"], _smooth(part[name]), color=color(strategy), linewidth=1.5, label=strategy)
+            panel.plot(
+                part["started_at"],
+                _smooth(part[name]),
+                color=color(strategy),
+                linewidth=1.5,
+                label=strategy,
+            )
     part = steps[steps["strategy"] == rule_for]
     rule = fifty_percent_rule(_smooth(part["num_running"]))
-    axes[1].plot(part["started_at"], rule, **DASHED, label=f"half as many holes as {rule_for} runs requests (Knuth)")
+    axes[1].plot(
+        part["started_at"],
+        rule,
+        **DASHED,
+        label=f"half as many holes as {rule_for} runs requests (Knuth)",
+    )
     axes[0].set(ylabel="1 - largest hole / free", ylim=(0, 1))
     axes[1].set(ylabel="number of holes (logarithmic)", yscale="log", xlabel="virtual time (s)")
     axes[1].yaxis.set_major_formatter(_plain)
     axes[1].set_ylim(0.8, None)
-    axes[1].set_xlim(0, steps.groupby("strategy")["ended_at"].max().median())  # not for as long as the slowest needs
+    axes[1].set_xlim(
+        0, steps.groupby("strategy")["ended_at"].max().median()
+    )  # not for as long as the slowest needs
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return list(axes)
 
 
 def empty_beside_theory(rows: pd.DataFrame, theory: Mapping[str, float]) -> Axes:
-    """What of the slots held is empty while a request decodes, a bar a row; dashed: what ``theory`` says for that strategy."""
+    """What of the slots held is empty while a request decodes, a bar a row; dashed: what ``theory``
+    says for that strategy.
+    """
     _, axes = plt.subplots(figsize=(WIDTH * 0.72, 1.2 + 0.38 * len(rows)), layout="constrained")
     names, empty = list(rows["strategy"]), 100 * (1 - rows["utilization"])
     axes.barh(names, empty, color=[color(name) for name in names])
@@ -78,12 +120,16 @@ def empty_beside_theory(rows: pd.DataFrame, theory: Mapping[str, float]) -> Axes
 
 
 def run_length_frontier(rows: pd.DataFrame, chosen: float | None = None) -> list[Axes]:
-    """What long runs cost: run length, tokens copied, pieces and waiting, each over the memory that is left empty.
+    """What long runs cost: run length, tokens copied, pieces and waiting, each over the memory that
+    is left empty.
 
-    A line a ``label``, a point a ``watermark``, which is written beside it where waiting is shown; grey: the ``chosen`` one.
+    A line a ``label``, a point a ``watermark``, which is written beside it where waiting is shown;
+    grey: the ``chosen`` one.
     """
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True, layout="constrained")
-    rows = rows.assign(empty=100 * rows["empty_share"].astype(float)).dropna(subset="empty")  # none where nobody ever waited
+    rows = rows.assign(empty=100 * rows["empty_share"].astype(float)).dropna(
+        subset="empty"
+    )  # none where nobody ever waited
     panels = {
         "tokens in runs of 128 or more (%)": 100 * rows["long_extent_share"],
         "tokens copied / tokens computed (%)": 100 * rows["copied_share"],
@@ -91,9 +137,22 @@ def run_length_frontier(rows: pd.DataFrame, chosen: float | None = None) -> list
         "mean time to first token (s)": rows["mean_ttft_ms"] / 1000,
     }
     for panel, (words, values) in zip(axes.flat, panels.items(), strict=True):
-        for number, (label, part) in enumerate(rows.assign(value=values).groupby("label", sort=False)):
-            style = {"marker": FRONTIER_MARKERS[number % 4], "linestyle": ("-", ":", "-.")[number % 3], "markerfacecolor": "none"}
-            panel.plot(part["empty"], part["value"], color=color(part["strategy"].iloc[0]), markersize=8, label=label, **style)
+        for number, (label, part) in enumerate(
+            rows.assign(value=values).groupby("label", sort=False)
+        ):
+            style = {
+                "marker": FRONTIER_MARKERS[number % 4],
+                "linestyle": ("-", ":", "-.")[number % 3],
+                "markerfacecolor": "none",
+            }
+            panel.plot(
+                part["empty"],
+                part["value"],
+                color=color(part["strategy"].iloc[0]),
+                markersize=8,
+                label=label,
+                **style,
+            )
         panel.set_ylabel(words)
         panel.set_ylim(0, 1.2 * values.max() if values.max() > 0 else 1.0)
         panel.margins(x=0.08)
@@ -105,7 +164,14 @@ def run_length_frontier(rows: pd.DataFrame, chosen: float | None = None) -> list
     points = rows.drop_duplicates("watermark").sort_values("watermark").to_dict("records")
     for number, row in enumerate(points):
         place, shift = (row["empty"], row["mean_ttft_ms"] / 1000), 9 if number % 2 == 0 else -17
-        axes[1, 1].annotate(f"{100 * row['watermark']:g} %", place, (0, shift), textcoords="offset points", ha="center", fontsize=9)
+        axes[1, 1].annotate(
+            f"{100 * row['watermark']:g} %",
+            place,
+            (0, shift),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
     for panel in axes[1]:
         panel.set_xlabel("pool left empty while requests wait (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -113,24 +179,40 @@ def run_length_frontier(rows: pd.DataFrame, chosen: float | None = None) -> list
 
 
 def published_beside_ours(published: pd.DataFrame, ours: pd.DataFrame) -> Axes:
-    """Two bars a system (the index of both frames), each a share of the whole pool: as published, and as replayed."""
+    """Two bars a system (the index of both frames), each a share of the whole pool: as published,
+    and as replayed.
+    """
     figure, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.85 * len(ours)), layout="constrained")
     at = np.arange(len(ours), dtype=float)
     paper = {name: (100 * published[name], PUBLISHED_COLORS[name]) for name in published}
-    _stack(axes, at - 0.2, {f"_{name}": part for name, part in paper.items()}, height=0.34, edgecolor="#333333", linewidth=0.8)
+    _stack(
+        axes,
+        at - 0.2,
+        {f"_{name}": part for name, part in paper.items()},
+        height=0.34,
+        edgecolor="#333333",
+        linewidth=0.8,
+    )
     for bar in axes.containers[-1]:  # the paper's last category, of which it prints no parts
         bar.set(hatch="///", edgecolor=PUBLISHED_COLORS["free"])
     axes.containers[-1].set_label("paper: external & others")
-    replayed = {words: (100 * ours[name], PUBLISHED_COLORS[name]) for name, words in PUBLISHED_WORDS.items()}
+    replayed = {
+        words: (100 * ours[name], PUBLISHED_COLORS[name]) for name, words in PUBLISHED_WORDS.items()
+    }
     _stack(axes, at + 0.2, replayed, height=0.34)
-    axes.set_yticks(np.concatenate([at - 0.2, at + 0.2]), [*(f"{name}: paper" for name in published.index), *["replay"] * len(ours)])
+    axes.set_yticks(
+        np.concatenate([at - 0.2, at + 0.2]),
+        [*(f"{name}: paper" for name in published.index), *["replay"] * len(ours)],
+    )
     axes.set(xlabel="share of the whole KV pool (%)", xlim=(0, 100))
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=3)
     return axes
 
 
-def _stack(axes: Axes, places, parts: Mapping[str, tuple[pd.Series, str]], height: float = 0.75, **style) -> None:
+def _stack(
+    axes: Axes, places, parts: Mapping[str, tuple[pd.Series, str]], height: float = 0.75, **style
+) -> None:
     """Horizontal bars of parts end to end; a part of 4 % or more has its number in it."""
     left = np.zeros(len(places))
     for label, (values, colour) in parts.items():
@@ -138,9 +220,26 @@ def _stack(axes: Axes, places, parts: Mapping[str, tuple[pd.Series, str]], heigh
         axes.barh(places, values, left=left, height=height, color=colour, label=label, **style)
         for place, start, value in zip(places, left, values, strict=True):
             if value >= 4:
-                ink = "white" if colour in (SHARE_COLORS["token"], SHARE_COLORS["external"]) else "#222222"
-                box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if colour == "#ffffff" else None
-                axes.text(start + value / 2, place, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=9, bbox=box)
+                ink = (
+                    "white"
+                    if colour in (SHARE_COLORS["token"], SHARE_COLORS["external"])
+                    else "#222222"
+                )
+                box = (
+                    {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                    if colour == "#ffffff"
+                    else None
+                )
+                axes.text(
+                    start + value / 2,
+                    place,
+                    f"{value:.1f}",
+                    ha="center",
+                    va="center",
+                    color=ink,
+                    fontsize=9,
+                    bbox=box,
+                )
         left += values
     axes.set_xlim(0, 100)
     axes.grid(axis="y", visible=False)
@@ -157,14 +256,27 @@ def _smooth(values: pd.Series) -> pd.Series:
 
 
 def kv_bytes_by_context(table: pd.DataFrame, contexts: Sequence[int], memory_gb: float) -> Axes:
-    """GB of K and V against the tokens held, a line a model; dashed: the memory there is. ``table``: bytes a token at 16 bits."""
+    """GB of K and V against the tokens held, a line a model; dashed: the memory there is.
+    ``table``: bytes a token at 16 bits.
+    """
     _, axes = plt.subplots(figsize=(WIDTH * 0.7, 4.2), layout="constrained")
     for of, alike in table.groupby("16 bits").groups.items():
-        axes.plot(contexts, [of * tokens / 1e9 for tokens in contexts], "o-", markersize=4, label=", ".join(alike))
+        axes.plot(
+            contexts,
+            [of * tokens / 1e9 for tokens in contexts],
+            "o-",
+            markersize=4,
+            label=", ".join(alike),
+        )
     axes.axhline(memory_gb, color="#333333", linestyle="--", linewidth=1.4)
-    axes.annotate("memory for K and V", (contexts[0], memory_gb), (0, 4), textcoords="offset points")
+    axes.annotate(
+        "memory for K and V", (contexts[0], memory_gb), (0, 4), textcoords="offset points"
+    )
     axes.set(
-        xscale="log", yscale="log", xlabel="tokens held, of all sequences (logarithmic)", ylabel="K and V in float16, GB (logarithmic)"
+        xscale="log",
+        yscale="log",
+        xlabel="tokens held, of all sequences (logarithmic)",
+        ylabel="K and V in float16, GB (logarithmic)",
     )
     axes.set_xticks(contexts, [f"{tokens:,}" for tokens in contexts])
     axes.minorticks_off()
@@ -173,10 +285,18 @@ def kv_bytes_by_context(table: pd.DataFrame, contexts: Sequence[int], memory_gb:
     return axes
 
 
-def four_granularities(accounting: pd.Series, theory: pd.Series, prefix: pd.Series, growth: pd.Series, attention: pd.Series) -> list[Axes]:
-    """What each of four sizes costs by itself, all 0 when it costs nothing: shares of memory and of prefix tokens lost, pieces, time.
+def four_granularities(
+    accounting: pd.Series,
+    theory: pd.Series,
+    prefix: pd.Series,
+    growth: pd.Series,
+    attention: pd.Series,
+) -> list[Axes]:
+    """What each of four sizes costs by itself, all 0 when it costs nothing: shares of memory and of
+    prefix tokens lost, pieces, time.
 
-    Series by size in slots. ``theory`` belongs to ``accounting``, dashed; ``attention`` is a multiple of the least.
+    Series by size in slots. ``theory`` belongs to ``accounting``, dashed; ``attention`` is a
+    multiple of the least.
     """
     _, axes = plt.subplots(1, 4, figsize=(WIDTH, 3.2), layout="constrained")
     panels = {
@@ -189,41 +309,79 @@ def four_granularities(accounting: pd.Series, theory: pd.Series, prefix: pd.Seri
         title, label = words.split("\n")
         panel.plot(values.index, values, "o-", color=color("runs"), markersize=4)
         panel.set_title(title.partition(":")[0], loc="left")
-        panel.set(xlabel=title.partition(": ")[2] + ("" if "slots" in title else " (slots)"), ylabel=label, ylim=(0, 1.08 * values.max()))
-        linear = {"linthresh": values.index[values.index > 0].min() / 2} if 0 in values.index else {}
+        panel.set(
+            xlabel=title.partition(": ")[2] + ("" if "slots" in title else " (slots)"),
+            ylabel=label,
+            ylim=(0, 1.08 * values.max()),
+        )
+        linear = (
+            {"linthresh": values.index[values.index > 0].min() / 2} if 0 in values.index else {}
+        )
         panel.set_xscale("symlog" if linear else "log", base=2, **linear)
-        panel.set_xticks(list(values.index)[:: 1 + len(values) // 6], [str(size) for size in list(values.index)[:: 1 + len(values) // 6]])
+        panel.set_xticks(
+            list(values.index)[:: 1 + len(values) // 6],
+            [str(size) for size in list(values.index)[:: 1 + len(values) // 6]],
+        )
         panel.minorticks_off()
     axes[0].plot(theory.index, 100 * theory, **DASHED)
     return list(axes)
 
 
 def shares_by_workload(rows: pd.DataFrame) -> list[Axes]:
-    """Where memory went, a panel a workload and a bar a strategy; behind each bar the mean time to first token."""
+    """Where memory went, a panel a workload and a bar a strategy; behind each bar the mean time to
+    first token.
+    """
     workloads = list(dict.fromkeys(rows["workload"]))
-    figure, axes = plt.subplots(1, len(workloads), figsize=(WIDTH, 3.2), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(workloads), figsize=(WIDTH, 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
     for panel, workload in zip(axes[0], workloads, strict=True):
         part = rows[rows["workload"] == workload]
         left = np.zeros(len(part))
         for share in SHARES:
-            panel.barh(part["strategy"], part[f"{share}_share"], left=left, color=SHARE_COLORS[share], label=SHARE_WORDS[share])
+            panel.barh(
+                part["strategy"],
+                part[f"{share}_share"],
+                left=left,
+                color=SHARE_COLORS[share],
+                label=SHARE_WORDS[share],
+            )
             left += part[f"{share}_share"].to_numpy()
         for strategy, ms in zip(part["strategy"], part["mean_ttft_ms"], strict=True):
-            panel.annotate(f"{ms / 1000:,.1f} s", (1.02, strategy), va="center", annotation_clip=False)
-        panel.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], xlabel=f"{workload}: share of the memory tied up\n(behind: mean time to first token)")
+            panel.annotate(
+                f"{ms / 1000:,.1f} s", (1.02, strategy), va="center", annotation_clip=False
+            )
+        panel.set(
+            xlim=(0, 1.3),
+            xticks=[0, 0.5, 1],
+            xlabel=f"{workload}: share of the memory tied up\n(behind: mean time to first token)",
+        )
     axes[0][0].invert_yaxis()
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return list(axes[0])
 
 
 def prefix_hits(rows: pd.DataFrame) -> list[Axes]:
-    """Share of prompt tokens found in the cache: against the block size, a line a pool, and against the pool, a line a block size."""
+    """Share of prompt tokens found in the cache: against the block size, a line a pool, and against
+    the pool, a line a block size.
+    """
     _, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
     words = {"block_size": "block size (slots)", "pool_slots": "pool (slots)"}
-    for panel, (x, line) in zip(axes, (("block_size", "pool_slots"), ("pool_slots", "block_size")), strict=True):
+    for panel, (x, line) in zip(
+        axes, (("block_size", "pool_slots"), ("pool_slots", "block_size")), strict=True
+    ):
         of_line = list(rows.groupby(line))
-        for shade, (value, part) in zip(plt.colormaps["viridis"](np.linspace(0, 0.9, len(of_line))), of_line, strict=True):
-            panel.plot(part[x], 100 * part["prefix_hit_tokens_rate"], "o-", markersize=4, color=shade, label=f"{value:,}")
+        for shade, (value, part) in zip(
+            plt.colormaps["viridis"](np.linspace(0, 0.9, len(of_line))), of_line, strict=True
+        ):
+            panel.plot(
+                part[x],
+                100 * part["prefix_hit_tokens_rate"],
+                "o-",
+                markersize=4,
+                color=shade,
+                label=f"{value:,}",
+            )
         panel.set_xscale("log", base=2)
         panel.set_xticks(sorted(set(rows[x])), [f"{value:,}" for value in sorted(set(rows[x]))])
         panel.minorticks_off()

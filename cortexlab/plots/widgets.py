@@ -1,4 +1,6 @@
-"""Interactive views for notebooks. Pictures go into one `ipywidgets.Image`, drawn once and updated; errors show in the page."""
+"""Interactive views for notebooks. Pictures go into one `ipywidgets.Image`, drawn once and updated;
+errors show in the page.
+"""
 
 import html
 import io
@@ -26,7 +28,8 @@ from ..workloads.synthetic import WorkItem, default_max_seq_len, make_workload
 def block_map_slider(steps: pd.DataFrame) -> ipywidgets.VBox:
     """The block maps of all strategies on one clock, with a slider over time.
 
-    ``steps`` is the steps table of a bench run; its first repeat is shown. The slider is a play position in seconds.
+    ``steps`` is the steps table of a bench run; its first repeat is shown. The slider is a play
+    position in seconds.
     """
     steps = steps[(steps["repeat"] == 0) & steps["extents"].notna()]
     parts = {name: part for name, part in steps.groupby("strategy", sort=False)}
@@ -35,9 +38,14 @@ def block_map_slider(steps: pd.DataFrame) -> ipywidgets.VBox:
     figure = axes[0].figure
     picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
     slider = ipywidgets.FloatSlider(
-        value=0, min=0, max=float(steps["ended_at"].max()), step=float(steps["ended_at"].max()) / 200,
-        description="time (s)", readout_format=".2f", layout=ipywidgets.Layout(width="70%"),
-    )  # fmt: skip
+        value=0,
+        min=0,
+        max=float(steps["ended_at"].max()),
+        step=float(steps["ended_at"].max()) / 200,
+        description="time (s)",
+        readout_format=".2f",
+        layout=ipywidgets.Layout(width="70%"),
+    )
     message = ipywidgets.HTML()
 
     def draw(at: float) -> None:
@@ -56,18 +64,21 @@ def block_map_slider(steps: pd.DataFrame) -> ipywidgets.VBox:
     return ipywidgets.VBox([slider, picture, message])
 
 
-# --- the explorer -------------------------------------------------------------------------------------------------------------
+# --- the explorer ---------------------------------------------------------------------------------
 
 NUM_FRAMES = 400  # of the slider, over the longer of the two replays
 LISTED = 8  # live sequences in a table: those that hold most
 EXPLORED = ("lognormal", "chat", "heavy-tail")
-CELL = '<{} style="text-align:right;padding:0 .6em">'  # JupyterLab and Voila align them each in its own way
+# JupyterLab and Voila align them each in its own way
+CELL = '<{} style="text-align:right;padding:0 .6em">'
 COLUMNS = ("sequence", "tokens", "of", "blocks", "extents")
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A sample of a replay: who holds each block (-1: free), and what lives, ``[(number, tokens, of, blocks, extents)]``."""
+    """A sample of a replay: who holds each block (-1: free), and what lives, ``[(number, tokens,
+    of, blocks, extents)]``.
+    """
 
     at: float  # seconds
     owners: np.ndarray
@@ -91,7 +102,9 @@ class Recorded(Replay):
         sample = self.samples[-1]
         owners = np.full(self.blocks.num_blocks, -1, dtype=np.int32)
         live, held = [], []
-        ahead = round((sample["started_at"] * 1e9 - self.now) / dt)  # of the steps that are taken in one jump
+        ahead = round(
+            (sample["started_at"] * 1e9 - self.now) / dt
+        )  # of the steps that are taken in one jump
         for request in self.scheduler.running:
             number = int("".join(filter(str.isdigit, request.id)))
             extents = request.table.all_extents
@@ -99,16 +112,35 @@ class Recorded(Replay):
             for extent in extents:
                 owners[extent.start : extent.end] = number
             tokens = request.num_tokens + (ahead if request.base is not None else 0)
-            live.append((number, tokens, len(request.prompt) + request.output_length, request.table.num_blocks, len(extents)))
+            live.append(
+                (
+                    number,
+                    tokens,
+                    len(request.prompt) + request.output_length,
+                    request.table.num_blocks,
+                    len(extents),
+                )
+            )
         sample["extents"] = json.dumps(held)  # as the steps of a bench run have them
-        self._moments[sample["started_at"]] = Moment(sample["started_at"], owners, live, sample["num_waiting"])
+        self._moments[sample["started_at"]] = Moment(
+            sample["started_at"], owners, live, sample["num_waiting"]
+        )
 
 
-def record(items: Sequence[WorkItem], strategies: Sequence[str], block_size: int, num_blocks: str) -> list[Recorded]:
-    """Each strategy on ``items``, in a pool of the same size: ``num_blocks`` as `cortexlab.replay.replay` takes it."""
+def record(
+    items: Sequence[WorkItem], strategies: Sequence[str], block_size: int, num_blocks: str
+) -> list[Recorded]:
+    """Each strategy on ``items``, in a pool of the same size: ``num_blocks`` as
+    `cortexlab.replay.replay` takes it.
+    """
     (paged,) = replay(items, ["paged"], block_sizes=[block_size], num_blocks=num_blocks)
     runs = [
-        Recorded(name, num_blocks=paged.blocks.num_blocks, block_size=block_size, max_seq_len=default_max_seq_len(items))
+        Recorded(
+            name,
+            num_blocks=paged.blocks.num_blocks,
+            block_size=block_size,
+            max_seq_len=default_max_seq_len(items),
+        )
         for name in strategies
     ]
     for run in runs:
@@ -119,7 +151,8 @@ def record(items: Sequence[WorkItem], strategies: Sequence[str], block_size: int
 class Stage:
     """Two replays side by side on one clock: block map above, shares of memory with a cursor below.
 
-    Axes, shares and labels are drawn once; a frame restores them and draws the maps, their titles and the cursors again.
+    Axes, shares and labels are drawn once; a frame restores them and draws the maps, their titles
+    and the cursors again.
     """
 
     def __init__(self, runs: Sequence[Recorded]):
@@ -131,34 +164,63 @@ class Stage:
         self._canvas, self._moving = FigureCanvasAgg(figure), []
         maps, below = axes
         for panel, graph, (name, moments) in zip(maps, below, self._runs, strict=True):
-            image = panel.imshow(plots.map_image(moments[0].owners), aspect="auto", interpolation="nearest", animated=True)
+            image = panel.imshow(
+                plots.map_image(moments[0].owners),
+                aspect="auto",
+                interpolation="nearest",
+                animated=True,
+            )
             panel.set(xticks=[], yticks=[])
             title = panel.set_title(" ", loc="left", color=plots.color(name), animated=True)
             times, layers = plots.share_steps(samples[samples["strategy"] == name])
-            graph.stackplot(times, layers, colors=[plots.SHARE_COLORS[share] for share in SHARES], step="post", linewidth=0)
+            graph.stackplot(
+                times,
+                layers,
+                colors=[plots.SHARE_COLORS[share] for share in SHARES],
+                step="post",
+                linewidth=0,
+            )
             graph.set(xlabel="time (s)", xlim=(0, self.end))
-            self._moving.append((image, title, graph.axvline(0, color="black", linewidth=1.2, animated=True)))
+            self._moving.append(
+                (image, title, graph.axvline(0, color="black", linewidth=1.2, animated=True))
+            )
         below[0].set_ylabel("KV slots (tokens)")
         handles = [plt.Rectangle((0, 0), 1, 1, color=plots.SHARE_COLORS[share]) for share in SHARES]
-        figure.legend(handles, [plots.SHARE_WORDS[share] for share in SHARES], loc="outside lower center", ncols=4, fontsize=9)
+        figure.legend(
+            handles,
+            [plots.SHARE_WORDS[share] for share in SHARES],
+            loc="outside lower center",
+            ncols=4,
+            fontsize=9,
+        )
         self._canvas.draw()
         self._still = self._canvas.copy_from_bbox(figure.bbox)
 
     def moments(self, at: float) -> list[tuple[str, Moment]]:
         """Each strategy's last moment that had begun ``at`` seconds."""
-        return [(name, moments[max(0, np.searchsorted([each.at for each in moments], at, "right") - 1)]) for name, moments in self._runs]
+        return [
+            (name, moments[max(0, np.searchsorted([each.at for each in moments], at, "right") - 1)])
+            for name, moments in self._runs
+        ]
 
     def png(self, at: float) -> bytes:
         self._canvas.restore_region(self._still)
-        for (name, moment), (image, title, cursor) in zip(self.moments(at), self._moving, strict=True):
+        for (name, moment), (image, title, cursor) in zip(
+            self.moments(at), self._moving, strict=True
+        ):
             image.set_data(plots.map_image(moment.owners))
             held = (moment.owners >= 0).mean()
-            title.set_text(f"{name} at {at:.1f} s: {len(moment.live)} run, {moment.num_waiting} wait, {held:.0%} of blocks held")
+            title.set_text(
+                f"{name} at {at:.1f} s: {len(moment.live)} run, {moment.num_waiting} wait, "
+                f"{held:.0%} of blocks held"
+            )
             cursor.set_xdata([at, at])
             for artist in (image, title, cursor):
                 artist.axes.draw_artist(artist)
         file = io.BytesIO()
-        Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB").save(file, "png", compress_level=1)
+        Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB").save(
+            file, "png", compress_level=1
+        )
         return file.getvalue()
 
     def listed(self, at: float) -> str:
@@ -168,8 +230,15 @@ class Stage:
             most = sorted(moment.live, key=lambda each: -each[3])[:LISTED]
             table = pd.DataFrame(most, columns=COLUMNS).to_html(index=False, border=0)
             table = table.replace("<td>", CELL.format("td")).replace("<th>", CELL.format("th"))
-            more = f"<br>and {len(moment.live) - len(most)} more" if len(moment.live) > len(most) else ""
-            parts.append(f'<div style="margin-right:4em"><b style="color:{plots.color(name)}">{html.escape(name)}</b>{table}{more}</div>')
+            more = (
+                f"<br>and {len(moment.live) - len(most)} more"
+                if len(moment.live) > len(most)
+                else ""
+            )
+            parts.append(
+                f'<div style="margin-right:4em"><b style="color:{plots.color(name)}">'
+                f"{html.escape(name)}</b>{table}{more}</div>"
+            )
         return f'<div style="display:flex;line-height:1.3">{"".join(parts)}</div>'
 
 
@@ -181,26 +250,50 @@ def explored(name: str, num_requests: int, request_rate: float, seed: int) -> li
 
 
 def explorer(
-    workload: str = "lognormal", num_requests: int = 300, request_rate: float = 10.0,
-    strategies: tuple[str, str] = ("cortexstream", "runs"), block_size: int = 16, num_blocks: str = "60%", seed: int = 1,
-) -> ipywidgets.VBox:  # fmt: skip
-    """Choose a workload or trace, two strategies, a block size and a pool; play, pause and scrub through both replays on one clock.
+    workload: str = "lognormal",
+    num_requests: int = 300,
+    request_rate: float = 10.0,
+    strategies: tuple[str, str] = ("cortexstream", "runs"),
+    block_size: int = 16,
+    num_blocks: str = "60%",
+    seed: int = 1,
+) -> ipywidgets.VBox:
+    """Choose a workload or trace, two strategies, a block size and a pool; play, pause and scrub
+    through both replays on one clock.
 
-    A trace (those that are on this machine are offered) is its first ``num_requests``, at its own times. What goes wrong is shown
-    in the page: the children are controls, player, picture, tables and message.
+    A trace (those that are on this machine are offered) is its first ``num_requests``, at its own
+    times. What goes wrong is shown in the page: the children are controls, player, picture, tables
+    and message.
     """
     wide = {"layout": ipywidgets.Layout(width="15em"), "style": {"description_width": "5em"}}
     sizes = sorted({1, 4, 8, 16, 32, 64, 128, block_size})
     pools = list(dict.fromkeys([num_blocks, "30%", "45%", "60%", "80%", "100%"]))
     chosen = {
-        "workload": ipywidgets.Dropdown(options=[*EXPLORED, *traces.known_here()], value=workload, description="workload", **wide),
-        "left": ipywidgets.Dropdown(options=list(STRATEGIES), value=strategies[0], description="left", **wide),
-        "right": ipywidgets.Dropdown(options=list(STRATEGIES), value=strategies[1], description="right", **wide),
-        "block_size": ipywidgets.Dropdown(options=sizes, value=block_size, description="block size", **wide),
+        "workload": ipywidgets.Dropdown(
+            options=[*EXPLORED, *traces.known_here()],
+            value=workload,
+            description="workload",
+            **wide,
+        ),
+        "left": ipywidgets.Dropdown(
+            options=list(STRATEGIES), value=strategies[0], description="left", **wide
+        ),
+        "right": ipywidgets.Dropdown(
+            options=list(STRATEGIES), value=strategies[1], description="right", **wide
+        ),
+        "block_size": ipywidgets.Dropdown(
+            options=sizes, value=block_size, description="block size", **wide
+        ),
         "pool": ipywidgets.Dropdown(options=pools, value=num_blocks, description="pool", **wide),
-    }  # fmt: skip
+    }
     play = ipywidgets.Play(min=0, max=NUM_FRAMES, interval=150)
-    slider = ipywidgets.IntSlider(min=0, max=NUM_FRAMES, description="moment", readout=False, layout=ipywidgets.Layout(width="60%"))
+    slider = ipywidgets.IntSlider(
+        min=0,
+        max=NUM_FRAMES,
+        description="moment",
+        readout=False,
+        layout=ipywidgets.Layout(width="60%"),
+    )
     ipywidgets.jslink((play, "value"), (slider, "value"))
     picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
     listing, message = ipywidgets.HTML(), ipywidgets.HTML()
@@ -225,5 +318,7 @@ def explorer(
         control.observe(lambda _: show(replayed), names="value")
     slider.observe(lambda _: show(lambda: None), names="value")
     show(replayed)
-    controls = ipywidgets.HBox(list(chosen.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
+    controls = ipywidgets.HBox(
+        list(chosen.values()), layout=ipywidgets.Layout(flex_flow="row wrap")
+    )
     return ipywidgets.VBox([controls, ipywidgets.HBox([play, slider]), picture, listing, message])

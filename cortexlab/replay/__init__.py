@@ -1,4 +1,6 @@
-"""A workload on the engine's own scheduler and block manager, on a virtual clock and without tensors."""
+"""A workload on the engine's own scheduler and block manager, on a virtual clock and without
+tensors.
+"""
 
 from .simulation import Replay, reference, replay, tables
 from .step_time import StepTime

@@ -1,7 +1,9 @@
-"""A workload on the engine's own scheduler and block manager, on a virtual clock and without tensors: an hour in seconds.
+"""A workload on the engine's own scheduler and block manager, on a virtual clock and without
+tensors: an hour in seconds.
 
-The clock counts whole nanoseconds and never looks at the machine. A step takes ``step_time``; between two steps in which anything is
-decided (an arrival, an admission, a request that needs a block or ends) all steps are alike and are taken in one jump:
+The clock counts whole nanoseconds and never looks at the machine. A step takes ``step_time``;
+between two steps in which anything is decided (an arrival, an admission, a request that needs a
+block or ends) all steps are alike and are taken in one jump:
 
     step      0    1    2    3 ...       17   18
     a    prefill   d    d    d            d    +block      a decision: step 18
@@ -30,27 +32,37 @@ from ..scheduler.scheduler import WATERMARK, Chunk, Scheduler
 from ..workloads.synthetic import WorkItem, default_max_seq_len, pool_blocks
 from .step_time import SECOND, StepTime
 
-LONG_EXTENT = 128  # tokens: from here on attention reads an extent at about the speed of one contiguous view
+LONG_EXTENT = (
+    128  # tokens: from here on attention reads an extent at about the speed of one contiguous view
+)
 MAX_BATCH_SIZE, MAX_STEP_TOKENS = 256, 2048  # vLLM's defaults for a small server
 LARGEST_POOL = 1 << 26  # blocks
 MAX_JUMP = 256  # steps taken at once
 NUM_SAMPLES = 500  # of the pool's state, over the time in which requests arrive
 
-reference = StepTime(base_s=0.030, token_s=0.000_01, sequence_s=0.000_1)  # about 40 ms at 60 sequences and 6,000 prompt tokens a second
+reference = StepTime(
+    base_s=0.030, token_s=0.000_01, sequence_s=0.000_1
+)  # about 40 ms at 60 sequences and 6,000 prompt tokens a second
 
 
 @dataclass(eq=False, slots=True)
 class Counted(Request):
-    """A request of which only the number of tokens counts; it ends after ``output_length`` of them, at most ``max_tokens``."""
+    """A request of which only the number of tokens counts; it ends after ``output_length`` of them,
+    at most ``max_tokens``.
+    """
 
     output_length: int = 1
-    final_slots: int = 1  # that hold a token when it ends: its last one is sampled, but never written
+    final_slots: int = (
+        1  # that hold a token when it ends: its last one is sampled, but never written
+    )
     clock: "Replay | None" = None
     arrived_ns: int = 0
     first_ns: int | None = None  # end of the step that gave its first token
     last_ns: int = 0  # the same of its last token before it stood still
     finished_ns: int | None = None
-    base: int | None = None  # while it decodes, it has base + (number of the step) tokens, prompt and output
+    base: int | None = (
+        None  # while it decodes, it has base + (number of the step) tokens, prompt and output
+    )
     still: int = 0  # while it does not, that many
     in_cache: int = 0  # while it does not decode: its tokens in the cache
     num_ids: int = 0  # of the trace's blocks; ours may hold several
@@ -71,7 +83,9 @@ class Counted(Request):
 
 @dataclass(slots=True)
 class Totals:
-    """What is summed over steps. The shares of a step are weighted by its time and divided by its H + X (interface.md)."""
+    """What is summed over steps. The shares of a step are weighted by its time and divided by its H
+    + X (interface.md).
+    """
 
     time: int = 0  # nanoseconds of steps
     weight: float = 0.0  # sum of time / (H + X)
@@ -94,14 +108,18 @@ class Totals:
     num_extents: int = 0  # of finished requests, as are the next two
     final_tokens: int = 0
     long_tokens: int = 0
-    gaps: Counter = field(default_factory=Counter)  # nanoseconds between two tokens of a request -> how often
+    gaps: Counter = field(
+        default_factory=Counter
+    )  # nanoseconds between two tokens of a request -> how often
 
 
 class Replay:
-    """One strategy on a virtual clock. `run` a workload once; then read the row it returns, `samples` and `requests`.
+    """One strategy on a virtual clock. `run` a workload once; then read the row it returns,
+    `samples` and `requests`.
 
-    Arguments as `Engine`. ``prefix_caching`` shares prompt blocks by the workload's prefix ids: ``block_size`` must then be
-    theirs or a multiple. Raises `BadInput` for an argument that makes no sense, or when no request can ever fit.
+    Arguments as `Engine`. ``prefix_caching`` shares prompt blocks by the workload's prefix ids:
+    ``block_size`` must then be theirs or a multiple. Raises `BadInput` for an argument that makes
+    no sense, or when no request can ever fit.
     """
 
     def __init__(
@@ -120,12 +138,22 @@ class Replay:
         step_time: StepTime = reference,
     ):
         at_least("max-batch-size", max_batch_size, 1)
-        step_tokens = max(MAX_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
+        step_tokens = (
+            max(MAX_STEP_TOKENS, max_batch_size) if max_step_tokens is None else max_step_tokens
+        )
         self.strategy = strategy_of(strategy, growth)
-        self._foreign = callable(strategy)  # the user's own: its books are looked at with every sample
-        self.blocks = BlockManager(self.strategy, num_blocks, block_size, max_seq_len, prefix_caching)
+        self._foreign = callable(
+            strategy
+        )  # the user's own: its books are looked at with every sample
+        self.blocks = BlockManager(
+            self.strategy, num_blocks, block_size, max_seq_len, prefix_caching
+        )
         self.scheduler = Scheduler(
-            self.blocks, max_batch_size=max_batch_size, max_step_tokens=step_tokens, oom_policy=oom_policy, watermark=watermark
+            self.blocks,
+            max_batch_size=max_batch_size,
+            max_step_tokens=step_tokens,
+            oom_policy=oom_policy,
+            watermark=watermark,
         )
         self._nanoseconds = step_time.nanoseconds
         self.step = 0
@@ -141,12 +169,18 @@ class Replay:
         self._still_tokens = 0  # in the cache, of those that do not decode
         self._internal = 0  # slots held that are never filled
         self._prefilling: dict[Counted, None] = {}
-        self._crossings: dict[int, list[Counted]] = defaultdict(list)  # by the step before which they need a block
+        self._crossings: dict[int, list[Counted]] = defaultdict(
+            list
+        )  # by the step before which they need a block
         self._sample_every = self._next_sample = 0
-        self._finishes: dict[int, list[Counted]] = defaultdict(list)  # by the step after which they have ended
+        self._finishes: dict[int, list[Counted]] = defaultdict(
+            list
+        )  # by the step after which they have ended
 
     def run(self, items: Sequence[WorkItem]) -> dict:
-        """Serve ``items`` until the last has ended; the row of `interface.md`. ``seconds`` is the wall time it took."""
+        """Serve ``items`` until the last has ended; the row of `interface.md`. ``seconds`` is the
+        wall time it took.
+        """
         started = time.perf_counter()
         self.requests, refused = self._accept(items)
         held_before = self.blocks.num_held
@@ -161,7 +195,9 @@ class Replay:
                 gc.enable()
         self.row = self._row(refused, last_arrival) | {"seconds": time.perf_counter() - started}
         self.blocks.check()
-        assert self.blocks.num_held == held_before, "a request ended and its blocks did not come back"
+        assert self.blocks.num_held == held_before, (
+            "a request ended and its blocks did not come back"
+        )
         return self.row
 
     def _serve(self, coming: list[Counted]) -> None:
@@ -180,13 +216,18 @@ class Replay:
             else:
                 self.now = next_arrival
 
-    # --- one step, or many alike ----------------------------------------------------------------------------------------------
+    # --- one step, or many alike ------------------------------------------------------------------
 
     def _step(self, next_arrival: int | None) -> None:
         scheduler, blocks, step = self.scheduler, self.blocks, self.step
         prefills, resumed, unusable = (), (), 0
         due = self._due()
-        if due or self._prefilling or (scheduler.waiting and scheduler.admits) or (scheduler.stalled and scheduler.may_resume):
+        if (
+            due
+            or self._prefilling
+            or (scheduler.waiting and scheduler.admits)
+            or (scheduler.stalled and scheduler.may_resume)
+        ):
             prefills, resumed, unusable = self._decide(due)
         elif scheduler.waiting:
             unusable = scheduler.unusable_blocks
@@ -197,8 +238,14 @@ class Replay:
             return  # nobody ran: what was wanted failed, or gave way
         prefill_tokens = sum(stop - start for _, start, stop in prefills) if prefills else 0
         base_ns, token_ns, sequence_ns = self._nanoseconds
-        dt = base_ns + token_ns * (decoding + prefill_tokens) + sequence_ns * (decoding + len(prefills))
-        passing = unusable and not scheduler.unusable_blocks  # who was refused has failed: nobody is in the next step
+        dt = (
+            base_ns
+            + token_ns * (decoding + prefill_tokens)
+            + sequence_ns * (decoding + len(prefills))
+        )
+        passing = (
+            unusable and not scheduler.unusable_blocks
+        )  # who was refused has failed: nobody is in the next step
         steps = 1 if prefills or self._prefilling or passing else self._alike(dt, next_arrival)
         if self._next_sample <= self.now + dt * (steps - 1):
             self._sample(unusable, dt)
@@ -215,8 +262,16 @@ class Replay:
             if stop == request.num_tokens:
                 self._start_decoding(request)
         if last in self._finishes:
-            ended = [r for r in self._finishes.pop(last) if r.base is not None and r.final_slots == r.base + last]
-            if len(ended) > 1:  # their blocks come back in the engine's order: the oldest first, who computed several tokens last
+            ended = [
+                r
+                for r in self._finishes.pop(last)
+                if r.base is not None and r.final_slots == r.base + last
+            ]
+            if (
+                len(ended) > 1
+                # their blocks come back in the engine's order: the oldest first, who computed
+                # several tokens last
+            ):
                 several = {request for request, start, stop in prefills if stop - start > 1}
                 ended.sort(key=lambda request: (request in several, request.admission))
             for request in ended:
@@ -224,11 +279,17 @@ class Replay:
         self.step = last + 1
 
     def _add(self, dt: int, steps: int, unusable: int) -> None:
-        """To the totals: ``steps`` steps of ``dt``, in each of which every decoding request gains a token."""
+        """To the totals: ``steps`` steps of ``dt``, in each of which every decoding request gains a
+        token.
+        """
         totals, blocks, decoding = self.totals, self.blocks, self._num_decoding
         held, size = blocks.num_held, blocks.block_size
-        decode_tokens = (self._base_sum + decoding * self.step) * steps + decoding * steps * (steps - 1) // 2
-        still = self._still_tokens - (blocks.prefix.num_shared * size if blocks.prefix is not None else 0)
+        decode_tokens = (self._base_sum + decoding * self.step) * steps + decoding * steps * (
+            steps - 1
+        ) // 2
+        still = self._still_tokens - (
+            blocks.prefix.num_shared * size if blocks.prefix is not None else 0
+        )
         weight = dt / ((held + unusable) * size)
         totals.time += dt * steps
         totals.weight += weight * steps
@@ -248,19 +309,32 @@ class Replay:
             totals.queued_free += dt * steps * (blocks.num_blocks - held)
 
     def _due(self) -> list[Counted]:
-        """Who needs a block before this step and did not get it. The oldest is served first, as the scheduler does."""
+        """Who needs a block before this step and did not get it. The oldest is served first, as the
+        scheduler does.
+        """
         step = self.step
         if step not in self._crossings:
             return []
-        full = step - 1  # a request crosses when its table is; other entries are of requests that lost their place
-        due = [request for request in self._crossings.pop(step) if request.base is not None and request.capacity == request.base + full]
+        full = (
+            step - 1
+            # a request crosses when its table is; other entries are of requests that lost their
+            # place
+        )
+        due = [
+            request
+            for request in self._crossings.pop(step)
+            if request.base is not None and request.capacity == request.base + full
+        ]
         if len(due) > 1:
             due = sorted(dict.fromkeys(due), key=attrgetter("admission"))
         for request in due:
             request.num_computed = request.table.num_tokens = request.capacity
         if self.scheduler.stalled:
             return due
-        grow, grown = self.blocks.grow, self._grown  # while nobody waits for a block, growing is all that the scheduler would do
+        grow, grown = (
+            self.blocks.grow,
+            self._grown,
+        )  # while nobody waits for a block, growing is all that the scheduler would do
         for served, request in enumerate(due):
             if not grow(request.id, request.base + step):
                 return due[served:]
@@ -275,7 +349,9 @@ class Replay:
             if scheduler.admits:
                 return 1
         elif next_arrival is not None:
-            limit = min(limit, -((self.now - next_arrival) // dt))  # up to the first step that starts with it there
+            limit = min(
+                limit, -((self.now - next_arrival) // dt)
+            )  # up to the first step that starts with it there
         if scheduler.stalled and scheduler.may_resume:
             return 1
         crossings, finishes = self._crossings, self._finishes
@@ -285,7 +361,9 @@ class Replay:
         return max(1, limit)
 
     def _decide(self, due: list[Counted]) -> tuple[list[Chunk], list[Counted], int]:
-        """Ask the scheduler. The prompts' chunks, who had waited for a block and got it, and the blocks free but not usable."""
+        """Ask the scheduler. The prompts' chunks, who had waited for a block and got it, and the
+        blocks free but not usable.
+        """
         scheduler = self.scheduler
         plan = scheduler.schedule(self.now / SECOND, [*due, *self._prefilling])
         for request in (*plan.preempted, *plan.failed):
@@ -295,20 +373,32 @@ class Replay:
             if request in scheduler.stalled and request.base is not None:
                 self._stall(request)
         for request in plan.failed:
-            request.state, request.finish_reason, request.finished_ns = RequestState.FAILED, "error", self.now
-        resumed = self._decode([chunk for chunk in plan.chunks if chunk.request.state is RequestState.DECODING])
-        prefills = [chunk for chunk in plan.chunks if chunk.request.state is RequestState.PREFILLING]
+            request.state, request.finish_reason, request.finished_ns = (
+                RequestState.FAILED,
+                "error",
+                self.now,
+            )
+        resumed = self._decode(
+            [chunk for chunk in plan.chunks if chunk.request.state is RequestState.DECODING]
+        )
+        prefills = [
+            chunk for chunk in plan.chunks if chunk.request.state is RequestState.PREFILLING
+        ]
         self._prefill(prefills)
         return prefills, resumed, plan.unusable_blocks
 
-    # --- requests -------------------------------------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------
 
     def _prefill(self, chunks: Sequence[Chunk]) -> None:
         """Take note of prompt tokens computed in this step, and of who was admitted for them."""
         for request, start, stop in chunks:
             table = self.blocks.tables[request.id]
             if request.table is not table:  # admitted
-                request.table, request.capacity, request.grown_at = table, table.capacity, self.totals.weight
+                request.table, request.capacity, request.grown_at = (
+                    table,
+                    table.capacity,
+                    self.totals.weight,
+                )
                 request.in_cache = start
                 self._still_tokens += start
                 self._internal += request.internal
@@ -330,7 +420,9 @@ class Replay:
         self._grown(request)
 
     def _decode(self, chunks: Sequence[Chunk]) -> list[Counted]:
-        """Take note of decoding requests that got the block they needed; those that had been waiting for it."""
+        """Take note of decoding requests that got the block they needed; those that had been
+        waiting for it.
+        """
         resumed = []
         for request, _, stop in chunks:
             if request.base is None:
@@ -340,7 +432,9 @@ class Replay:
         return resumed
 
     def _join(self, request: Counted, base: int) -> None:
-        """From now on it has ``base`` + (number of the step) tokens. What happens to it next is for `_grown` to say."""
+        """From now on it has ``base`` + (number of the step) tokens. What happens to it next is for
+        `_grown` to say.
+        """
         self._still_tokens -= request.in_cache
         self._num_decoding += 1
         self._base_sum += base
@@ -375,7 +469,9 @@ class Replay:
         self._still_tokens += tokens - 1
 
     def _leave(self, request: Counted, ended: bool) -> None:
-        """Its blocks are gone. Where it had not ``ended``, slots thought reserved turn out to have been internal."""
+        """Its blocks are gone. Where it had not ``ended``, slots thought reserved turn out to have
+        been internal.
+        """
         if request.base is not None:
             tokens = request.num_tokens
             self._part(request)
@@ -395,21 +491,32 @@ class Replay:
         totals.num_extents += len(extents)
         totals.final_tokens += request.final_slots
         left = request.final_slots
-        for _, num_blocks in extents if max(map(itemgetter(1), extents)) * slots >= LONG_EXTENT else ():
+        for _, num_blocks in (
+            extents if max(map(itemgetter(1), extents)) * slots >= LONG_EXTENT else ()
+        ):
             if num_blocks * slots >= LONG_EXTENT:
-                totals.long_tokens += max(0, min(left, num_blocks * slots))  # nothing in an extent behind its last token
+                totals.long_tokens += max(
+                    0, min(left, num_blocks * slots)
+                )  # nothing in an extent behind its last token
             left -= num_blocks * slots
-        request.state, request.finish_reason, request.finished_ns = RequestState.FINISHED, "length", self.now
+        request.state, request.finish_reason, request.finished_ns = (
+            RequestState.FINISHED,
+            "length",
+            self.now,
+        )
         self._leave(request, ended=True)
         self.scheduler.remove(request)
 
-    # --- before and after -----------------------------------------------------------------------------------------------------
+    # --- before and after -------------------------------------------------------------------------
 
     def _accept(self, items: Sequence[WorkItem]) -> tuple[list[Counted], int]:
-        """The requests that can ever be served, in order of arrival, and the number of the others."""
+        """Requests that can ever be served, in order of arrival; number of the others."""
         coming, fits = [], {}
         if self.blocks.prefix is not None and not any(item.prefix_ids for item in items):
-            raise BadInput("prefix caching needs requests with prefix ids: a trace with hash_ids, or the workload shared-prefix")
+            raise BadInput(
+                "prefix caching needs requests with prefix ids: a trace with hash_ids, or the "
+                "workload shared-prefix"
+            )
         for index, item in enumerate(items):
             limit = max(item.output_tokens, item.max_tokens or 0)
             slots = item.prompt_tokens + limit - 1
@@ -419,28 +526,46 @@ class Replay:
             if fits[need]:
                 final = item.prompt_tokens + item.output_tokens - 1
                 request = Counted(
-                    f"r{index}", range(item.prompt_tokens), limit, output_length=item.output_tokens, final_slots=final,
-                    still=item.prompt_tokens, clock=self, arrived_ns=round(item.arrived_at * SECOND), arrived_at=item.arrived_at,
-                )  # fmt: skip
+                    f"r{index}",
+                    range(item.prompt_tokens),
+                    limit,
+                    output_length=item.output_tokens,
+                    final_slots=final,
+                    still=item.prompt_tokens,
+                    clock=self,
+                    arrived_ns=round(item.arrived_at * SECOND),
+                    arrived_at=item.arrived_at,
+                )
                 if self.blocks.prefix is not None and item.prefix_ids:
                     request.prefix_ids = self._prefix_ids(item)
-                    request.num_ids, request.ids_per_block = len(item.prefix_ids), self.blocks.block_size // item.prefix_block
+                    request.num_ids, request.ids_per_block = (
+                        len(item.prefix_ids),
+                        self.blocks.block_size // item.prefix_block,
+                    )
                 coming.append(request)
         if not coming:
             slots = self.blocks.num_blocks * self.blocks.block_size
-            raise BadInput(f"no request can be served: none of {len(items)} can ever fit the pool of {slots} slots")
+            raise BadInput(
+                f"no request can be served: none of {len(items)} can ever fit the pool of {slots} "
+                "slots"
+            )
         coming.sort(key=attrgetter("arrived_ns"))
         return coming, len(items) - len(coming)
 
     def _prefix_ids(self, item: WorkItem) -> tuple[int, ...]:
-        """One id a block: an id stands for all before it too, so the last of those in a block names the block."""
+        """One id a block: an id stands for all before it too, so the last of those in a block names
+        the block.
+        """
         per_block, rest = divmod(self.blocks.block_size, item.prefix_block)
         if rest:
             raise BadInput(
-                f"block-size must be a multiple of {item.prefix_block} to share this trace's prefixes, not {self.blocks.block_size}"
+                f"block-size must be a multiple of {item.prefix_block} to share this trace's "
+                f"prefixes, not {self.blocks.block_size}"
             )
         ids = item.prefix_ids[: -(-item.prompt_tokens // item.prefix_block)]
-        partial = len(ids) % per_block and len(ids) * item.prefix_block >= item.prompt_tokens  # else its last id does not reach the end
+        partial = (
+            len(ids) % per_block and len(ids) * item.prefix_block >= item.prompt_tokens
+        )  # else its last id does not reach the end
         return ids[per_block - 1 :: per_block] + (ids[-1:] if partial else ())
 
     def _count_prefix(self, request: Counted) -> None:
@@ -448,7 +573,9 @@ class Replay:
         totals.prompt_tokens += len(request.prompt)
         totals.prefix_ids += request.num_ids
         totals.prefix_hits += min(request.table.num_found * request.ids_per_block, request.num_ids)
-        totals.hit_tokens += min(request.table.num_found * self.blocks.block_size, len(request.prompt))
+        totals.hit_tokens += min(
+            request.table.num_found * self.blocks.block_size, len(request.prompt)
+        )
         request.cached_tokens = request.in_cache
 
     def _count_moves(self) -> None:
@@ -458,20 +585,35 @@ class Replay:
         self.blocks.moves.clear()
 
     def _sample(self, unusable: int, dt: int) -> None:
-        """The pool as it lies in the first of these steps of ``dt`` that starts when a sample is due, or later."""
+        """The pool as it lies in the first of these steps of ``dt`` that starts when a sample is
+        due, or later.
+        """
         ahead = max(0, -((self.now - self._next_sample) // dt))
         at = self.now + ahead * dt
         self._next_sample = at + self._sample_every
         blocks, scheduler = self.blocks, self.scheduler
         pool, size = blocks.stats(), blocks.block_size
-        arrived = bisect_right(self.requests, at, key=attrgetter("arrived_ns")) - self._num_arrived  # since these steps began
+        arrived = (
+            bisect_right(self.requests, at, key=attrgetter("arrived_ns")) - self._num_arrived
+        )  # since these steps began
         shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
         held = blocks.num_held * size
-        token = self._still_tokens + self._base_sum + self._num_decoding * (self.step + ahead) - shared * size
-        slots = {"token": token, "reserved": held - token - self._internal, "internal": self._internal}
+        token = (
+            self._still_tokens
+            + self._base_sum
+            + self._num_decoding * (self.step + ahead)
+            - shared * size
+        )
+        slots = {
+            "token": token,
+            "reserved": held - token - self._internal,
+            "internal": self._internal,
+        }
         if self._foreign:
             blocks.check()
-        if len(self.samples) == 2 * NUM_SAMPLES:  # it takes longer than the requests took to arrive: every other one will do
+        if (
+            len(self.samples) == 2 * NUM_SAMPLES
+        ):  # it takes longer than the requests took to arrive: every other one will do
             del self.samples[1::2]
             self._sample_every *= 2
         self.samples.append(
@@ -494,13 +636,22 @@ class Replay:
         inputs = sum(len(request.prompt) for request in done)
         latency = {
             "ttft": Counter(request.first_ns - request.arrived_ns for request in done),
-            "tpot": Counter((r.finished_ns - r.first_ns) / (r.output_length - 1) for r in done if r.output_length > 1),
+            "tpot": Counter(
+                (r.finished_ns - r.first_ns) / (r.output_length - 1)
+                for r in done
+                if r.output_length > 1
+            ),
             "itl": totals.gaps,
             "e2el": Counter(request.finished_ns - request.arrived_ns for request in done),
         }
         parts = {"token": totals.token, "internal": totals.internal, "external": totals.external}
-        parts["reserved"] = max(0.0, totals.time - math.fsum(parts.values()))  # not `sum`: Python 3.12 adds floats in another way
-        spans = [after["started_at"] - sample["started_at"] for sample, after in pairwise([*self.samples, {"started_at": duration}])]
+        parts["reserved"] = max(
+            0.0, totals.time - math.fsum(parts.values())
+        )  # not `sum`: Python 3.12 adds floats in another way
+        spans = [
+            after["started_at"] - sample["started_at"]
+            for sample, after in pairwise([*self.samples, {"started_at": duration}])
+        ]
         caching = blocks.prefix is not None and totals.prefix_ids > 0
         return {
             "strategy": self.strategy.name,
@@ -509,7 +660,9 @@ class Replay:
             "batch_size": self.scheduler.max_batch_size,
             "requests": len(self.requests) + refused,
             "completed": len(done),
-            "completed_by_last_arrival": sum(request.finished_ns <= last_arrival for request in done),
+            "completed_by_last_arrival": sum(
+                request.finished_ns <= last_arrival for request in done
+            ),
             "refused": refused,
             "failed": len(self.requests) - len(done),
             "tokens": inputs + outputs,
@@ -519,11 +672,20 @@ class Replay:
             "request_throughput": len(done) / duration if duration else None,
             "output_throughput": outputs / duration if duration else None,
             **counted_latency_summary(latency),
-            **{f"{name}_share": parts[name] / totals.time if totals.time else None for name in SHARES},
-            "utilization": totals.decode_tokens / totals.decode_slots if totals.decode_slots else None,
-            "mean_live_tokens": totals.decode_tokens / totals.decode_steps if totals.decode_steps else None,
             **{
-                name: weighted_mean((span, sample[name]) for span, sample in zip(spans, self.samples, strict=True))
+                f"{name}_share": parts[name] / totals.time if totals.time else None
+                for name in SHARES
+            },
+            "utilization": totals.decode_tokens / totals.decode_slots
+            if totals.decode_slots
+            else None,
+            "mean_live_tokens": totals.decode_tokens / totals.decode_steps
+            if totals.decode_steps
+            else None,
+            **{
+                name: weighted_mean(
+                    (span, sample[name]) for span, sample in zip(spans, self.samples, strict=True)
+                )
                 for name in ("external_fragmentation", "num_holes")
             },
             "prefix_hit_rate": totals.prefix_hits / totals.prefix_ids if caching else None,
@@ -531,9 +693,13 @@ class Replay:
             "long_extent_share": totals.long_tokens / totals.final_tokens if done else None,
             "extents_per_sequence": totals.num_extents / len(done) if done else None,
             "peak_blocks": totals.peak_blocks,
-            "empty_share": totals.queued_free / totals.queued / blocks.num_blocks if totals.queued else None,
+            "empty_share": totals.queued_free / totals.queued / blocks.num_blocks
+            if totals.queued
+            else None,
             "copied_blocks": totals.copied_blocks,
-            "copied_share": totals.copied_tokens / (totals.written + totals.decode_steps) if totals.written else None,
+            "copied_share": totals.copied_tokens / (totals.written + totals.decode_steps)
+            if totals.written
+            else None,
             "num_preemptions": self.scheduler.num_preemptions,
         }
 
@@ -549,15 +715,20 @@ def replay(
     progress: Callable[[Replay], None] = lambda done: None,
     **options,
 ) -> list[Replay]:
-    """Every strategy at every block size on ``items``; each result is a `Replay` that has run, with its ``row``.
+    """Every strategy at every block size on ``items``; each result is a `Replay` that has run, with
+    its ``row``.
 
-    ``num_blocks``: a number, ``unlimited``, or a percentage of what ``paged`` holds at its peak when unlimited, at the same block
-    size. ``max_seq_len``, the region of ``static``: by default the longest request, rounded up to a power of two. ``options`` are
-    those of `Replay`. Raises `BadInput` before anything runs.
+    ``num_blocks``: a number, ``unlimited``, or a percentage of what ``paged`` holds at its peak
+    when unlimited, at the same block size. ``max_seq_len``, the region of ``static``: by default
+    the longest request, rounded up to a power of two. ``options`` are those of `Replay`. Raises
+    `BadInput` before anything runs.
     """
     at_least("max-batch-size", max_batch_size, 1)
     check_names(strategies)
-    options |= {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len or default_max_seq_len(items)}
+    options |= {
+        "max_batch_size": max_batch_size,
+        "max_seq_len": max_seq_len or default_max_seq_len(items),
+    }
     caching = options.get("prefix_caching", False)
     replays = []
     for block_size in dict.fromkeys(block_sizes):
@@ -566,16 +737,30 @@ def replay(
 
         def peak(block_size=block_size, unlimited=unlimited) -> int:
             paged = options | {"growth": None, "oom_policy": "wait"}
-            return Replay("paged", num_blocks=unlimited, block_size=block_size, **paged).run(items)["peak_blocks"]
+            return Replay("paged", num_blocks=unlimited, block_size=block_size, **paged).run(items)[
+                "peak_blocks"
+            ]
 
         if num_blocks == "unlimited" and unlimited > LARGEST_POOL:
-            raise BadInput(f"an unlimited pool would need {unlimited} blocks of {block_size}, at most {LARGEST_POOL} are possible")
-        pool = at_least("num-blocks", unlimited if num_blocks == "unlimited" else pool_blocks(num_blocks, peak), 1, LARGEST_POOL)
+            raise BadInput(
+                f"an unlimited pool would need {unlimited} blocks of {block_size}, at most "
+                f"{LARGEST_POOL} are possible"
+            )
+        pool = at_least(
+            "num-blocks",
+            unlimited if num_blocks == "unlimited" else pool_blocks(num_blocks, peak),
+            1,
+            LARGEST_POOL,
+        )
         for strategy in strategies:
             with blamed_on(strategy):
                 each = Replay(strategy, num_blocks=pool, block_size=block_size, **options)
                 each.run(items)
-                wrong = [name for name, value in each.row.items() if isinstance(value, float) and not math.isfinite(value)]
+                wrong = [
+                    name
+                    for name, value in each.row.items()
+                    if isinstance(value, float) and not math.isfinite(value)
+                ]
                 assert not wrong, f"{wrong[0]} is {each.row[wrong[0]]}"
             replays.append(each)
             progress(each)
@@ -583,18 +768,31 @@ def replay(
 
 
 def tables(replays: Sequence[Replay]) -> dict[str, pd.DataFrame]:
-    """``rows``, ``requests`` (times in seconds of the virtual clock) and ``steps`` (the pool's state, sampled) of what has run."""
+    """``rows``, ``requests`` (times in seconds of the virtual clock) and ``steps`` (the pool's
+    state, sampled) of what has run.
+    """
     requests, samples = [], []
     for each in replays:
         which = {"strategy": each.strategy.name, "block_size": each.blocks.block_size}
         ends = [sample["started_at"] for sample in each.samples[1:]] + [each.now / SECOND]
-        samples += [which | {"repeat": 0, "ended_at": end} | sample for sample, end in zip(each.samples, ends, strict=True)]
+        samples += [
+            which | {"repeat": 0, "ended_at": end} | sample
+            for sample, end in zip(each.samples, ends, strict=True)
+        ]
         requests += [which | _told(request) for request in each.requests]
-    return {"rows": pd.DataFrame([each.row for each in replays]), "requests": pd.DataFrame(requests), "steps": pd.DataFrame(samples)}
+    return {
+        "rows": pd.DataFrame([each.row for each in replays]),
+        "requests": pd.DataFrame(requests),
+        "steps": pd.DataFrame(samples),
+    }
 
 
 def _told(request: Counted) -> dict:
-    stamps = {"arrived_at": request.arrived_ns, "first_token_at": request.first_ns, "finished_at": request.finished_ns}
+    stamps = {
+        "arrived_at": request.arrived_ns,
+        "first_token_at": request.first_ns,
+        "finished_at": request.finished_ns,
+    }
     return {
         "request": request.id,
         "state": str(request.state),
@@ -607,9 +805,13 @@ def _told(request: Counted) -> dict:
     }
 
 
-def unlimited_blocks(items: Sequence[WorkItem], block_size: int, max_batch_size: int, prefix_caching: bool = False) -> int:
+def unlimited_blocks(
+    items: Sequence[WorkItem], block_size: int, max_batch_size: int, prefix_caching: bool = False
+) -> int:
     """Blocks that no workload's run can ever use up, whatever the placement."""
-    longest = max(item.prompt_tokens + max(item.output_tokens, item.max_tokens or 0) - 1 for item in items)
+    longest = max(
+        item.prompt_tokens + max(item.output_tokens, item.max_tokens or 0) - 1 for item in items
+    )
     region = 1 << (-(-longest // block_size) - 1).bit_length()
     blocks = 2 * region * min(max_batch_size, len(items))
     if prefix_caching:

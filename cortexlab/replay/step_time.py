@@ -1,4 +1,6 @@
-"""How long a step takes: an affine model in tokens and sequences, given by hand or fitted to the steps that `bench` ran."""
+"""How long a step takes: an affine model in tokens and sequences, given by hand or fitted to the
+steps that `bench` ran.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ FIELDS = ("base_s", "token_s", "sequence_s")
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds that a step takes: ``base_s + token_s * tokens computed + sequence_s * sequences``."""
+    """Seconds a step takes: ``base_s + token_s * tokens + sequence_s * sequences``."""
 
     base_s: float
     token_s: float
@@ -25,8 +27,14 @@ class StepTime:
     def __post_init__(self):
         for name in FIELDS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 3600:
-                raise BadInput(f"step time: {name} must be seconds from 0 to 3600, not {shown(value)}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value <= 3600
+            ):
+                raise BadInput(
+                    f"step time: {name} must be seconds from 0 to 3600, not {shown(value)}"
+                )
         if not any(self.nanoseconds):
             raise BadInput("step time: a step must take at least a nanosecond")
 
@@ -49,10 +57,11 @@ class StepTime:
 
     @staticmethod
     def fit(steps: Sequence[tuple[float, int, int]]) -> tuple["StepTime", float]:
-        """Least squares over ``(seconds, tokens, sequences)`` of steps, no coefficient below 0; and R squared.
+        """Least squares over ``(seconds, tokens, sequences)`` of steps, no coefficient below 0; and
+        R squared.
 
-        Of all subsets of coefficients whose fit has none below 0, the best: for three that is the exact solution of NNLS
-        (Lawson and Hanson 1974).
+        Of all subsets of coefficients whose fit has none below 0, the best: for three that is the
+        exact solution of NNLS (Lawson and Hanson 1974).
         """
         if not steps:
             raise BadInput("no steps to fit a step time to")

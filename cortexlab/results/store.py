@@ -1,4 +1,6 @@
-"""Results on disk: ``results/<name>/`` with tables as Parquet, ``run.json`` and figures. Written whole or not at all."""
+"""Results on disk: ``results/<name>/`` with tables as Parquet, ``run.json`` and figures. Written
+whole or not at all.
+"""
 
 import fcntl
 import json
@@ -14,7 +16,9 @@ import pandas as pd
 
 from ..errors import BadInput
 
-LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and a temporary name is longer
+LONGEST_NAME = (
+    200  # bytes of a folder's name; file systems take 255, and a temporary name is longer
+)
 TABLES = ("rows", "requests", "steps")
 
 
@@ -24,7 +28,9 @@ def default_name(command: str) -> str:
 
 
 def check_target(out: Path, name: str, overwrite: bool = False) -> Path:
-    """The folder ``out/name``, or `BadInput` before any work is done: a bad name, one in use, a place that cannot be written."""
+    """The folder ``out/name``, or `BadInput` before any work is done: a bad name, one in use, a
+    place that cannot be written.
+    """
     if not name or name in (".", "..") or "/" in name or os.sep in name:
         raise BadInput(f"name must be a plain folder name, not {name!r}")
     if len(name.encode()) > LONGEST_NAME:
@@ -33,7 +39,9 @@ def check_target(out: Path, name: str, overwrite: bool = False) -> Path:
     if target.exists() and not overwrite:
         raise BadInput(f"results {target} exist already: choose another --name, or add --overwrite")
     if target.exists() and not target.is_dir():
-        raise BadInput(f"{target} is not a folder, so results cannot replace it: choose another --name")
+        raise BadInput(
+            f"{target} is not a folder, so results cannot replace it: choose another --name"
+        )
     parent = Path(out)
     while not parent.exists():
         parent = parent.parent
@@ -44,16 +52,20 @@ def check_target(out: Path, name: str, overwrite: bool = False) -> Path:
 
 @contextmanager
 def written_atomically(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its place when the block ends well, and is removed when it does not.
+    """A temporary folder beside ``target`` that takes its place when the block ends well, and is
+    removed when it does not.
 
-    A killed run leaves at most folders named ``.<name>-…``, never a half-written result. One killed in the instant between taking
-    the old result away and putting the new one in its place leaves both, whole, under such names.
+    A killed run leaves at most folders named ``.<name>-…``, never a half-written result. One killed
+    in the instant between taking the old result away and putting the new one in its place leaves
+    both, whole, under such names.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise BadInput(f"results folder {target.parent} cannot be written: {error.strerror}") from error
+        raise BadInput(
+            f"results folder {target.parent} cannot be written: {error.strerror}"
+        ) from error
     try:
         folder.chmod(0o755)
         yield folder
@@ -75,18 +87,24 @@ def written_atomically(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Nobody else is in such a block for ``folder`` meanwhile; `BadInput` where somebody is. A killed process leaves it, too."""
+    """Nobody else is in such a block for ``folder`` meanwhile; `BadInput` where somebody is. A
+    killed process leaves it, too.
+    """
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BadInput(f"another process is writing to {folder}: wait for it, or choose another --name") from error
+            raise BadInput(
+                f"another process is writing to {folder}: wait for it, or choose another --name"
+            ) from error
         yield
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary file, this process's own, that takes the place of ``target`` when the block ends well."""
+    """A temporary file, this process's own, that takes the place of ``target`` when the block ends
+    well.
+    """
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
@@ -99,7 +117,9 @@ def write_tables(folder: Path, run: dict, **tables: pd.DataFrame) -> None:
     """``<name>.parquet`` for each table and ``run.json``."""
     for name, table in tables.items():
         table.to_parquet(folder / f"{name}.parquet", index=False)
-    (folder / "run.json").write_text(json.dumps(run, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "run.json").write_text(
+        json.dumps(run, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def read(folder: Path | str) -> dict:
@@ -110,7 +130,11 @@ def read(folder: Path | str) -> dict:
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise BadInput(f"{folder} is no result of cortexlab: it has no run.json")
-    found = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES if (folder / f"{name}.parquet").exists()}
+    found = {
+        name: pd.read_parquet(folder / f"{name}.parquet")
+        for name in TABLES
+        if (folder / f"{name}.parquet").exists()
+    }
     if "rows" in found and (folder / "timings.parquet").exists():
         timings = pd.read_parquet(folder / "timings.parquet")
         new = [name for name in timings if name not in found["rows"]]
@@ -119,11 +143,19 @@ def read(folder: Path | str) -> dict:
 
 
 def read_rows(folder: Path | str) -> pd.DataFrame:
-    """The rows of every result in ``folder`` or below it, one below the other; the column ``run`` says whose (its path from there)."""
+    """The rows of every result in ``folder`` or below it, one below the other; the column ``run``
+    says whose (its path from there).
+    """
     folder = Path(folder)
-    found = sorted(path.parent for path in folder.rglob("run.json") if not any(part.startswith(".") for part in path.parts))
+    found = sorted(
+        path.parent
+        for path in folder.rglob("run.json")
+        if not any(part.startswith(".") for part in path.parts)
+    )
     tables = {str(run.relative_to(folder)): read(run).get("rows") for run in found}
     tables = {name: table for name, table in tables.items() if table is not None}
     if not tables:
-        raise BadInput(f"{folder} holds no result of cortexlab: no run.json with rows.parquet beside it")
+        raise BadInput(
+            f"{folder} holds no result of cortexlab: no run.json with rows.parquet beside it"
+        )
     return pd.concat(tables, names=["run"]).reset_index("run").reset_index(drop=True)

@@ -1,16 +1,19 @@
-"""Sweeps: a notebook, or a replay, over a grid of parameters; every point's rows in one table. Killed at any moment, it goes on.
+"""Sweeps: a notebook, or a replay, over a grid of parameters; every point's rows in one table.
+Killed at any moment, it goes on.
 
 A sweep file is YAML::
 
-    notebook: ../notebooks/00_quickstart.ipynb     # relative to the file; or `function: replay` (`cortexlab.points.replay`)
+    notebook: ../notebooks/00_quickstart.ipynb     # relative to the file; or function: replay
     parameters: {num_requests: 8}                  # the same at every point
     grid: {block_size: [16, 64], ...}              # every combination is a point
     plot: {x: block_size, lines: strategy}         # optional
 
-A point is named by the SHA-256 of its parameters, the notebook's code, the package's source and the trace's content, and is done when
-``points/<name>.parquet`` is there: only this process writes it, last of all, by a rename. So a sweep that was killed runs only what is
-not done, an edited allocator makes all points new, and no half file is ever read. ``rows.parquet`` is sorted by point and has nothing
-in it that differs from run to run of a replay; what the wall clock said is in ``timings.parquet``.
+A point is named by the SHA-256 of its parameters, the notebook's code, the package's source and the
+trace's content, and is done when ``points/<name>.parquet`` is there: only this process writes it,
+last of all, by a rename. So a sweep that was killed runs only what is not done, an edited allocator
+makes all points new, and no half file is ever read. ``rows.parquet`` is sorted by point and has
+nothing in it that differs from run to run of a replay; what the wall clock said is in
+``timings.parquet``.
 """
 
 import contextlib
@@ -52,23 +55,33 @@ class Point:
 
     @property
     def columns(self) -> dict:
-        return {"point": self.name} | {f"{PREFIX}{name}": value for name, value in self.parameters.items()}
+        return {"point": self.name} | {
+            f"{PREFIX}{name}": value for name, value in self.parameters.items()
+        }
 
 
 def run(
-    file: Path, out: Path = Path("results"), name: str | None = None, *, jobs: int = 1, dask: str | None = None, retry: bool = False
+    file: Path,
+    out: Path = Path("results"),
+    name: str | None = None,
+    *,
+    jobs: int = 1,
+    dask: str | None = None,
+    retry: bool = False,
 ) -> int:
     """Run the sweep, print where its tables are, and return the exit code: 1 when a point failed.
 
-    ``jobs``: processes, among which the BLAS's threads are divided. ``dask``: a scheduler's address instead. ``retry``: points that
-    failed before are run again; else they are left as they are.
+    ``jobs``: processes, among which the BLAS's threads are divided. ``dask``: a scheduler's address
+    instead. ``retry``: points that failed before are run again; else they are left as they are.
     """
     at_least("jobs", jobs, 1)
     spec = read_spec(file)
     if "notebook" in spec:
         # The finding holds for the notebook's defaults; a sweep asks what happens elsewhere.
         notebook = nbformat.read(spec["notebook"], as_version=4)
-        notebook.cells = [cell for cell in notebook.cells if "finding" not in cell.metadata.get("tags", [])]
+        notebook.cells = [
+            cell for cell in notebook.cells if "finding" not in cell.metadata.get("tags", [])
+        ]
         work = Notebook(nbformat.writes(notebook), str(spec["notebook"].parent))
     else:
         work = FUNCTIONS[spec["function"]]
@@ -83,37 +96,60 @@ def run(
         return _run_all(target, folder, spec, work, grid, {"jobs": jobs, "dask": dask}, retry)
 
 
-def _run_all(target: Path, folder: Path, spec: dict, work: Notebook | Function, grid: list[Point], how: dict, retry: bool) -> int:
+def _run_all(
+    target: Path,
+    folder: Path,
+    spec: dict,
+    work: Notebook | Function,
+    grid: list[Point],
+    how: dict,
+    retry: bool,
+) -> int:
     """Run what is not done, tell of it, and collect what is: the exit code."""
     done = [point for point in grid if _rows_of(folder, point).exists()]
     skipped = done + [point for point in grid if not retry and _error_of(folder, point).exists()]
     coming = [point for point in grid if point not in skipped]
     with contextlib.closing(outcomes(work, coming, **how)) as found:
-        for point, outcome in tqdm(found, total=len(grid), initial=len(skipped), unit="point", disable=None):
+        for point, outcome in tqdm(
+            found, total=len(grid), initial=len(skipped), unit="point", disable=None
+        ):
             _keep(folder, point, outcome)
     failed = [point for point in grid if not _rows_of(folder, point).exists()]
     for point in failed[:MOST_TOLD]:
         where = _notebook_of(folder, point, failed=True)
-        print(f"failed: {point.parameters}: {points.last_line(_error_of(folder, point).read_text(encoding='utf-8'))}")
-        print(f"        see {where if where.exists() else _error_of(folder, point)}; --retry runs it again")
+        print(
+            f"failed: {point.parameters}: "
+            f"{points.last_line(_error_of(folder, point).read_text(encoding='utf-8'))}"
+        )
+        print(
+            f"        see {where if where.exists() else _error_of(folder, point)}; --retry runs it "
+            "again"
+        )
     if len(failed) > MOST_TOLD:
         print(f"and {len(failed) - MOST_TOLD} more: {folder}/*.error.txt")
     if len(failed) < len(grid):
         _collect(target, folder, spec, how, [point for point in grid if point not in failed])
         figure = f", figure {target}/sweep.png" if "plot" in spec else ""
         num_done = len(grid) - len(failed)
-        print(f"{num_done} point{'s' * (num_done != 1)} ({len(done)} done before): {target}/rows.parquet{figure}")
+        print(
+            f"{num_done} point{'s' * (num_done != 1)} ({len(done)} done before): "
+            f"{target}/rows.parquet{figure}"
+        )
     return 1 if failed else 0
 
 
-def outcomes(work: Notebook | Function, coming: list[Point], jobs: int, dask: str | None) -> Iterator[tuple[Point, Outcome]]:
+def outcomes(
+    work: Notebook | Function, coming: list[Point], jobs: int, dask: str | None
+) -> Iterator[tuple[Point, Outcome]]:
     """Each point with what became of it, as they end."""
     with contextlib.ExitStack() as stack:
         if dask is not None:
             try:
                 from distributed import Client
             except ImportError as error:
-                raise BadInput("--dask needs the package distributed: pip install 'cortexlab[dask]'") from error
+                raise BadInput(
+                    "--dask needs the package distributed: pip install 'cortexlab[dask]'"
+                ) from error
             try:
                 stack.enter_context(Client(dask, timeout="20s"))
             except (OSError, ValueError) as error:
@@ -121,8 +157,12 @@ def outcomes(work: Notebook | Function, coming: list[Point], jobs: int, dask: st
             stack.enter_context(parallel_config(backend="dask"))
             jobs = -1
         elif jobs > 1:
-            stack.enter_context(parallel_config(backend="loky", inner_max_num_threads=max(1, cpu_count() // jobs)))
-        parallel = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered" if jobs != 1 else "generator")
+            stack.enter_context(
+                parallel_config(backend="loky", inner_max_num_threads=max(1, cpu_count() // jobs))
+            )
+        parallel = Parallel(
+            n_jobs=jobs, batch_size=1, return_as="generator_unordered" if jobs != 1 else "generator"
+        )
         yield from parallel(delayed(_run)(work, point) for point in coming)
 
 
@@ -133,12 +173,16 @@ def _run(work: Notebook | Function, point: Point) -> tuple[Point, Outcome]:
         return point, Outcome(0.0, error=str(error))
     if here != point.name:
         return point, Outcome(
-            0.0, error="not run: the package's source or the trace is not what it was where and when the sweep was started"
+            0.0,
+            error=(
+                "not run: the package's source or the trace is not what it was where and when the "
+                "sweep was started"
+            ),
         )
     return point, work(point.parameters)
 
 
-# --- the sweep file -----------------------------------------------------------------------------------------------------------
+# --- the sweep file -------------------------------------------------------------------------------
 
 
 def read_spec(file: Path) -> dict:
@@ -149,16 +193,27 @@ def read_spec(file: Path) -> dict:
         raise BadInput(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{file} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(spec, dict) or not isinstance(spec.get("grid"), dict) or ("notebook" in spec) == ("function" in spec):
-        raise BadInput(f"{file} must have `notebook` (a path) or `function`, and `grid` (parameter: list of values)")
+    if (
+        not isinstance(spec, dict)
+        or not isinstance(spec.get("grid"), dict)
+        or ("notebook" in spec) == ("function" in spec)
+    ):
+        raise BadInput(
+            f"{file} must have `notebook` (a path) or `function`, and `grid` (parameter: list of "
+            "values)"
+        )
     if unknown := set(spec) - set(KEYS):
-        raise BadInput(f"{file}: unknown key {shown(sorted(map(str, unknown))[0])}: use {', '.join(KEYS)}")
+        raise BadInput(
+            f"{file}: unknown key {shown(sorted(map(str, unknown))[0])}: use {', '.join(KEYS)}"
+        )
     if "notebook" in spec:
         spec["notebook"] = (file.parent / str(spec["notebook"])).resolve()
         known = _notebook_parameters(file, spec["notebook"])
     else:
         if spec["function"] not in list(FUNCTIONS):
-            raise BadInput(f"{file}: unknown function {shown(spec['function'])}: use {', '.join(FUNCTIONS)}")
+            raise BadInput(
+                f"{file}: unknown function {shown(spec['function'])}: use {', '.join(FUNCTIONS)}"
+            )
         known = {name: kind.__name__ for name, kind in FUNCTIONS[spec["function"]].known().items()}
     fixed = spec.get("parameters") or {}
     if not isinstance(fixed, dict):
@@ -167,7 +222,9 @@ def read_spec(file: Path) -> dict:
         raise BadInput(f"{file}: {both[0]} is in parameters and in grid")
     if "plot" in spec:
         _check_plot(file, spec["plot"], spec["grid"])
-    for parameter, values in itertools.chain(((p, [v]) for p, v in fixed.items()), spec["grid"].items()):
+    for parameter, values in itertools.chain(
+        ((p, [v]) for p, v in fixed.items()), spec["grid"].items()
+    ):
         _check_values(file, known, parameter, values)
     return spec | {"parameters": fixed}
 
@@ -175,21 +232,33 @@ def read_spec(file: Path) -> dict:
 def _notebook_parameters(file: Path, notebook: Path) -> dict[str, str]:
     if not notebook.is_file():
         raise BadInput(f"{file}: notebook {notebook.name} does not exist")
-    known = {name: each["inferred_type_name"] for name, each in papermill.inspect_notebook(str(notebook)).items()}
+    known = {
+        name: each["inferred_type_name"]
+        for name, each in papermill.inspect_notebook(str(notebook)).items()
+    }
     if known.pop(ROWS_PARAMETER, None) is None:
-        raise BadInput(f"{file}: notebook {notebook.name} has no parameter {ROWS_PARAMETER}, so it leaves no rows")
+        raise BadInput(
+            f"{file}: notebook {notebook.name} has no parameter {ROWS_PARAMETER}, so it leaves no "
+            "rows"
+        )
     return known
 
 
 def _check_values(file: Path, known: dict[str, str], parameter: str, values: list) -> None:
     if parameter not in known:
-        raise BadInput(f"{file}: there is no parameter {shown(parameter)}: use {', '.join(sorted(known))}")
+        raise BadInput(
+            f"{file}: there is no parameter {shown(parameter)}: use {', '.join(sorted(known))}"
+        )
     if not isinstance(values, list) or not values:
         raise BadInput(f"{file}: grid.{parameter} must be a list of values, not {shown(values)}")
     wanted = known[parameter]
     for value in values:
         given = type(value).__name__
-        if wanted in ("int", "float", "str", "bool") and given != wanted and (wanted, given) != ("float", "int"):
+        if (
+            wanted in ("int", "float", "str", "bool")
+            and given != wanted
+            and (wanted, given) != ("float", "int")
+        ):
             raise BadInput(f"{file}: {parameter} must be {wanted}, not {shown(value)}")
 
 
@@ -198,8 +267,15 @@ def _check_plot(file: Path, plot: dict, grid: dict) -> None:
     if not isinstance(plot, dict) or not {"x", "lines"} <= set(plot) <= set(words):
         raise BadInput(f"{file}: plot must have x and lines, and may have y, not {shown(plot)}")
     for name, value in plot.items():
-        if not isinstance(value, words[name]) or not value or (name == "y" and not all(isinstance(each, str) for each in value)):
-            raise BadInput(f"{file}: plot.{name} must be {'a list of columns' if name == 'y' else 'a name'}, not {shown(value)}")
+        if (
+            not isinstance(value, words[name])
+            or not value
+            or (name == "y" and not all(isinstance(each, str) for each in value))
+        ):
+            raise BadInput(
+                f"{file}: plot.{name} must be {'a list of columns' if name == 'y' else 'a name'}, "
+                f"not {shown(value)}"
+            )
     if plot["x"] not in grid:
         raise BadInput(f"{file}: plot.x must be a parameter of the grid, not {plot['x']!r}")
 
@@ -211,22 +287,29 @@ def grid_points(spec: dict) -> Iterator[dict]:
         yield spec["parameters"] | dict(zip(names, values, strict=True))
 
 
-# --- names --------------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def named(spec: dict, work: Notebook | Function) -> list[Point]:
-    """The grid's points, each once, in the order of their names. `BadInput` for a trace that is not there."""
-    grid = {point.name: point for point in (Point(name_of(work, each), each) for each in grid_points(spec))}
+    """The grid's points, each once, in the order of their names. `BadInput` for a trace that is not
+    there.
+    """
+    grid = {
+        point.name: point
+        for point in (Point(name_of(work, each), each) for each in grid_points(spec))
+    }
     return [grid[name] for name in sorted(grid)]
 
 
 def name_of(work: Notebook | Function, parameters: dict) -> str:
     """Of a point, by all that its rows depend on, as it is here."""
     trace = find_trace(parameters["trace"]).read_bytes() if parameters.get("trace") else b""
-    return points.sha256([json.dumps(parameters, sort_keys=True).encode(), *work.source, trace])[:16]
+    return points.sha256([json.dumps(parameters, sort_keys=True).encode(), *work.source, trace])[
+        :16
+    ]
 
 
-# --- on disk ------------------------------------------------------------------------------------------------------------------
+# --- on disk --------------------------------------------------------------------------------------
 
 
 def _rows_of(folder: Path, point: Point) -> Path:
@@ -257,7 +340,7 @@ def _keep(folder: Path, point: Point, outcome: Outcome) -> None:
 
 
 def _collect(target: Path, folder: Path, spec: dict, how: dict, grid: list[Point]) -> None:
-    """All points' rows in two tables: what is the same in every run, and what the wall clock said."""
+    """Write all points' rows in two tables, what the wall clock said apart."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -265,12 +348,19 @@ def _collect(target: Path, folder: Path, spec: dict, how: dict, grid: list[Point
 
     parts = [pd.read_parquet(_rows_of(folder, point)) for point in grid]
     rows = pd.concat(
-        [part.assign(row=range(len(part)), **point.columns) for part, point in zip(parts, grid, strict=True)], ignore_index=True
+        [
+            part.assign(row=range(len(part)), **point.columns)
+            for part, point in zip(parts, grid, strict=True)
+        ],
+        ignore_index=True,
     )
     measured = "repeats" in rows
     clocked = [name for name in rows if name in CLOCKED or (measured and MEASURED.fullmatch(name))]
     names = ["point", "row", *(name for name in rows if name.startswith(PREFIX))]
-    tables = {"timings": rows[[*names, *clocked]], "rows": rows[[*names, *(each for each in rows if each not in {*names, *clocked})]]}
+    tables = {
+        "timings": rows[[*names, *clocked]],
+        "rows": rows[[*names, *(each for each in rows if each not in {*names, *clocked})]],
+    }
     for name, table in tables.items():
         with results.replacing(target / f"{name}.parquet") as part:
             table.to_parquet(part, index=False)
@@ -280,9 +370,16 @@ def _collect(target: Path, folder: Path, spec: dict, how: dict, grid: list[Point
         part.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if "plot" in spec:
         plots.use_style()
-        swept = {name: PREFIX + spec["plot"][name] for name in ("x", "lines") if spec["plot"][name] in spec["grid"]}
+        swept = {
+            name: PREFIX + spec["plot"][name]
+            for name in ("x", "lines")
+            if spec["plot"][name] in spec["grid"]
+        }
         drawn = spec["plot"] | swept
         if missing := [name for name in (drawn["lines"], *drawn.get("y", [])) if name not in rows]:
-            raise BadInput(f"{target}/rows.parquet is written, but has no column {shown(missing[0])} to plot: it has {', '.join(rows)}")
+            raise BadInput(
+                f"{target}/rows.parquet is written, but has no column {shown(missing[0])} to plot: "
+                f"it has {', '.join(rows)}"
+            )
         with results.replacing(target / "sweep.png") as part:
             plots.sweep_figure(rows, **drawn)[0].figure.savefig(part, format="png")

@@ -1,6 +1,8 @@
-"""One point of a sweep, wherever it runs: a notebook through papermill, or a replay. Takes plain values and returns an `Outcome`.
+"""One point of a sweep, wherever it runs: a notebook through papermill, or a replay. Takes plain
+values and returns an `Outcome`.
 
-Nothing here writes a result: the process that started the sweep does, so a point needs no folder that all machines share.
+Nothing here writes a result: the process that started the sweep does, so a point needs no folder
+that all machines share.
 """
 
 import hashlib
@@ -36,7 +38,11 @@ def sha256(parts: Iterable[bytes]) -> str:
 def package_sha256(package: Path = Path(__file__).parents[1]) -> bytes:
     """Of the names and the content of the package's files."""
     files = sorted(package.rglob("*.py"))
-    return sha256(part for path in files for part in (str(path.relative_to(package)).encode(), path.read_bytes())).encode()
+    return sha256(
+        part
+        for path in files
+        for part in (str(path.relative_to(package)).encode(), path.read_bytes())
+    ).encode()
 
 
 LOADED = package_sha256()  # what this process runs, whatever becomes of the files
@@ -44,7 +50,9 @@ LOADED = package_sha256()  # what this process runs, whatever becomes of the fil
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a point left: its rows, or its error; the executed notebook, where it is one; wall-clock seconds."""
+    """What a point left: its rows, or its error; the executed notebook, where it is one; wall-clock
+    seconds.
+    """
 
     seconds: float
     rows: pd.DataFrame | None = None
@@ -54,7 +62,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Notebook:
-    """A notebook to run in ``folder``, which leaves its rows where its parameter `ROWS_PARAMETER` says."""
+    """A notebook to run in ``folder``, which leaves its rows where its parameter `ROWS_PARAMETER`
+    says.
+    """
 
     body: str  # as JSON
     folder: str
@@ -70,7 +80,9 @@ class Notebook:
 
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="cortexlab-") as scratch:
-            body, executed, rows = (Path(scratch) / name for name in ("body.ipynb", "executed.ipynb", "rows.parquet"))
+            body, executed, rows = (
+                Path(scratch) / name for name in ("body.ipynb", "executed.ipynb", "rows.parquet")
+            )
             body.write_text(self.body, encoding="utf-8")
             found, error = None, None
             try:
@@ -110,22 +122,41 @@ class Function:
 
     def known(self) -> dict[str, type]:
         """Parameter -> type."""
-        return {name: parameter.annotation for name, parameter in inspect.signature(self.function).parameters.items()}
+        return {
+            name: parameter.annotation
+            for name, parameter in inspect.signature(self.function).parameters.items()
+        }
 
 
 def replay(
-    *, strategy: str = "paged", block_size: int = 16, num_blocks: str = "60%", workload: str = "chat", trace: str = "",
-    num_requests: int = 0, request_rate: float = 0.0, scale_lengths: float = 1.0, growth: str = "", oom_policy: str = "wait",
-    watermark: float = WATERMARK, max_batch_size: int = MAX_BATCH_SIZE, prefix_caching: bool = False, base_ms: float = 30.0, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
-    """A row of `cortexlab.replay`, with its goodput. Zeros and empty texts leave a choice to the replay.
+    *,
+    strategy: str = "paged",
+    block_size: int = 16,
+    num_blocks: str = "60%",
+    workload: str = "chat",
+    trace: str = "",
+    num_requests: int = 0,
+    request_rate: float = 0.0,
+    scale_lengths: float = 1.0,
+    growth: str = "",
+    oom_policy: str = "wait",
+    watermark: float = WATERMARK,
+    max_batch_size: int = MAX_BATCH_SIZE,
+    prefix_caching: bool = False,
+    base_ms: float = 30.0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """A row of `cortexlab.replay`, with its goodput. Zeros and empty texts leave a choice to the
+    replay.
 
-    ``num_blocks``: a number, ``unlimited``, or a percentage of what ``paged`` holds at its peak when nothing limits it.
-    ``request_rate``: requests a second (0: the trace's own times, or 5). ``num_requests`` 0: all of a trace, or 1,000.
-    ``base_ms``: what a step takes on the virtual clock besides its tokens and sequences, whose share is the reference's.
+    ``num_blocks``: a number, ``unlimited``, or a percentage of what ``paged`` holds at its peak
+    when nothing limits it. ``request_rate``: requests a second (0: the trace's own times, or 5).
+    ``num_requests`` 0: all of a trace, or 1,000. ``base_ms``: what a step takes on the virtual
+    clock besides its tokens and sequences, whose share is the reference's.
 
-    Columns ``goodput_<ttft>_<tpot>``: completed requests a second that had their first token within that many ms and, behind it, a
-    token within that many on average (the request rate a server keeps its promise for; DistServe, OSDI 2024).
+    Columns ``goodput_<ttft>_<tpot>``: completed requests a second that had their first token within
+    that many ms and, behind it, a token within that many on average (the request rate a server
+    keeps its promise for; DistServe, OSDI 2024).
     """
     from .. import metrics
     from ..replay import simulation as replays
@@ -133,26 +164,48 @@ def replay(
     items = _items(workload, trace, num_requests, request_rate, scale_lengths, seed)
     options = {"growth": growth} if growth else {}
     done = replays.replay(
-        items, [strategy], block_sizes=[block_size], num_blocks=int(num_blocks) if num_blocks.isdecimal() else num_blocks,
-        max_batch_size=max_batch_size, oom_policy=oom_policy, watermark=watermark, prefix_caching=prefix_caching,
-        step_time=replace(replays.reference, base_s=base_ms / 1000), **options,
-    )  # fmt: skip
+        items,
+        [strategy],
+        block_sizes=[block_size],
+        num_blocks=int(num_blocks) if num_blocks.isdecimal() else num_blocks,
+        max_batch_size=max_batch_size,
+        oom_policy=oom_policy,
+        watermark=watermark,
+        prefix_caching=prefix_caching,
+        step_time=replace(replays.reference, base_s=base_ms / 1000),
+        **options,
+    )
     tables = replays.tables(done)
     goodputs = {
-        f"goodput_{ttft:g}_{tpot:g}": metrics.goodput(tables["requests"], tables["rows"]["duration"][0], ttft / 1000, tpot / 1000)
+        f"goodput_{ttft:g}_{tpot:g}": metrics.goodput(
+            tables["requests"], tables["rows"]["duration"][0], ttft / 1000, tpot / 1000
+        )
         for ttft, tpot in GOODPUTS
     }
     return tables["rows"].assign(**goodputs)
 
 
 @lru_cache(maxsize=4)
-def _items(workload: str, trace: str, num_requests: int, request_rate: float, scale_lengths: float, seed: int) -> list:
+def _items(
+    workload: str,
+    trace: str,
+    num_requests: int,
+    request_rate: float,
+    scale_lengths: float,
+    seed: int,
+) -> list:
     from ..workloads.synthetic import make_workload, scale, with_arrivals
     from ..workloads.traces import load_trace
 
     if not trace:
         rate = request_rate or REPLAY_RATE
-        return make_workload(workload, num_requests or REPLAY_REQUESTS, seed=seed, request_rate=rate, scale_lengths=scale_lengths)
+        return make_workload(
+            workload,
+            num_requests or REPLAY_REQUESTS,
+            seed=seed,
+            request_rate=rate,
+            scale_lengths=scale_lengths,
+        )
     items = scale(load_trace(trace, seed)[: num_requests or None], scale_lengths)
     return with_arrivals(items, request_rate, 1.0, seed) if request_rate else items
 

@@ -1,11 +1,16 @@
-"""Prefix sharing: blocks of a prompt, found again by the hash of their tokens and of everything before them. Integers only.
+"""Prefix sharing: blocks of a prompt, found again by the hash of their tokens and of everything
+before them. Integers only.
 
-    tokens     | system prompt ...  | question A ...        a chain: the id of a block is the hash of its tokens and of the id
-    ids        h0 --- h1 --- h2 --- h3                      before it, so equal ids mean equal prefixes
-                              `---- h3'                     where two parts inside a block, its first tokens are copied
+    tokens     | system prompt ...  | question A ...
+    ids        h0 --- h1 --- h2 --- h3
+                              `---- h3'
 
-A cached block is *held* while a live sequence has it in its table, and *idle* afterwards: its content stays until memory is wanted.
-Then the one that was used the longest ago goes first (LRU), and within a prompt its last block before its first.
+The ids are a chain: a block's id is the hash of its tokens and of the id before it, so equal ids
+mean equal prefixes. Where two prompts part inside a block, its first tokens are copied.
+
+A cached block is *held* while a live sequence has it in its table, and *idle* afterwards: its
+content stays until memory is wanted. Then the one that was used the longest ago goes first (LRU),
+and within a prompt its last block before its first.
 """
 
 import hashlib
@@ -20,14 +25,18 @@ from ..allocators import Extent
 
 
 class BlockHash(bytes):
-    """The id of one block of tokens: SHA-256 of the id ``before`` and of its ``tokens``, which it remembers."""
+    """The id of one block of tokens: SHA-256 of the id ``before`` and of its ``tokens``, which it
+    remembers.
+    """
 
     before: bytes
     tokens: tuple[int, ...]
 
 
 def block_hashes(tokens: Sequence[int], block_size: int) -> Iterator[BlockHash]:
-    """One id for each block of ``tokens``, a partial last one included. SHA-256: nobody finds two prefixes with one id."""
+    """One id for each block of ``tokens``, a partial last one included. SHA-256: nobody finds two
+    prefixes with one id.
+    """
     before = b""
     for start in range(0, len(tokens), block_size):
         block = tuple(tokens[start : start + block_size])
@@ -39,7 +48,9 @@ def block_hashes(tokens: Sequence[int], block_size: int) -> Iterator[BlockHash]:
 
 @dataclass(eq=False, slots=True)
 class CachedBlock:
-    """One block with the K and V of a block of tokens; ``extents`` is the allocation it is, all by itself."""
+    """One block with the K and V of a block of tokens; ``extents`` is the allocation it is, all by
+    itself.
+    """
 
     prefix_id: Hashable
     extents: tuple[Extent, ...]
@@ -52,7 +63,9 @@ class PrefixCache:
     def __init__(self):
         self._blocks: dict[Hashable, CachedBlock] = {}
         self._idle: OrderedDict[Hashable, CachedBlock] = OrderedDict()  # the longest unused first
-        self._behind: dict[tuple[bytes, int], dict[CachedBlock, None]] = defaultdict(dict)  # (id before, first token) -> blocks
+        self._behind: dict[tuple[bytes, int], dict[CachedBlock, None]] = defaultdict(
+            dict
+        )  # (id before, first token) -> blocks
         self.num_asked = 0  # ids of prompts that were looked up when they were admitted
         self.num_found = 0  # of them in the cache
         self.num_shared = 0  # holders beyond the first, over all blocks: what sharing saves
@@ -72,7 +85,8 @@ class PrefixCache:
         return [self._blocks[i] for i in takewhile(self._blocks.__contains__, prefix_ids)]
 
     def closest(self, prefix_id: Hashable) -> tuple[CachedBlock, int] | None:
-        """Behind the same prefix, the block that begins with most of the tokens of ``prefix_id``, and how many; None without any.
+        """Behind the same prefix, the block that begins with most of the tokens of ``prefix_id``,
+        and how many; None without any.
 
         An id that does not say its tokens is found whole or not at all.
         """
@@ -140,11 +154,17 @@ class PrefixCache:
                 del self._behind[behind]
 
     def check(self) -> None:
-        assert all((block.num_holders == 0) == (i in self._idle) for i, block in self._blocks.items())
-        assert self.num_shared == sum(max(0, block.num_holders - 1) for block in self._blocks.values())
+        assert all(
+            (block.num_holders == 0) == (i in self._idle) for i, block in self._blocks.items()
+        )
+        assert self.num_shared == sum(
+            max(0, block.num_holders - 1) for block in self._blocks.values()
+        )
         assert all(blocks for blocks in self._behind.values())
         known = {block.prefix_id for blocks in self._behind.values() for block in blocks}
-        assert known == {prefix_id for prefix_id in self._blocks if isinstance(prefix_id, BlockHash)}
+        assert known == {
+            prefix_id for prefix_id in self._blocks if isinstance(prefix_id, BlockHash)
+        }
 
 
 def _num_common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -6,7 +6,9 @@ from enum import StrEnum
 
 
 class RequestState(StrEnum):
-    """CortexStream's states (Pending -> Prefilling -> Decoding -> Finished / Failed), plus preempted and cancelled."""
+    """CortexStream's states (Pending -> Prefilling -> Decoding -> Finished / Failed), plus
+    preempted and cancelled.
+    """
 
     PENDING = "pending"
     PREFILLING = "prefilling"
@@ -19,10 +21,12 @@ class RequestState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token of one request, or (``token`` None) its end without one. ``finish_reason`` is set on the last event.
+    """One token of one request, or (``token`` None) its end without one. ``finish_reason`` is set
+    on the last event.
 
-    With a tokenizer, ``text`` is what can be shown now: a character that is not whole yet, or what may become a stop string, waits
-    for the next one. ``logprobs`` where the request asked for them: token -> log-probability, the sampled token's first.
+    With a tokenizer, ``text`` is what can be shown now: a character that is not whole yet, or what
+    may become a stop string, waits for the next one. ``logprobs`` where the request asked for them:
+    token -> log-probability, the sampled token's first.
     """
 
     request_id: str
@@ -34,7 +38,8 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a token is chosen: the arguments of mlx-lm's `make_sampler` and `make_logits_processors`. The default is greedy.
+    """How a token is chosen: the arguments of mlx-lm's `make_sampler` and `make_logits_processors`.
+    The default is greedy.
 
     ``penalty_context`` is how many of the last tokens, prompt included, the penalties look at.
     """
@@ -55,14 +60,19 @@ class SamplingParams:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """``max_tokens`` tokens wanted behind ``prompt``. Times are seconds on the engine's clock; None: not reached yet."""
+    """``max_tokens`` tokens wanted behind ``prompt``. Times are seconds on the engine's clock;
+    None: not reached yet.
+    """
 
     id: str
     prompt: tuple[int, ...]
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
     arrived_at: float = 0.0
-    prefix_ids: tuple[Hashable, ...] = ()  # one for each block of the prompt, a partial last one included; equal ids: equal prefixes
+    prefix_ids: tuple[
+        Hashable, ...
+        # one for each block of the prompt, a partial last one included; equal ids: equal prefixes
+    ] = ()
     priority: int = 0  # lower ones first
     on_token: Callable[[TokenEvent], None] | None = None  # told of each event as it comes
     stop_when: Callable[["Request"], bool] | None = None  # asked behind each token
@@ -70,7 +80,9 @@ class Request:
     state: RequestState = RequestState.PENDING
     output_tokens: list[int] = field(default_factory=list)
     text: str = ""  # of the output, with a tokenizer; without the stop string that ended it
-    logprobs: list[Mapping[int, float]] = field(default_factory=list)  # one for each output token, where asked for
+    logprobs: list[Mapping[int, float]] = field(
+        default_factory=list
+    )  # one for each output token, where asked for
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0  # prompt tokens whose K and V were found in the prefix cache
@@ -78,11 +90,15 @@ class Request:
     num_pending: int = 0  # tokens sampled, but not read yet
     num_preemptions: int = 0
     number: int = 0  # place in the order of submission
-    admission: int = 0  # place in the order of admission to the batch; a preempted request gets a new one
+    admission: int = (
+        0  # place in the order of admission to the batch; a preempted request gets a new one
+    )
     scheduled_at: float | None = None
     token_times: list[float] = field(default_factory=list)
     finished_at: float | None = None
-    history: list[tuple[RequestState, float]] = field(default_factory=list)  # each state it has entered since, and when
+    history: list[tuple[RequestState, float]] = field(
+        default_factory=list
+    )  # each state it has entered since, and when
 
     @property
     def first_token_at(self) -> float | None:
@@ -114,7 +130,9 @@ class Request:
         self.num_preemptions += 1
 
     def tokens(self, start: int, stop: int) -> Sequence[int]:
-        """Tokens ``start .. stop - 1`` of prompt and output taken as one list. Of a pending one 0 is all that is known."""
+        """Tokens ``start .. stop - 1`` of prompt and output taken as one list. Of a pending one 0
+        is all that is known.
+        """
         split = len(self.prompt)
         if stop <= split:
             return self.prompt[start:stop]

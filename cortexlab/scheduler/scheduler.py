@@ -1,7 +1,8 @@
 """Continuous batching: which tokens of which requests run in the next step. Integers only.
 
-A request has ``num_tokens`` tokens, of which ``num_computed`` have their K and V in the cache. A step computes some more of
-them; the one that reaches the last is followed by sampling. Prefill, decode and recomputation after a preemption are all this.
+A request has ``num_tokens`` tokens, of which ``num_computed`` have their K and V in the cache. A
+step computes some more of them; the one that reaches the last is followed by sampling. Prefill,
+decode and recomputation after a preemption are all this.
 """
 
 from bisect import insort
@@ -37,7 +38,9 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: its chunks, decoding ones first; who failed or lost its blocks for want of memory; blocks free but not usable."""
+    """One step: its chunks, decoding ones first; who failed or lost its blocks for want of memory;
+    blocks free but not usable.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     failed: list[Request] = field(default_factory=list)
@@ -46,22 +49,28 @@ class Schedule:
 
 
 class Scheduler:
-    """First come, first served within a priority, up to ``max_batch_size`` running requests and ``max_step_tokens`` tokens a step.
+    """First come, first served within a priority, up to ``max_batch_size`` running requests and
+    ``max_step_tokens`` tokens a step.
 
-    A lower ``priority`` stands further ahead in the queue, and gives way to memory's want later; it does not by itself end the run of
-    another.
+    A lower ``priority`` stands further ahead in the queue, and gives way to memory's want later; it
+    does not by itself end the run of another.
 
-    Decoding requests come first with a token each, so that a long prompt never holds them up; prompts share what is left.
+    Decoding requests come first with a token each, so that a long prompt never holds them up;
+    prompts share what is left.
 
-    When memory is out, ``oom_policy`` decides. ``wait``: the request that wants it waits, in the queue, or when it is running
-    already with what it holds; only when all that run wait for each other does the youngest go back to the queue. ``fail``: it
-    fails at once. ``preempt``: the youngest running request of the last priority gives way. Who lost its blocks computes its tokens
-    again later; with ``swap``, a pool on the host, they are copied there and back as long as it has room.
+    When memory is out, ``oom_policy`` decides. ``wait``: the request that wants it waits, in the
+    queue, or when it is running already with what it holds; only when all that run wait for each
+    other does the youngest go back to the queue. ``fail``: it fails at once. ``preempt``: the
+    youngest running request of the last priority gives way. Who lost its blocks computes its tokens
+    again later; with ``swap``, a pool on the host, they are copied there and back as long as it has
+    room.
 
-    ``watermark``: the share of the pool that admitting a request must leave free for those that run to grow into, where they do
-    grow and it can wait (vLLM's idea; at its 1 % and more, long queues get shorter, since nobody is preempted or stands still).
+    ``watermark``: the share of the pool that admitting a request must leave free for those that run
+    to grow into, where they do grow and it can wait (vLLM's idea; at its 1 % and more, long queues
+    get shorter, since nobody is preempted or stands still).
 
-    Who was refused is asked again only after some blocks have come back, so a waiting request costs nothing.
+    Who was refused is asked again only after some blocks have come back, so a waiting request costs
+    nothing.
     """
 
     def __init__(
@@ -75,8 +84,14 @@ class Scheduler:
         swap: BlockManager | None = None,
     ):
         one_of("oom_policy", oom_policy, OOM_POLICIES)
-        if isinstance(watermark, bool) or not isinstance(watermark, int | float) or not 0 <= watermark < 1:
-            raise BadInput(f"watermark must be a share of the pool, from 0 to below 1, not {watermark!r}")
+        if (
+            isinstance(watermark, bool)
+            or not isinstance(watermark, int | float)
+            or not 0 <= watermark < 1
+        ):
+            raise BadInput(
+                f"watermark must be a share of the pool, from 0 to below 1, not {watermark!r}"
+            )
         self.blocks = blocks
         self.max_batch_size = at_least("max_batch_size", max_batch_size, 1)
         self.max_step_tokens = at_least("max_step_tokens", max_step_tokens, max_batch_size)
@@ -85,12 +100,18 @@ class Scheduler:
         self.kept_blocks = int(watermark * blocks.num_blocks) if grows else 0
         self.swap = swap
         self.waiting: list[Request] = []  # by priority, then first come, first served
-        self.running: list[Request] = []  # by priority, then the oldest first: the last gives way first
-        self.stalled: dict[Request, int] = {}  # running, but waiting for a block -> `num_releases` when it was refused
+        self.running: list[
+            Request
+        ] = []  # by priority, then the oldest first: the last gives way first
+        self.stalled: dict[
+            Request, int
+        ] = {}  # running, but waiting for a block -> `num_releases` when it was refused
         self.num_preemptions = 0
         self._now = 0.0  # of the step that is planned
         self._num_added = self._num_admissions = 0
-        self._refused: tuple[Request, int] | None = None  # the head of the queue, and `num_releases` when it was refused
+        self._refused: tuple[Request, int] | None = (
+            None  # the head of the queue, and `num_releases` when it was refused
+        )
 
     def add(self, request: Request) -> None:
         self._num_added += 1
@@ -98,7 +119,9 @@ class Scheduler:
         self._queue(request)
 
     def remove(self, request: Request, prefix_ids: Sequence[Hashable] = ()) -> None:
-        """Take a request that has ended out of the queue or the batch, and its blocks back. ``prefix_ids`` as `BlockManager.free`."""
+        """Take a request that has ended out of the queue or the batch, and its blocks back.
+        ``prefix_ids`` as `BlockManager.free`.
+        """
         if request in self.running:
             self._leave(request, prefix_ids)
         else:
@@ -107,8 +130,15 @@ class Scheduler:
 
     @property
     def admits(self) -> bool:
-        """Whether the next step has to look at the queue: somebody waits, there is room in the batch, and the head was not refused."""
-        return bool(self.waiting) and len(self.running) < self.max_batch_size and not self.stalled and not self._refused_before()
+        """Whether the next step has to look at the queue: somebody waits, there is room in the
+        batch, and the head was not refused.
+        """
+        return (
+            bool(self.waiting)
+            and len(self.running) < self.max_batch_size
+            and not self.stalled
+            and not self._refused_before()
+        )
 
     @property
     def may_resume(self) -> bool:
@@ -117,22 +147,32 @@ class Scheduler:
 
     @property
     def unusable_blocks(self) -> int:
-        """The free blocks, if the head of the queue needs no more than they are and is refused all the same (interface.md's X)."""
+        """The free blocks, if the head of the queue needs no more than they are and is refused all
+        the same (interface.md's X).
+        """
         if not self.waiting or len(self.running) >= self.max_batch_size:
             return 0
-        return self.blocks.free_blocks if self._wanted(self.waiting[0]) <= self.blocks.free_blocks else 0
+        return (
+            self.blocks.free_blocks
+            if self._wanted(self.waiting[0]) <= self.blocks.free_blocks
+            else 0
+        )
 
     def schedule(self, now: float, due: Sequence[Request] | None = None) -> Schedule:
-        """Plan the next step: running requests first, then as many of the queue as the batch, the budget and the pool admit.
+        """Plan the next step: running requests first, then as many of the queue as the batch, the
+        budget and the pool admit.
 
-        ``due`` names the running requests to look at (default: all). The others must be decoding with room for their next token;
-        they run without a chunk in the plan. This is what lets `replay` pass over tokens that need no decision.
+        ``due`` names the running requests to look at (default: all). The others must be decoding
+        with room for their next token; they run without a chunk in the plan. This is what lets
+        `replay` pass over tokens that need no decision.
         """
         step, self._now = Schedule(), now
         asked = self.running if due is None else sorted({*due, *self.stalled}, key=_batch_order)
         prefilling = []
         for request in list(asked):
-            if request.state is RequestState.PREEMPTED or request.is_full:  # gave way a moment ago, or its last token is on its way
+            if (
+                request.state is RequestState.PREEMPTED or request.is_full
+            ):  # gave way a moment ago, or its last token is on its way
                 continue
             if request.num_tokens - request.num_computed > 1:
                 prefilling.append(request)
@@ -143,9 +183,15 @@ class Scheduler:
             again = self.schedule(now, due and ())
             again.preempted += step.preempted
             return again
-        prefilling = [request for request in prefilling if request.state is not RequestState.PREEMPTED]
-        short = bool(self.stalled or step.failed or step.preempted)  # somebody wanted memory in vain: nobody is let in
-        budget = self.max_step_tokens - (len(self.running) - len(self.stalled) - len(prefilling))  # a token for each that decodes
+        prefilling = [
+            request for request in prefilling if request.state is not RequestState.PREEMPTED
+        ]
+        short = bool(
+            self.stalled or step.failed or step.preempted
+        )  # somebody wanted memory in vain: nobody is let in
+        budget = self.max_step_tokens - (
+            len(self.running) - len(self.stalled) - len(prefilling)
+        )  # a token for each that decodes
         for request in prefilling:
             if budget:
                 budget -= self._compute(request, budget, step)
@@ -155,7 +201,9 @@ class Scheduler:
         return step
 
     def restart_all(self) -> None:
-        """Send every running request back to the queue, and those swapped out to their beginning: what they had in the cache is lost."""
+        """Send every running request back to the queue, and those swapped out to their beginning:
+        what they had in the cache is lost.
+        """
         for request in list(self.running):
             self._leave(request)
             self._back_to_queue(request)
@@ -164,7 +212,7 @@ class Scheduler:
         self.blocks.moves_made()
         self.blocks.forget_prefixes()
 
-    # --- one step -------------------------------------------------------------------------------------------------------------
+    # --- one step ---------------------------------------------------------------------------------
 
     def _admit(self, now: float, budget: int, short: bool, step: Schedule) -> None:
         misplaced = False  # the head of the queue was refused, although enough blocks were free
@@ -185,7 +233,9 @@ class Scheduler:
             if request.scheduled_at is None:
                 request.scheduled_at, request.cached_tokens = now, request.num_computed
             budget -= self._compute(request, budget, step)
-        if self.waiting and not (self.running or len(step.failed) > failed_before or short):  # refused by an empty pool: for ever
+        if self.waiting and not (
+            self.running or len(step.failed) > failed_before or short
+        ):  # refused by an empty pool: for ever
             self._fail(self.waiting.pop(0), step)
         step.unusable_blocks = self.blocks.free_blocks if misplaced else 0
 
@@ -201,13 +251,21 @@ class Scheduler:
         self._refused = None
         kept = self.kept_blocks if self.running else 0  # for others, if there are any
         short = kept and self.blocks.free_blocks < self._wanted(request) + kept
-        if short or not self.blocks.allocate(request.id, request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt)):
+        if short or not self.blocks.allocate(
+            request.id,
+            request.num_tokens,
+            request.max_slots,
+            request.prefix_ids,
+            len(request.prompt),
+        ):
             self._refused = (request, self.blocks.num_releases)
             return False
         table = self.blocks.tables[request.id]
         if self.swap and (swapped := self.swap.tables.get(request.id)):
             if (num_tokens := swapped.num_tokens) > table.num_tokens:
-                self.blocks.moves.append(Move(swapped.extents, table.all_extents, num_tokens, table.num_tokens, Way.BACK))
+                self.blocks.moves.append(
+                    Move(swapped.extents, table.all_extents, num_tokens, table.num_tokens, Way.BACK)
+                )
                 table.num_tokens = num_tokens
             self.swap.free(request.id)
         request.num_computed = table.num_tokens
@@ -217,7 +275,9 @@ class Scheduler:
         return self._refused == (self.waiting[0], self.blocks.num_releases)
 
     def _make_room(self, request: Request, step: Schedule) -> bool:
-        """Grow the request's table, or do what ``oom_policy`` says; False when the request does not run in this step."""
+        """Grow the request's table, or do what ``oom_policy`` says; False when the request does not
+        run in this step.
+        """
         if self.stalled.pop(request, None) == self.blocks.num_releases:
             self.stalled[request] = self.blocks.num_releases
             return False
@@ -247,12 +307,16 @@ class Scheduler:
         self.blocks.free(request.id, prefix_ids)
 
     def _preempt(self, request: Request, step: Schedule) -> None:
-        """Back to the queue without its blocks; it computes its tokens again when it is admitted, or copies them back."""
+        """Back to the queue without its blocks; it computes its tokens again when it is admitted,
+        or copies them back.
+        """
         table, num_tokens = self.blocks.tables[request.id], request.num_computed
         if self.swap and num_tokens and self.swap.allocate(request.id, num_tokens, num_tokens):
             swapped = self.swap.tables[request.id]
             swapped.num_tokens = num_tokens
-            self.blocks.moves.append(Move(table.all_extents, swapped.extents, num_tokens, way=Way.OUT))
+            self.blocks.moves.append(
+                Move(table.all_extents, swapped.extents, num_tokens, way=Way.OUT)
+            )
         self._leave(request)
         self._back_to_queue(request)
         step.preempted.append(request)
@@ -275,4 +339,6 @@ class Scheduler:
             self.swap.free(request.id)
 
     def _wanted(self, request: Request) -> int:
-        return self.blocks.blocks_wanted(request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt))
+        return self.blocks.blocks_wanted(
+            request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt)
+        )
