@@ -11,12 +11,13 @@ from .allocators import Allocator, Extent, Stats, make_allocator
 from .errors import BadInput, CortexLabError, ModelError, NotContiguous
 from .host import blas
 from .lab.cortexstream import KVBlockAllocator, KVHandle
+from .options import SamplingParams
 from .scheduler.request import Request, RequestState, TokenEvent
 
 __version__ = metadata.version("cortexlab")
 _NEED_MLX = {
     "Engine": ".engine.engine",
-    "KVCache": ".engine.kv_cache",
+    "KVCache": ".lab.cortexstream_cache",
     "load_model": ".host.models",
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "NotContiguous",
     "Request",
     "RequestState",
+    "SamplingParams",
     "Stats",
     "TokenEvent",
     "__version__",

@@ -1,13 +1,15 @@
-"""What this package raises when a caller asks for something it cannot do: one line that names the
-value and what is allowed.
+"""Errors that this package raises on purpose: one line with the wrong value and the allowed values,
+and the checks that raise them.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 
 
 class CortexLabError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class BadInput(CortexLabError, ValueError):
@@ -15,19 +17,19 @@ class BadInput(CortexLabError, ValueError):
 
 
 class NotContiguous(CortexLabError):
-    """One view was asked of a sequence whose tokens lie in several extents."""
+    """A single view was asked of a sequence whose tokens lie in several extents."""
 
 
 class ModelError(BadInput):
     """A model that cannot be found, read or driven."""
 
 
-MAX_COUNT = 2**31 - 1  # of blocks, tokens, requests: MLX's shapes are 32-bit
+MAX_COUNT = 2**31 - 1  # limit of blocks, tokens and requests: MLX's shapes are 32-bit
 
 
 def at_least(name: str, value: object, minimum: int, maximum: int = MAX_COUNT) -> int:
-    """``value``, or `BadInput` naming ``name`` when it is not a whole number from ``minimum`` to
-    ``maximum``.
+    """Return ``value``, a whole number from ``minimum`` to ``maximum``; else raise `BadInput` with
+    ``name`` and ``value``.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
         limit = (
@@ -39,30 +41,94 @@ def at_least(name: str, value: object, minimum: int, maximum: int = MAX_COUNT) -
     return value
 
 
+def a_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value``, or `BadInput` naming ``name`` when it is no finite number from low to high."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or not math.isfinite(value):
+        raise BadInput(f"{name} must be a number from {low} to {high}, not {shown(value)}")
+    return value
+
+
+def share(name: str, value: object) -> float:
+    """``value``, or `BadInput` naming ``name`` when it is no number from 0 to below 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise BadInput(f"{name} must be a share of the pool, from 0 to below 1, not {value!r}")
+    return value
+
+
 def yes_or_no(name: str, value: object) -> bool:
-    """``value``, or `BadInput` naming ``name`` when it is neither True nor False."""
+    """Return ``value``, True or False; else raise `BadInput` with ``name`` and ``value``."""
     if not isinstance(value, bool):
         raise BadInput(f"{name} must be True or False, not {shown(value)}")
     return value
 
 
+def a_function(name: str, value: object):
+    """``value``, or `BadInput` naming ``name`` when it is neither a function nor None."""
+    if value is not None and not callable(value):
+        raise BadInput(f"{name} must be a function, not {shown(value)}")
+    return value
+
+
+def a_sequence(name: str, value: object) -> tuple:
+    """``value`` as a tuple, or `BadInput` naming ``name``."""
+    try:
+        return tuple(value)
+    except TypeError:
+        raise BadInput(f"{name} must be a sequence, not {shown(value)}") from None
+
+
+def a_text(name: str, value: object) -> str:
+    """``value``, or `BadInput` naming ``name`` when it is no string, or an empty one."""
+    if not isinstance(value, str) or not value:
+        raise BadInput(f"{name} must be a string of at least one character, not {shown(value)}")
+    return value
+
+
+def seconds(name: str, value: object) -> float:
+    """``value``, or `BadInput` naming ``name`` when it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadInput(f"{name} must be seconds on the engine's clock, not {shown(value)}")
+    return value
+
+
+def token_ids(name: str, tokens: object, vocabulary: int) -> tuple[int, ...]:
+    """Token ids as plain ints (NumPy's and MLX's are welcome), or `BadInput` naming ``name``."""
+    try:
+        given = list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
+    except TypeError:
+        raise BadInput(f"{name} must be a sequence of token ids, not {shown(tokens)}") from None
+    found = []
+    for token in given:
+        try:
+            number = -1 if isinstance(token, bool) else index(token)
+        except (TypeError, ValueError):  # an array of other than one whole number raises either
+            number = -1
+        if not 0 <= number < vocabulary:
+            raise BadInput(
+                f"{name} has token {shown(token)}, but tokens are whole numbers from 0 to "
+                f"{vocabulary - 1}"
+            )
+        found.append(number)
+    return tuple(found)
+
+
 def shown(value: object, longest: int = 160) -> str:
-    """``value`` as a message names it: cut, and on one line."""
+    """``value`` as text for a message: one line of at most ``longest`` characters."""
     text = repr(value)
     return text if len(text) <= longest else text[:longest] + "…"
 
 
-def one_of(kind: str, value: object, allowed) -> None:
-    """`BadInput` naming ``value`` and the ``allowed`` names, unless it is one of them."""
+def one_of(kind: str, value: object, allowed) -> str:
+    """``value``, or `BadInput` naming it and the ``allowed`` names when it is none of them."""
     if not isinstance(value, str) or value not in allowed:
         raise BadInput(f"unknown {kind} {shown(value)}: use one of {', '.join(sorted(allowed))}")
+    return value
 
 
 @contextmanager
 def blamed_on(strategy: str) -> Iterator[None]:
-    """What a strategy of the user's own raises, or a promise it breaks, becomes one line that names
-    it.
-    """
+    """Turn any exception of a user's own strategy into one `BadInput` that names ``strategy``."""
     try:
         yield
     except CortexLabError as error:

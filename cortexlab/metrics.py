@@ -1,5 +1,5 @@
-"""Metrics are formulas over time stamps and holdings; this file is the table of them. Names are
-those of `vllm bench serve`.
+"""Formulas of the metrics, over time stamps and holdings, and the one table of a result's columns.
+Names are those of `vllm bench serve`.
 """
 
 import hashlib
@@ -7,16 +7,162 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
 
 SHARES = ("token", "reserved", "internal", "external")
 PARTS = "matrix products", "attention", "activation", "RoPE", "norms", "writes"  # of a step's time
-REST = "the rest"
+REST = "the rest"  # of a step's time, in no part
+
+
+# --- columns --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a result's rows: its words on pages and axes, and its looks in printed tables."""
+
+    name: str
+    words: str | None = None  # on a page; None: the page leaves the column out
+    unit: str | None = None  # of the stored value
+    axis: str | None = None  # label of a figure's axis; None: the column's name
+    clock: Literal["run", "wall"] | None = None  # what decides it; a replay's run is virtual
+    interval: bool = False  # a bench stores the ends of a 95 % interval too: `_low` and `_high`
+    heading: str | None = None  # of a printed table
+    scale: float = 1  # stored units in a printed one
+    format: Callable[[Any], str] = str  # of the scaled value in a printed table
+    drop: int = 0  # rank among what a narrow terminal loses: the largest goes first, 0 never
+
+    @property
+    def label(self) -> str:
+        """Words with their unit."""
+        return f"{self.words} ({self.unit})" if self.unit else self.words
+
+    def text(self, value) -> str:
+        """A cell of a printed table."""
+        if value is None:
+            return "-"
+        return self.format(value if self.scale == 1 else value / self.scale)
+
+
+def _short_seconds(value: float) -> str:
+    """Three digits below 100 seconds, whole seconds above."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+_timed = partial(Column, clock="run", interval=True)
+_ms = partial(_timed, unit="ms")
+_seconds = partial(_ms, scale=1000, format="{:.2f}".format)  # stored in ms, printed in seconds
+_share = partial(Column, format="{:.1%}".format)
+_weighted = partial(_share, clock="run")  # each step weighted by its duration
+_count = "{:.0f}".format
+
+# In the order of a page. Only columns with words, an axis, a heading or a clock are here.
+COLUMNS = {
+    column.name: column
+    for column in (
+        Column("strategy", heading="strategy"),
+        Column("block_size", axis="block size (slots)", heading="block"),
+        Column("request_rate", axis="requests arriving per second"),
+        Column("max_batch_size", axis="requests run at once, at most"),
+        _timed("duration"),
+        _timed("request_throughput", "requests/s"),
+        _timed(
+            "output_throughput",
+            "output tokens/s",
+            axis="output tokens per second",
+            heading="tok/s",
+            format="{:.1f}".format,
+        ),
+        _seconds(
+            "mean_ttft_ms",
+            "TTFT, mean",
+            axis="mean time to first token (ms)",
+            heading="mean TTFT s",
+            format=_short_seconds,
+        ),
+        _seconds("median_ttft_ms", "TTFT, median", heading="TTFT s", drop=1),
+        _seconds("p99_ttft_ms", "TTFT, p99", heading="p99", drop=5),
+        _ms("mean_tpot_ms"),
+        _ms("median_tpot_ms", "TPOT, median", heading="TPOT ms", format=_count, drop=1),
+        _ms("p99_tpot_ms"),
+        _ms("mean_itl_ms"),
+        _ms("median_itl_ms"),
+        _ms("p99_itl_ms", "ITL, p99", heading="ITL p99", format=_count, drop=6),
+        _ms("mean_e2el_ms"),
+        _ms("median_e2el_ms"),
+        _ms("p99_e2el_ms"),
+        Column(
+            "goodput_2000_100",
+            "requests/s in time (2 s, 100 ms)",
+            axis="requests/s in time (2 s, 100 ms a token)",
+        ),
+        Column(
+            "goodput_500_30",
+            "requests/s in time (500 ms, 30 ms)",
+            axis="requests/s in time (500 ms, 30 ms a token)",
+        ),
+        _weighted(
+            "token_share",
+            "token share",
+            axis="share of the memory that is tokens",
+            heading="token",
+        ),
+        _weighted("reserved_share", "reserved share", heading="reserv", drop=2),
+        _weighted("internal_share", "internal share", heading="intern"),
+        _weighted("external_share", "external share", heading="extern"),
+        Column(
+            "external_fragmentation",
+            "external fragmentation",
+            clock="run",
+            heading="frag",
+            format="{:.2f}".format,
+            drop=3,
+        ),
+        Column("num_holes", clock="run"),
+        Column("utilization", "utilization", heading="util", format="{:.3f}".format, drop=1),
+        Column(
+            "extents_per_sequence",
+            "extents a sequence",
+            axis="extents a sequence",
+            heading="ext/seq",
+            format="{:.1f}".format,
+        ),
+        _share("long_extent_share", "tokens in long extents", "share", heading="long"),
+        Column("prefix_hit_rate", "prefix hits", "share", heading="hits", format="{:.2%}".format),
+        Column("copied_bytes", "copied", "bytes"),
+        Column("copied_blocks", "copied", "blocks"),
+        _share("copied_share", heading="copied", drop=1),
+        Column("peak_blocks", heading="peak", drop=4),
+        Column(
+            "peak_kv_bytes",
+            "peak KV",
+            "bytes",
+            heading="peak MiB",
+            scale=1 << 20,
+            format=_count,
+        ),
+        Column("num_preemptions", "preemptions", heading="preempt", drop=7),
+        Column("median_host_us", clock="run"),
+        Column("host_share", clock="run"),
+        Column("seconds", clock="wall", heading="s", format="{:.1f}".format, drop=8),
+        Column("point_seconds", clock="wall"),
+    )
+}
+
+
+def column_of(name: str) -> Column | None:
+    """The column that ``name`` is, or of whose interval ``name`` is an end."""
+    return COLUMNS.get(name.removesuffix("_low").removesuffix("_high"))
+
+
+# --- formulas -------------------------------------------------------------------------------------
 
 
 class Stamped(Protocol):
@@ -65,16 +211,13 @@ def latency_summary(requests: Iterable[Stamped]) -> dict[str, float | None]:
 
 
 def goodput(requests: pd.DataFrame, duration: float, ttft: float, tpot: float) -> float:
-    """Completed requests a second that keep both promises: first token within ``ttft`` seconds,
-    then ``tpot`` a token on average.
+    """Completed requests a second whose TTFT and TPOT are at most ``ttft`` and ``tpot`` seconds.
 
     ``requests``: ``arrived_at, first_token_at, finished_at`` in seconds, ``output_tokens`` and
     ``state`` (DistServe, OSDI 2024).
     """
-    behind = (requests["output_tokens"] - 1).clip(
-        lower=1
-    )  # of a single token there is no time per token: 0
-    each = (requests["finished_at"] - requests["first_token_at"]) / behind
+    gaps = (requests["output_tokens"] - 1).clip(lower=1)  # a single token has a TPOT of 0 here
+    each = (requests["finished_at"] - requests["first_token_at"]) / gaps
     kept = (
         (requests["state"] == "finished")
         & (requests["first_token_at"] - requests["arrived_at"] <= ttft)
@@ -84,8 +227,8 @@ def goodput(requests: pd.DataFrame, duration: float, ttft: float, tpot: float) -
 
 
 def counted_latency_summary(latency: dict[str, Counter]) -> dict[str, float | None]:
-    """`latency_summary` of nanoseconds, each with how often it occurs; the same to the last bit on
-    any machine.
+    """`latency_summary` of latencies in nanoseconds with their counts, equal to the last bit on any
+    machine.
     """
     summary = {}
     for name, counted in latency.items():
@@ -102,7 +245,7 @@ def counted_latency_summary(latency: dict[str, Counter]) -> dict[str, float | No
 
 
 def counted_quantile(pairs: list[tuple[float, int]], count: int, q: float) -> float | None:
-    """Of sorted ``(value, how often)`` pairs, linear between neighbours as NumPy's default."""
+    """Quantile of sorted ``(value, count)`` pairs, linear between neighbours as in NumPy."""
     if not count:
         return None
     place = q * (count - 1)
@@ -120,8 +263,8 @@ def step_shares(held: Iterable[tuple[int, int, int]], unusable_slots: int = 0) -
     """The four shares of KV memory in one step, as slots.
 
     ``held`` gives ``(slots, tokens, tokens at its end)`` of each sequence. *token*: slots with a
-    token; *reserved*: empty ones their sequence goes on to fill; *internal*: the other empty ones;
-    *external*: free slots that were enough, but not usable.
+    token; *reserved*: empty slots that the sequence goes on to fill; *internal*: all other empty
+    slots; *external*: free slots, enough in number but not usable.
     """
     slots = dict.fromkeys(SHARES, 0)
     for num_slots, num_tokens, final_tokens in held:
@@ -134,8 +277,8 @@ def step_shares(held: Iterable[tuple[int, int, int]], unusable_slots: int = 0) -
 
 
 def shares(steps: Iterable[tuple[float, dict[str, float]]]) -> dict[str, float | None]:
-    """``{token,reserved,internal,external}_share``: each step's part of H + X, weighted by its
-    seconds; empty steps left out.
+    """``{token,reserved,internal,external}_share``: each step's part of H + X, weighted by the
+    step's seconds, without steps where H + X = 0.
     """
     total, weight = dict.fromkeys(SHARES, 0.0), 0.0
     for seconds, slots in steps:
@@ -163,7 +306,7 @@ def tokens_sha256(outputs: Sequence[Sequence[int]]) -> str:
 def median_interval(
     values: Sequence[float], level: float = 0.95, resamples: int = 2000
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the median (Efron 1979), by a fixed seed; None for fewer
+    """Percentile bootstrap interval of the median (Efron 1979), from a fixed seed; None for fewer
     than two values.
     """
     if len(values) < 2:

@@ -1,4 +1,4 @@
-"""What every strategy promises, in the words of a bitmap that cannot be wrong. A new strategy is
+"""The promises of every strategy, tested beside a bitmap that cannot be wrong. A new strategy is
 one more entry in `CASES`.
 """
 
@@ -20,7 +20,7 @@ def blocks_of(extents) -> list[int]:
 
 
 class Bitmap(proving.Bitmap):
-    """The naive model of a pool, with what the placements' rules ask of it."""
+    """The naive model of a pool, with the question that placement rules ask."""
 
     def run_at(self, block: int) -> int:
         """Free blocks from ``block`` on."""
@@ -30,17 +30,15 @@ class Bitmap(proving.Bitmap):
 
 @dataclass(frozen=True)
 class Case:
-    """A strategy's placement rule in the bitmap's words. Asked before the allocator is."""
+    """A strategy's placement rule on the bitmap, asked before the allocator is."""
 
     make: Callable[[int], Allocator]
     has_room: Callable[[Bitmap, int], bool]
     can_extend: Callable[[Bitmap, tuple[Extent, ...], int], bool]
-    handed_out: Callable[[Bitmap, int], int] = lambda pool, wanted: (
-        wanted
-    )  # blocks an allocation of so many really gets
-    well_placed: Callable[[Bitmap, tuple[Extent, ...], int], bool] = lambda pool, extents, wanted: (
-        True
-    )  # asked before they are marked
+    # blocks that a request really gets
+    handed_out: Callable[[Bitmap, int], int] = lambda pool, wanted: wanted
+    # asked before the extents are marked
+    well_placed: Callable[[Bitmap, tuple[Extent, ...], int], bool] = lambda *_: True
     one_extent: bool = True
     model: Callable[[int], Bitmap] = Bitmap
 
@@ -91,11 +89,11 @@ def has_free_buddy_behind(pool: Bitmap, extents: tuple[Extent, ...], wanted: int
     return True
 
 
-# --- CortexStream's buddy: what it has room for depends on how its pieces came to be, so the model
+# --- CortexStream's buddy: its room depends on the history of its pieces --------------------------
 
 
 class PublishedBuddy(Bitmap):
-    """The published code's steps, one after the other: sorted lists by size, one split, neighbours
+    """The steps of the published code, in its order: sorted lists by size, one split, neighbours
     joined.
     """
 
@@ -201,8 +199,8 @@ CASES = {
 
 
 class Pair:
-    """Does every step to both, and asserts that they agree on who holds what, on what can still be
-    had, and on the statistics.
+    """Does every step to both, and asserts that they agree on the blocks of every allocation, on
+    what can still be allocated, and on the statistics.
     """
 
     def __init__(self, case: Case, num_blocks: int):
@@ -221,7 +219,7 @@ class Pair:
         )
         if extents is not None:
             assert self.case.well_placed(self.model, extents, wanted), (
-                f"{wanted} blocks: {extents} is not where they belong"
+                f"{wanted} blocks: {extents} is not well placed"
             )
             self.take(extents, size)
 
@@ -238,13 +236,16 @@ class Pair:
             self.take(new, size)
 
     def free(self, *numbers: int) -> None:
-        """Several at once are one tuple, one behind the other."""
+        """Several allocations are freed as one tuple, one behind the other."""
         allocations = [self.live[number] for number in numbers]
         self.pool.free(allocations[0] if len(numbers) == 1 else sum(allocations, ()))
         for allocation in allocations:
             self.give_up(self.live.index(allocation))
 
     def agree(self) -> None:
+        assert self.pool.free_blocks == self.model.free_blocks, (
+            "free_blocks before stats() is asked"
+        )
         stats, holes, free = self.pool.stats(), self.model.holes, self.model.free_blocks
         longest = max(holes, default=0)
         assert stats == {

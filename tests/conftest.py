@@ -1,4 +1,4 @@
-"""Shared pieces: the real models, loaded once, and the ground truth they are held to."""
+"""Fixtures of the tests: the models, mlx-lm's own tokens as the reference, and the marker `cpu`."""
 
 from collections import defaultdict  # noqa: I001
 
@@ -13,10 +13,17 @@ from cortexlab.engine.arena import Arena
 from cortexlab.engine.attention import Plan
 from cortexlab.host.models import load_model
 
-NEAR_TIE = 1e-3  # float32: interface.md, "Equality with a reference"
-NEAR_TIE_OF_SUMS = (
-    1e-4  # of cumulated probabilities, whose error is at most that of the log-probabilities
-)
+NEAR_TIE = 1e-3  # largest gap of two logits in float32: interface.md, "Equality with a reference"
+NEAR_TIE_OF_SUMS = 1e-4  # largest gap of two cumulated probabilities
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked ``cpu`` when MLX's default device is not the CPU."""
+    if mx.default_device() != mx.cpu:
+        skip = pytest.mark.skip(reason="holds for MLX's CPU build only")
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
@@ -30,16 +37,17 @@ def smollm2():
 
 
 class Reference:
-    """`mlx_lm.generate.generate_step`, one sequence at a time: each token with those that rounding
-    could have put in its place.
+    """Tokens of `mlx_lm.generate.generate_step`, one sequence at a time; each with its near ties,
+    the tokens that rounding could put in its place.
     """
 
     def __init__(self, model):
         self.model = model
-        self.seeds: dict = {}  # of requests that are sampled
+        self.seeds: dict = {}  # request -> its seed, None for a greedy request
         self._known: dict[tuple, list[tuple[int, set[int]]]] = {}
 
     def steps(self, prompt, max_tokens):
+        """``(token, near ties)`` for each greedy token after ``prompt``."""
         key = (tuple(prompt), max_tokens)
         if key not in self._known:
             self._known[key] = [
@@ -51,11 +59,11 @@ class Reference:
         return self._known[key]
 
     def sampled(self, prompt, max_tokens, seed, temperature):
-        """The same behind ``mx.random.seed(seed)``.
+        """``(token, near ties)`` for each token sampled after ``mx.random.seed(seed)``.
 
-        MLX draws u from [0, 1) and takes the token in whose part of the cumulated weights it lies
-        (`mx.random.categorical` of one row). A tie is a part that is missed by no more than those
-        sums can be off. That u is told rightly is asserted: the token drawn has it.
+        `mx.random.categorical` draws u from [0, 1) and takes the token whose interval of cumulated
+        probabilities contains u. A near tie is a token whose interval misses u by no more than the
+        rounding error of the cumulated sums. The interval of MLX's own token must contain u.
         """
         key = (tuple(prompt), max_tokens, seed, temperature)
         if key not in self._known:
@@ -70,7 +78,7 @@ class Reference:
                     np.maximum(starts / total - u, u - np.append(starts[1:], np.inf) / total), 0
                 )
                 assert missed[token.item()] <= NEAR_TIE_OF_SUMS / 100, (
-                    "this MLX draws in another way"
+                    "this version of MLX samples in another way"
                 )
                 ties.append(near(missed, NEAR_TIE_OF_SUMS))
                 return token
@@ -84,19 +92,18 @@ class Reference:
                 )
             ]
             mx.random.state[0][...] = before
-            self._known[key] = list(
-                zip(tokens, ties, strict=False)
-            )  # one more is drawn than yielded
+            # `generate_step` draws one token more than it yields.
+            self._known[key] = list(zip(tokens, ties, strict=False))
         return self._known[key]
 
     def check(self, request) -> bool:
-        """True when identical, False when it parts at a near tie; anything else is an
-        AssertionError.
+        """Compare a greedy request: True if its tokens are the reference's, False if they part at a
+        near tie; any other difference is an AssertionError.
         """
         return self._agree(request, self.steps(request.prompt, request.max_tokens))
 
     def check_any(self, request, temperature) -> bool:
-        """The same of one that may have been cancelled, and may have been sampled by its seed in
+        """Compare a request as `check` does; it may be cancelled, or sampled by its seed in
         ``seeds``.
         """
         seed = self.seeds.get(request)
@@ -117,15 +124,15 @@ class Reference:
         ):
             if token != wanted:
                 assert token in ties, (
-                    f"{request.id}: token {position} is {token}, not {wanted}, and no tie "
-                    f"({sorted(ties)})"
+                    f"{request.id}: token {position} is {token}, not {wanted}, and not among the "
+                    f"near ties {sorted(ties)}"
                 )
                 return False
         return True
 
 
 def near(distances, limit: float) -> set[int]:
-    """The tokens that are no further off than ``limit``."""
+    """Token ids whose distance is at most ``limit``."""
     return set(np.flatnonzero(np.array(distances) <= limit).tolist())
 
 
@@ -141,7 +148,7 @@ def smollm2_reference(smollm2):
 
 @pytest.fixture
 def ways(monkeypatch) -> dict[Arena, set[str]]:
-    """By which ways the sequences of all steps on an arena were read."""
+    """Attention methods (`Plan.ways`) used by all steps on each arena."""
     seen, make = defaultdict(set), Plan.__init__
 
     def noted(plan, *args):
@@ -158,5 +165,6 @@ def rng():
 
 
 def prompts_of(lengths, vocabulary: int, seed: int = 0) -> list[list[int]]:
+    """One random prompt for each length."""
     rng = np.random.default_rng(seed)
     return [rng.integers(vocabulary, size=int(length)).tolist() for length in lengths]

@@ -1,8 +1,8 @@
-"""Any load under any setting of the engine, and what must hold of it: played by the matrix, the
-soak and the stories of single parts.
+"""Any load under any setting of the engine, and the invariants of a run. Used by `test_matrix.py`,
+`soak_engine.py` and tests of single parts.
 
-A load is a list of `Arrival`s whose prompts begin alike for a while, so that prefixes are found
-whole, in part and not at all.
+A load is a list of `Arrival`s. Their prompts share beginnings of many lengths, so that the prefix
+cache finds a prompt whole, in part or not at all.
 """
 
 import random
@@ -17,18 +17,18 @@ import cortexlab as cl
 from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit
 from cortexlab.allocators.runs import Runs
 from cortexlab.engine.attention import METHODS
+from cortexlab.options import PREEMPTIONS
 from cortexlab.scheduler.request import Request, RequestState
-from cortexlab.scheduler.scheduler import PREEMPTIONS
 
-# Runs that compacts whenever it may, and an allocator given as a factory, beside the names.
+# Strategies given as factories: `Runs` that compacts as often as possible, and first fit.
 FACTORIES = {"compacting": partial(Runs, copy_share=1.0, gap_blocks=1), "factory": FirstFit}
-NOT_SHARING = ("static", "cortexstream_buddy")  # they hand out more than a block at a time
+NOT_SHARING = ("static", "cortexstream_buddy")  # strategies that hand out several blocks at once
 POWERS_OF_TWO = ("buddy", "cortexstream_buddy")
 TEMPERATURE = 0.8
-TURN = 9  # tokens said between an answer and the next prompt, which contains both
+TURN = 9  # new tokens of a conversation's next prompt, behind the last prompt and its answer
 
-# The matrix. `soak_engine.py` plays the product of PRODUCT, drawing the rest; `test_matrix.py`
-# draws all.
+# Settings of the matrix. `soak_engine.py` plays every combination of PRODUCT and draws from DRAWN;
+# `test_matrix.py` draws from both.
 PRODUCT = {
     "strategy": [*STRATEGIES, *FACTORIES],
     "prefix_caching": [False, True],
@@ -42,20 +42,20 @@ DRAWN = {
     "block_size": [16, 1, 3, 64],
     "max_batch_size": [5, 1, 2, 16, 32],
     "max_step_tokens": [512, 16, 33, 100],
-    "swap_share": [1.0, 0.5, 0.1],  # of the pool's blocks
+    "swap_share": [1.0, 0.5, 0.1],  # swap blocks as a share of the pool's
     "watermark": [0.0, 0.02, 0.2],
-    "room": [1.0, 1.2, 2.0, 5.0],  # the pool, in longest requests
+    "room": [1.0, 1.2, 2.0, 5.0],  # size of the pool in longest requests
 }
 ARRIVAL = {
-    "common": [0, 24, 3, 40, 41, 64, 130, 400],  # tokens that all prompts begin with
-    "own": [0, 1, 2],  # who goes on with the same ones behind them
-    "more": [17, 0, 1, 2, 15, 16, 33, 60, 200],  # how many of these
+    "common": [0, 24, 3, 40, 41, 64, 130, 400],  # leading tokens from the text of all prompts
+    "own": [0, 1, 2],  # number of the text that follows the common one
+    "more": [17, 0, 1, 2, 15, 16, 33, 60, 200],  # tokens from the text `own`
     "max_tokens": [9, 1, 2, 24, 40],
-    "wait": [0, 0, 0, 1, 4],  # steps behind the one before
-    "cancel": [None, None, None, None, None, 0, 1, 3, 8],  # steps behind its submission
+    "wait": [0, 0, 0, 1, 4],  # steps since the arrival before
+    "cancel": [None, None, None, None, None, 0, 1, 3, 8],  # steps from submit to cancel
     "priority": [0, 0, 0, 1, -1],
-    "seed": [None, None, 7],  # sampled, where there is one
-    "turns": [1, 1, 2],  # a second prompt is the first, its answer and some more
+    "seed": [None, None, 7],  # seed of sampling; None: greedy
+    "turns": [1, 1, 2],  # prompts of the conversation
 }
 
 
@@ -80,7 +80,7 @@ class Arrival:
 
     @property
     def longest(self) -> int:
-        """Tokens of its last turn, answer included."""
+        """Tokens of the last turn's prompt and answer."""
         return (
             max(1, self.common + self.more)
             + self.max_tokens
@@ -89,6 +89,7 @@ class Arrival:
 
 
 def drawn(choices: dict[str, list], rng: random.Random) -> dict:
+    """One random value for each name."""
     return {name: rng.choice(values) for name, values in choices.items()}
 
 
@@ -100,8 +101,8 @@ def random_load(rng: random.Random, largest: int = 8) -> list[Arrival]:
 
 
 def engine_options(case: dict, load: list[Arrival]) -> dict:
-    """Arguments of `Engine` for one point of the matrix: the pool holds the longest request
-    ``room`` times.
+    """Arguments of `Engine` for one case of the matrix, in a pool of ``room`` times the longest
+    request.
     """
     given = dict(case)
     strategy, room, swap_share = given["strategy"], given.pop("room"), given.pop("swap_share")
@@ -119,7 +120,7 @@ def engine_options(case: dict, load: list[Arrival]) -> dict:
     return given
 
 
-# --- what must hold -------------------------------------------------------------------------------
+# --- invariants -----------------------------------------------------------------------------------
 
 ENDS = (RequestState.FINISHED, RequestState.FAILED, RequestState.CANCELLED)
 FOLLOWS = {
@@ -131,10 +132,8 @@ FOLLOWS = {
         RequestState.CANCELLED,
     },
     RequestState.DECODING: {RequestState.PREEMPTED, *ENDS},
-    RequestState.PREEMPTED: {
-        RequestState.PREFILLING,
-        *ENDS,
-    },  # its last token may have been on its way
+    # PREEMPTED -> FINISHED: a pipelined step can bring a preempted request's last token.
+    RequestState.PREEMPTED: {RequestState.PREFILLING, *ENDS},
 }
 REASONS = {
     RequestState.FINISHED: ("stop", "length"),
@@ -144,8 +143,8 @@ REASONS = {
 
 
 def ended_once(request: Request, events: list) -> None:
-    """One end state, entered from a state it follows; one event a token, in order, and one reason,
-    on the last event.
+    """Assert allowed changes of state with one end, one event for each token in order, and one
+    finish reason, on the last event.
     """
     states = [RequestState.PENDING, *(state for state, _ in request.history)]
     assert all(after in FOLLOWS[before] for before, after in pairwise(states)), (
@@ -154,7 +153,7 @@ def ended_once(request: Request, events: list) -> None:
     assert states[-1] is request.state and request.state in ENDS
     own = [event for event in events if event.request_id == request.id]
     assert [event.token for event in own if event.token is not None] == request.output_tokens, (
-        f"{request.id}: tokens lost or told twice"
+        f"{request.id}: events have lost or repeated a token"
     )
     assert (
         [event.finish_reason for event in own if event.finish_reason]
@@ -167,6 +166,7 @@ def ended_once(request: Request, events: list) -> None:
 
 
 def stamped_in_order(request: Request) -> None:
+    """Assert that the request's time stamps rise and agree with its history."""
     ran = [request.scheduled_at] if request.scheduled_at is not None else []
     stamps = [request.arrived_at, *ran, *request.token_times, request.finished_at]
     assert stamps == sorted(stamps) and len(request.token_times) == len(request.output_tokens)
@@ -182,18 +182,18 @@ def stamped_in_order(request: Request) -> None:
 
 
 def books_agree(engine: cl.Engine) -> None:
-    """Behind any step: no block lost or held twice, in the pool and on the host; the shares are
-    shares.
+    """Assert after a step that no block of pool or swap is lost or held twice, that engine and
+    scheduler list the same requests, and that the shares sum to one.
     """
     blocks, swap, stats = engine.cache.blocks, engine.cache.swap, engine.stats()
     blocks.check()
     if swap:
         swap.check()
-        assert {*swap.tables} <= {request.id for request in engine.scheduler.waiting}, (
-            "on the host lies only who waits"
-        )
+        assert {*swap.tables} == {
+            each.swapped for each in engine.scheduler.waiting if each.swapped is not None
+        }, "swapped requests are waiting requests"
     assert stats.free_blocks + stats.used_blocks == blocks.num_blocks
-    assert {*blocks.tables} == {request.id for request in engine.scheduler.running}
+    assert {*blocks.tables} == {request.table for request in engine.scheduler.running}
     assert {*engine.requests.values()} == {*engine.scheduler.running, *engine.scheduler.waiting}
     assert len(engine.scheduler.running) <= engine.scheduler.max_batch_size
     waiting = {request.state for request in engine.scheduler.waiting}
@@ -206,7 +206,7 @@ def books_agree(engine: cl.Engine) -> None:
 
 
 def nothing_is_left(engine: cl.Engine) -> None:
-    """Every block is free again, in the pool and on the host, and nobody is remembered."""
+    """Assert that every block of pool and swap is free and that no request is left."""
     stats = engine.stats()
     assert (stats.free_blocks, stats.used_blocks, stats.num_running, stats.num_waiting) == (
         engine.cache.blocks.num_blocks,
@@ -222,8 +222,8 @@ def nothing_is_left(engine: cl.Engine) -> None:
 
 
 def play(model, reference, options: dict, load: list[Arrival]) -> tuple[cl.Engine, list[Request]]:
-    """Serve a load step by step, cancelling who is to be, and hold every step and every request to
-    all of the above.
+    """Serve a load step by step, with its cancels and second turns, and assert the invariants above
+    after every step and for every request.
     """
     records = []
     engine = cl.Engine(model, on_step=records.append, **options)
@@ -249,7 +249,7 @@ def play(model, reference, options: dict, load: list[Arrival]) -> tuple[cl.Engin
     while coming or engine.requests:
         while coming and step >= due:
             arrival = coming.popleft()
-            submit(arrival.prompt(engine.vocabulary), arrival, arrival.turns)
+            submit(arrival.prompt(engine.runner.vocabulary), arrival, arrival.turns)
             due += coming[0].wait if coming else 0
         for request in [request for request, when in cancels.items() if step >= when]:
             del cancels[request]
@@ -269,7 +269,7 @@ def play(model, reference, options: dict, load: list[Arrival]) -> tuple[cl.Engin
             if request.state is RequestState.FINISHED:
                 submit([*request.prompt, *request.output_tokens, *range(TURN)], arrival, left - 1)
         step += 1
-        assert step < 20_000, "the engine turns round without an end"
+        assert step < 20_000, "the engine does not finish"
     events += engine.run()
     nothing_is_left(engine)
     assert all(

@@ -1,10 +1,10 @@
 """Many random steps of every strategy against the bitmap: `python tests/soak_allocators.py --steps
 1000000 --seed 1 [--strategy NAME]`.
 
-Every step compares the blocks, what can still be had, and the statistics; every hundredth calls
-`check()`. Every 5,000 steps begin a new pool, of 1 to 300 blocks in leaves of 2 to 512, so that
-sums over several leaves are met too. Prints one line a strategy; a failure names the seed and the
-step. Exit code 1 if one failed, or if a strategy has no entry in `allocator_cases.CASES`.
+Every step compares the blocks, the refusals and the statistics; every hundredth step calls
+`check()`. Every 5,000 steps begin a new pool of 1 to 300 blocks in stretches of 2 to 512, so that
+first fit also searches several stretches. Prints one line a strategy; a failure names the seed and
+the step. Exit code 1 if a strategy failed, or has no entry in `allocator_cases.CASES`.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import time
 from allocator_cases import CASES, Pair, random_step
 
 from cortexlab.allocators import STRATEGIES
-from cortexlab.allocators.free_map import FreeMap
 from cortexlab.allocators.holes import HoleAddresses
 
 STEPS_A_POOL = 5_000
@@ -23,16 +22,15 @@ STEPS_A_CHECK = 100
 
 
 def soak(strategy: str, steps: int, seed: int) -> None:
-    """``steps`` random steps of ``strategy``; an `AssertionError` says where the allocator and the
-    bitmap first disagree.
+    """Run ``steps`` random steps of ``strategy``; an `AssertionError` names the first step at which
+    allocator and bitmap disagree.
     """
-    before = FreeMap.LEAF_BLOCKS, FreeMap.MANY_LEAVES, HoleAddresses.STRETCH_BLOCKS
+    before = HoleAddresses.STRETCH_BLOCKS
     rng = random.Random(f"{strategy} {seed}")
     step = 0
     try:
         while step < steps:
-            FreeMap.LEAF_BLOCKS = HoleAddresses.STRETCH_BLOCKS = 1 << rng.randint(1, 9)
-            FreeMap.MANY_LEAVES = rng.randint(1, 8)
+            HoleAddresses.STRETCH_BLOCKS = 1 << rng.randint(1, 9)
             num_blocks = rng.choice((rng.randint(1, 20), rng.randint(1, 300)))
             largest = rng.randint(1, max(1, num_blocks // 2))
             pair = Pair(CASES[strategy], num_blocks)
@@ -48,7 +46,7 @@ def soak(strategy: str, steps: int, seed: int) -> None:
             f"{strategy}, seed {seed}, step {step}, a pool of {num_blocks}: {error!r}"
         ) from error
     finally:
-        FreeMap.LEAF_BLOCKS, FreeMap.MANY_LEAVES, HoleAddresses.STRETCH_BLOCKS = before
+        HoleAddresses.STRETCH_BLOCKS = before
 
 
 def main() -> int:
@@ -58,20 +56,16 @@ def main() -> int:
     parser.add_argument("--strategy", choices=sorted({*STRATEGIES, *CASES}), help="default: all")
     given = parser.parse_args()
     failed = False
-    for strategy in (
-        [given.strategy] if given.strategy else [*STRATEGIES, *(CASES.keys() - STRATEGIES.keys())]
-    ):
+    all_strategies = [*STRATEGIES, *(CASES.keys() - STRATEGIES.keys())]
+    for strategy in [given.strategy] if given.strategy else all_strategies:
         started = time.perf_counter()
         try:
             soak(strategy, given.steps, given.seed)
             found = "as the bitmap says"
         except AssertionError as error:
             failed, found = True, f"FAILED: {error}"
-        print(
-            f"{strategy:20} {given.steps:>9,} steps, seed {given.seed}, "
-            f"{time.perf_counter() - started:6.1f} s: {found}",
-            flush=True,
-        )
+        seconds, ran = time.perf_counter() - started, f"{given.steps:>9,} steps, seed {given.seed}"
+        print(f"{strategy:20} {ran}, {seconds:6.1f} s: {found}", flush=True)
     return int(failed)
 
 

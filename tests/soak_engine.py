@@ -1,10 +1,11 @@
-"""The engine under load for longer than the tests have time: `python tests/soak_engine.py
---examples 0 --requests 2000 --seed 1`.
+"""Long runs of the engine under load, beyond the time of the tests.
 
-First the matrix: every point of the product in `engine_cases.PRODUCT` (or ``--examples`` of them),
-each with a random load and the other settings drawn. Then ``--requests`` requests on an engine that
-holds a tenth of them at once, once with each preemption. What must hold is written in
-`engine_cases`. A failure names the seed and the case; exit code 1 if one failed.
+    python tests/soak_engine.py --examples 0 --requests 2000 --seed 1
+
+First the matrix: every combination of `engine_cases.PRODUCT`, or ``--examples`` of them, each with
+a random load and settings drawn from `engine_cases.DRAWN`. Then ``--requests`` requests in a pool
+that is too small for the batch, with each kind of preemption. The invariants stand in
+`engine_cases`. A failure names the seed and the case, and the exit code is 1.
 """
 
 import argparse
@@ -18,13 +19,13 @@ import engine_cases
 import mlx.core as mx
 from conftest import Reference
 
-import cortexlab as cl  # before MLX
+import cortexlab as cl
 
-MEMORY = 0.02  # by how much the last tenth's active memory may differ from the second tenth's
+MEMORY = 0.02  # largest relative difference of active memory, last to second tenth of the steps
 
 
 def matrix(model, examples: int, seed: int) -> int:
-    """Play the product of settings; the number of requests served."""
+    """Play the combinations of settings; returns the number of requests served."""
     rng = random.Random(seed)
     cases = [
         dict(zip(engine_cases.PRODUCT, values, strict=True))
@@ -51,8 +52,8 @@ def matrix(model, examples: int, seed: int) -> int:
 def soak(
     model, reference, num_requests: int, seed: int, preemption: str, pipeline: bool = False
 ) -> dict:
-    """Random requests and cancels, a pool for a tenth of them; counts of what happened.
-    `AssertionError` when a promise is broken.
+    """Serve random requests, some cancelled, in a pool for a tenth of the largest batch; returns
+    counts. `AssertionError` for a broken invariant.
     """
     rng = random.Random(f"{seed} {preemption}")
     load = [
@@ -60,9 +61,8 @@ def soak(
         for _ in range(num_requests)
     ]
     longest = sorted(-(-arrival.longest // 16) for arrival in load)
-    blocks = max(
-        sum(longest[-32:]) // 10, longest[-1] + 1
-    )  # a tenth of what the longest 32 could fill, and room for any one
+    # Blocks for a tenth of the 32 longest requests, and for any single request.
+    blocks = max(sum(longest[-32:]) // 10, longest[-1] + 1)
     engine = cl.Engine(
         model,
         num_blocks=blocks,
@@ -86,7 +86,7 @@ def soak(
                 else {"sampling": {"temperature": engine_cases.TEMPERATURE}, "seed": arrival.seed}
             )
             request = engine.submit(
-                arrival.prompt(engine.vocabulary),
+                arrival.prompt(engine.runner.vocabulary),
                 arrival.max_tokens,
                 priority=arrival.priority,
                 **sampling,
@@ -121,7 +121,7 @@ def soak(
         f"active memory went from {early:.0f} to {late:.0f} bytes"
     )
     stats = engine.stats()
-    assert stats.num_preemptions, "nobody had to give way: the pool is too large to prove anything"
+    assert stats.num_preemptions, "no request was preempted: the pool is too large"
     return {
         "requests": len(requests),
         "steps": step,
@@ -138,13 +138,17 @@ def soak(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--examples", type=int, default=0, help="points of the matrix; 0 (default): all"
+        "--examples", type=int, default=0, help="cases of the matrix; 0 (default): all"
     )
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     model = cl.load_model("tiny")[0]
-    jobs = {"matrix": lambda: f"{matrix(model, given.examples, given.seed)} requests as mlx-lm"}
+    jobs = {
+        "matrix": lambda: (
+            f"{matrix(model, given.examples, given.seed)} requests with mlx-lm's tokens"
+        )
+    }
     for preemption in engine_cases.PREEMPTIONS:
         for pipeline in (False, True):
             name = f"{preemption}{', pipelined' if pipeline else ''}"

@@ -1,10 +1,9 @@
-"""Does each notebook's finding hold for another seed and another workload? Runs them whole, finding
-and all: half an hour.
+"""Check of each notebook's finding with another seed and another workload. Takes half an hour.
 
     python tests/soak_findings.py [NOTEBOOK ...]
 
-Exits with 1 when a finding fails where its notebook does not say so: ``KNOWN`` lists those that do,
-by workload.
+The exit code is 1 when a finding fails that ``KNOWN`` does not list; its notebook states that the
+finding fails there.
 """
 
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 import papermill
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-TRIED = {  # beside seed 2, which is tried of all that have one
+TRIED = {  # parameters to try besides seed 2, which every notebook with a seed gets
     "00_quickstart": [{"workload": "heavy-tail", "scale_lengths": 0.3}],
     "02_fragmentation": [{"workload": "heavy-tail", "request_rate": 30.0}],
     "04_engine": [{"workload": "heavy-tail", "scale_lengths": 0.25}],
@@ -35,16 +34,18 @@ TRIED = {  # beside seed 2, which is tried of all that have one
     "explorer": [{"workload": "chat", "request_rate": 4.0}],
 }
 SHORT = "its finding says what differs for short requests"
+# (notebook, workload) -> the reason why the finding fails there, as the notebook states.
 KNOWN = {("02_fragmentation", "heavy-tail"): SHORT, ("05_block_size", "lognormal"): SHORT}
 
 
 def runs(path: Path) -> list[dict]:
+    """Parameters of each run of a notebook."""
     names = papermill.inspect_notebook(str(path))
     return [*([{"seed": 2}] if "seed" in names else []), *TRIED.get(path.stem, [])]
 
 
 def fails(path: Path, parameters: dict) -> str | None:
-    """The first error, or None."""
+    """The first error of a notebook run with ``parameters``, or None."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             papermill.execute_notebook(

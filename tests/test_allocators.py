@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 )
 
 from cortexlab import CortexLabError, Extent, make_allocator
-from cortexlab.allocators import STRATEGIES, block_map, merged, strategy_of
-from cortexlab.allocators.free_map import FREE, USED, FreeMap, joined
+from cortexlab.allocators import STRATEGIES, Allocator, block_map, merged, strategy_of
+from cortexlab.allocators.free_map import FREE, USED, FreeMap
 from cortexlab.allocators.holes import HoleAddresses
 
 every_strategy = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -92,7 +92,7 @@ def test_paged_reports_neighbours_as_one_extent():
     assert pool.extend(a, 2) == (Extent(0, 4), Extent(5, 2))
 
 
-def test_paged_hands_out_what_it_got_back_last_in_the_same_order():
+def test_paged_hands_out_the_extent_freed_last_from_its_front():
     pool = make_allocator("paged", 8)
     a, b = pool.allocate(2), pool.allocate(3)  # a a b b b . . .
     pool.free(a)
@@ -161,8 +161,8 @@ def test_growth_overrides_a_strategys_own_and_a_factory_chains():
 
 
 class AgainstABitmap(RuleBasedStateMachine):
-    """The bitmap and the allocator always agree on who holds what, on what can still be had, and on
-    the statistics.
+    """The bitmap and the allocator always agree on the blocks of every allocation, on what can
+    still be allocated, and on the statistics.
     """
 
     def __init__(self, case):
@@ -193,8 +193,8 @@ class AgainstABitmap(RuleBasedStateMachine):
         self.pair.free(*data.draw(st.permutations(range(len(self.pair.live))))[:2])
 
     @rule(data=st.data(), start=st.integers(0, 42), size=st.integers(1, 5))
-    def free_what_nobody_holds(self, data, start, size):
-        """A foreign extent is refused, and so is a good one beside it."""
+    def free_a_foreign_extent(self, data, start, size):
+        """A foreign extent is refused, and a live allocation beside it too."""
         used = self.pair.model.used
         if all(used[start : start + size]) and start + size <= len(used):
             return
@@ -203,14 +203,14 @@ class AgainstABitmap(RuleBasedStateMachine):
 
     @precondition(lambda self: self.pair.live)
     @rule(data=st.data())
-    def free_the_same_twice_in_one_call(self, data):
+    def free_an_allocation_twice_in_one_call(self, data):
         extents = self.pair.live[self.pick(data)]
         self.refused([*extents, *extents])
 
     @precondition(lambda self: self.pair.live)
     @rule(data=st.data())
     def free_a_part(self, data):
-        """Without its last block, or with a block more."""
+        """An allocation without its last block, or with a block more, is refused."""
         *others, last = self.pair.live[self.pick(data)]
         size = last.num_blocks + data.draw(st.sampled_from([-1, 1]))
         self.refused([*others, Extent(last.start, size)] if size else others)
@@ -228,18 +228,16 @@ class AgainstABitmap(RuleBasedStateMachine):
         return data.draw(st.integers(0, len(self.pair.live) - 1))
 
     def refused(self, extents) -> None:
-        """Nothing changes: `books_agree` follows."""
+        """`free` raises; that nothing changes is asserted by `books_agree`, which follows."""
         with pytest.raises(CortexLabError) as caught:
             self.pair.pool.free(extents)
         assert isinstance(caught.value, ValueError)
 
 
 @every_strategy
-@pytest.mark.parametrize("leaf_blocks", [4, FreeMap.LEAF_BLOCKS], ids=["many leaves", "one leaf"])
-def test_an_allocator_never_disagrees_with_a_bitmap(case, leaf_blocks, monkeypatch):
-    monkeypatch.setattr(FreeMap, "LEAF_BLOCKS", leaf_blocks)
-    monkeypatch.setattr(FreeMap, "MANY_LEAVES", 1)
-    monkeypatch.setattr(HoleAddresses, "STRETCH_BLOCKS", leaf_blocks)
+@pytest.mark.parametrize("stretch_blocks", [4, 512], ids=["many stretches", "one stretch"])
+def test_an_allocator_never_disagrees_with_a_bitmap(case, stretch_blocks, monkeypatch):
+    monkeypatch.setattr(HoleAddresses, "STRETCH_BLOCKS", stretch_blocks)
     run_state_machine_as_test(
         lambda: AgainstABitmap(case),
         settings=settings(max_examples=120, stateful_step_count=40, deadline=None),
@@ -258,7 +256,7 @@ def test_the_soak_runs_every_strategy():
 
 
 @every_strategy
-def test_what_was_taken_can_all_be_had_again(case):
+def test_all_blocks_can_be_allocated_again_after_they_were_freed(case):
     pool = case.make(12)
     first = []
     while (extents := pool.allocate(1)) is not None:
@@ -280,8 +278,8 @@ def test_what_was_taken_can_all_be_had_again(case):
         lambda live, gone: (Extent(12, 1),),  # not of this pool
         lambda live, gone: (Extent(1_000_000, 3),),
         lambda live, gone: (*live, *live),  # overlapping itself
-        lambda live, gone: (*live, Extent(live[0].start, 1)),  # a part of another
-        lambda live, gone: (*live, *gone),  # one good, one not
+        lambda live, gone: (*live, Extent(live[0].start, 1)),  # a part of a live allocation
+        lambda live, gone: (*live, *gone),  # one live, one freed
         lambda live, gone: (Extent(live[0].start, live[-1].end - live[0].start + 1),),  # too long
         lambda live, gone: (),
     ],
@@ -297,7 +295,7 @@ def test_what_was_taken_can_all_be_had_again(case):
         "empty",
     ],
 )
-def test_what_cannot_be_freed_or_extended_is_refused_and_changes_nothing(case, bad):
+def test_extents_that_are_no_live_allocation_are_refused_and_nothing_changes(case, bad):
     pool = case.make(12)
     live, gone = pool.allocate(3), pool.allocate(2)
     pool.free(gone)
@@ -308,7 +306,7 @@ def test_what_cannot_be_freed_or_extended_is_refused_and_changes_nothing(case, b
         assert isinstance(caught.value, ValueError)
         assert pool.stats() == before
         pool.check()
-    pool.free(live)  # still held, so it can be given back
+    pool.free(live)  # the allocation is still live
     assert pool.stats().free_blocks == 12
 
 
@@ -357,7 +355,7 @@ def test_a_static_region_below_one_block_is_refused_by_its_value(region):
         [Extent("a", None)],
     ],
 )
-def test_what_is_no_extent_is_refused_like_a_foreign_one(case, odd):
+def test_values_that_are_no_extents_are_refused_like_foreign_extents(case, odd):
     pool = case.make(6)
     extents = pool.allocate(2)
     before = pool.stats()
@@ -365,7 +363,7 @@ def test_what_is_no_extent_is_refused_like_a_foreign_one(case, odd):
         with pytest.raises(CortexLabError):
             attempt(odd)
     assert pool.stats() == before
-    pool.free(list(extents))  # equal will do
+    pool.free(list(extents))  # an equal sequence serves
 
 
 def test_a_refusal_names_the_extent():
@@ -407,6 +405,11 @@ def test_a_users_factory_that_lacks_a_part_is_refused(missing):
         make_allocator(lambda num_blocks: unfinished(), 4)
 
 
+def test_an_allocator_needs_none_of_the_optional_parts():
+    bare = type("Bare", (), {part: (lambda *args: None) for part in PARTS})()
+    assert isinstance(bare, Allocator) and make_allocator(lambda num_blocks: bare, 4) is bare
+
+
 def test_buddy_holds_64_requests_of_32_in_2048_blocks():
     pool = make_allocator("buddy", 2048)
     assert all(pool.allocate(32) for _ in range(64)) and pool.allocate(1) is None
@@ -439,9 +442,8 @@ def test_a_hundred_thousand_holes_of_one_size_are_used_up_in_linear_time():
     singles = [pool.allocate(1) for _ in range(200_000)]
     for extents in singles[::2]:
         pool.free(extents)
-    assert all(
-        pool.allocate(1) for _ in range(100_000)
-    )  # a dict asked for its first key would take seconds
+    # a search for the first key of a dict would take seconds
+    assert all(pool.allocate(1) for _ in range(100_000))
     assert pool.allocate(1) is None
 
 
@@ -451,16 +453,16 @@ def test_a_hundred_thousand_holes_of_one_size_are_used_up_in_linear_time():
 def test_a_buddy_freed_last_serves_next_and_is_joined_only_for_a_larger_request():
     pool = make_allocator("buddy", 8)
     a, b = pool.allocate(2), pool.allocate(2)  # a a b b . . . .
-    pool.free(a)  # a is hot
+    pool.free(a)  # the hot buddy is a
     assert pool.stats().largest_free_run == 4 and pool.stats().num_holes == 2
     assert pool.allocate(2) == a
     pool.free(a)
-    pool.free(b)  # now b is, and a is put back
+    pool.free(b)  # the hot buddy is b, and a is put back
     assert pool.stats().largest_free_run == 8
-    assert pool.allocate(8) == (Extent(0, 8),)  # all were joined
+    assert pool.allocate(8) == (Extent(0, 8),)  # all buddies were joined
 
 
-def test_looking_at_a_buddy_pool_never_changes_what_comes_next():
+def test_statistics_of_a_buddy_pool_never_change_later_placements():
     looked, left = make_allocator("buddy", 64), make_allocator("buddy", 64)
     for pool in (looked, left):
         live = []
@@ -475,7 +477,7 @@ def test_looking_at_a_buddy_pool_never_changes_what_comes_next():
     assert looked.history == left.history
 
 
-def test_every_block_of_a_buddy_pool_of_any_size_can_be_had():
+def test_every_block_of_a_buddy_pool_of_any_size_can_be_allocated():
     pool = make_allocator("buddy", 13)  # pieces of 8, 4 and 1
     assert [pool.allocate(n) for n in (8, 4, 1)] == [
         (Extent(0, 8),),
@@ -516,22 +518,15 @@ def test_cortexstreams_buddy_counts_blocks_it_never_hands_out():
 # --- the map of free blocks -----------------------------------------------------------------------
 
 
-def small_map(size, leaf_blocks, many_leaves):
-    small = type("SmallMap", (FreeMap,), {"LEAF_BLOCKS": leaf_blocks, "MANY_LEAVES": many_leaves})
-    return small(size)
-
-
 @given(
     changes=st.lists(
         st.tuples(st.integers(0, 99), st.integers(1, 100), st.booleans()), max_size=30
     ),
     size=st.integers(1, 100),
-    leaf=st.integers(1, 4),
-    many=st.integers(1, 8),
 )
 @settings(max_examples=300)
-def test_a_free_map_sums_runs_as_counting_them_does(changes, size, leaf, many):
-    free_map, used = small_map(size, 1 << leaf, many), bytearray(size)
+def test_a_free_map_finds_the_holes_that_counting_finds(changes, size):
+    free_map, used = FreeMap(size), bytearray(size)
     for start, num_blocks, look in changes:
         if start >= size:
             continue
@@ -542,32 +537,25 @@ def test_a_free_map_sums_runs_as_counting_them_does(changes, size, leaf, many):
         free_map.mark([(start, end - start)], state)
         used[start:end] = bytes([state]) * (end - start)
         if look:
-            runs = [len(run) for run in used.split(b"\1")]
-            assert free_map.sum() == (
-                size,
-                runs[0],
-                max(runs),
-                runs[-1],
-                sum(run > 0 for run in runs),
-            )
-            assert free_map.free_blocks == used.count(0)
+            runs = [len(run) for run in used.split(b"\1") if run]
+            assert free_map.holes().tolist() == runs
+            assert free_map.stats() == {
+                "free_blocks": used.count(0),
+                "used_blocks": used.count(1),
+                "largest_free_run": max(runs, default=0),
+                "num_holes": len(runs),
+                "external_fragmentation": 1 - max(runs) / sum(runs) if runs else 0.0,
+            }
 
 
-def test_a_run_of_many_leaves_and_of_many_chunks_is_summed_at_once():
+def test_a_free_map_of_a_million_blocks_finds_its_holes():
     size = 1_000_003
     free_map = FreeMap(size)
     free_map.mark([(1000, 900_000)], USED)
-    assert free_map.sum() == (size, 1000, size - 901_000, size - 901_000, 2)
+    assert free_map.holes().tolist() == [1000, size - 901_000]
     free_map.mark([(1001, 700_000)], FREE)
-    assert free_map.sum() == (size, 1000, 700_000, size - 901_000, 3)
+    assert free_map.holes().tolist() == [1000, 700_000, size - 901_000]
     free_map.check([(0, 1000), (1001, 700_000), (901_000, size - 901_000)])
-
-
-def test_sums_join_across_the_border_and_nothing_is_their_zero():
-    a, b = (4, 1, 2, 2, 2), (4, 3, 3, 0, 1)  # . x . .   . . . x
-    assert joined(a, b) == (8, 1, 5, 0, 2)
-    assert joined(a, (0,) * 5) == a == joined((0,) * 5, a)
-    assert joined((4, 4, 4, 4, 1), b) == (8, 7, 7, 0, 1)
 
 
 # --- for the eye ----------------------------------------------------------------------------------
@@ -586,7 +574,7 @@ def test_a_block_map_shows_a_letter_a_sequence_in_rows_behind_their_first_block(
     assert block_map({}, 3) == "0 ..."
 
 
-def test_a_block_map_reuses_its_letters_and_marks_what_several_hold():
+def test_a_block_map_reuses_its_letters_and_marks_blocks_that_several_hold():
     assert block_map({number: [Extent(number, 1)] for number in range(54)}, 60).endswith(
         "xyzABCDEFGHIJKLMNOPQRSTUVWXYZab......"
     )

@@ -1,7 +1,7 @@
-"""Every architecture of the pinned mlx-lm, unmodified: exact token for token, or refused in one
+"""Every architecture of the pinned mlx-lm, unmodified, gives mlx-lm's tokens or is refused in one
 sentence when the engine is made.
 
-`python tests/test_architectures.py` prints the README's table, which is made of the lists below.
+`python tests/test_architectures.py` prints the README's table from the lists below.
 """
 
 import cortexlab as cl  # noqa: I001 - first, so that the optimized BLAS is in place before MLX
@@ -36,7 +36,7 @@ IN_ROWS = names("""
 ONE_BY_ONE = names(
     "afm7 deepseek_v3 gemma2 gemma3n glm4_moe_lite gpt_bigcode kimi_k25 kimi_vl mistral4 plamo"
 )
-VARIANTS = [name for name in CONFIGS if " " in name]  # of architectures above, either way
+VARIANTS = [name for name in CONFIGS if " " in name]  # other settings of listed architectures
 
 REFUSED = {
     "uses ArraysCache": names("""
@@ -59,13 +59,13 @@ NOT_BUILT = {
 }
 NO_MODELS = names(
     "activations base bitlinear_layers cache gated_delta mla pipeline rope_utils ssm switch_layers"
-)  # parts of models
+)  # modules of mlx_lm.models that hold parts of models
 
-LENGTHS = (3, 60, 1, 31)  # shorter and longer than the window of 12
+LENGTHS = (3, 60, 1, 31)  # prompts shorter and longer than the window of 12
 
 
 @pytest.mark.parametrize("name", [*IN_ROWS, *ONE_BY_ONE, *VARIANTS])
-def test_tokens_are_those_of_mlx_lm(name):
+def test_an_architecture_that_is_served_gives_the_tokens_of_mlx_lm(name):
     model = tiny_model(name)
     reference, before, pieces = Reference(model), attention_functions(), []
     for strategy in ("paged", "cortexstream"):
@@ -82,24 +82,25 @@ def test_tokens_are_those_of_mlx_lm(name):
         engine.cache.warmup()
         places = [pointer(array) for array in engine.cache.arena.arrays()]
         list(engine.run())
-        assert [pointer(array) for array in engine.cache.arena.arrays()] == places, (
-            "the arena was copied"
-        )
+        # On a GPU steps are pipelined, and a step in flight may hold the arena's arrays.
+        assert mx.default_device() != mx.cpu or places == [
+            pointer(array) for array in engine.cache.arena.arrays()
+        ], "the arena was copied"
         assert sum(reference.check(request) for request in requests) >= 3, (
             "near ties end a comparison early"
         )
-        assert name in VARIANTS or engine.driver.batched == (name in IN_ROWS)
+        assert name in VARIANTS or engine.runner.batched == (name in IN_ROWS)
         assert len({token for request in requests for token in request.output_tokens}) > 3, (
-            "these tokens would test nothing"
+            "outputs of three tokens or fewer would test nothing"
         )
-    assert max(pieces) > 4, "blocks were to be scattered"
+    assert max(pieces) > 4, "the test needs a sequence of several extents"
     assert attention_functions() == before
 
 
 @pytest.mark.parametrize(
     ("name", "reason"), [(name, reason) for reason, refused in REFUSED.items() for name in refused]
 )
-def test_refused_in_one_sentence_when_the_engine_is_made(name, reason):
+def test_a_refused_architecture_says_why_in_one_sentence_when_the_engine_is_made(name, reason):
     with pytest.raises(cl.ModelError, match=reason) as error:
         cl.Engine(tiny_model(name), num_blocks=8)
     assert "\n" not in str(error.value)
@@ -110,26 +111,26 @@ def test_refused_in_one_sentence_when_the_engine_is_made(name, reason):
 @pytest.mark.parametrize(
     "name", [*REFUSED["masks a sliding window"], *REFUSED["gives other logits"]]
 )
-def test_there_is_nothing_to_be_equal_to_where_mlx_lm_depends_on_its_own_chunks(name):
+def test_mlx_lms_logits_of_a_refused_architecture_depend_on_its_own_chunks(name):
     model, (prompt,) = tiny_model(name), prompts_of([40], VOCABULARY)
     whole, chunked = (last_logits(model, prompt, size) for size in (40, 8))
     assert mx.abs(whole - chunked).max() > 0.01 * mx.abs(whole).max()
 
 
-@pytest.mark.skipif(mx.metal.is_available(), reason="Metal is there")
+@pytest.mark.skipif(mx.metal.is_available(), reason="Metal runs these models")
 @pytest.mark.parametrize("name", NEEDS_METAL)
-def test_what_mlx_lm_itself_cannot_run_here_is_refused(name):
+def test_a_model_that_mlx_lm_itself_cannot_run_here_is_refused(name):
     with pytest.raises(cl.ModelError, match=r"mlx-lm itself cannot run this model here: .*Metal"):
         cl.Engine(tiny_model(name), num_blocks=8)
 
 
 @pytest.mark.parametrize("name", NOT_BUILT)
-def test_what_cannot_be_built_says_why(name):
+def test_an_architecture_that_cannot_be_built_raises(name):
     with pytest.raises(NOT_BUILT[name][0]):
         tiny_model(name)
 
 
-def test_no_architecture_is_left_out():
+def test_every_module_of_mlx_lm_stands_in_one_list():
     listed = [
         *IN_ROWS,
         *ONE_BY_ONE,
@@ -145,7 +146,7 @@ def test_no_architecture_is_left_out():
     assert {name.split(" ")[0] for name in CONFIGS} <= set(listed)
 
 
-def test_the_readme_has_this_table():
+def test_the_readme_has_the_table_of_architectures():
     assert table() in (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -153,8 +154,8 @@ def test_the_readme_has_this_table():
 
 
 def test_engines_in_two_threads_and_mlx_lm_beside_them_do_not_disturb_each_other():
-    """One model each in the threads, all of one module; `generate_step` of mlx-lm on a third, in
-    this thread.
+    """Three models of one module: an engine for each of two threads, and mlx-lm's `generate_step`
+    for the third model in the main thread.
     """
     models = [tiny_model("llama", seed) for seed in range(3)]
     prompts = prompts_of((20, 33, 7), VOCABULARY)
@@ -200,7 +201,7 @@ def test_engines_take_turns_with_each_other_and_with_mlx_lm(name):
     assert tokens == [token for token, _ in reference.steps(prompts[0], 20)][: len(tokens)]
 
 
-def test_a_trial_that_fails_leaves_model_and_mlx_lm_as_they_were():
+def test_a_refusal_leaves_the_model_and_mlx_lm_unchanged():
     model, before = tiny_model("phi3small"), attention_functions()
     inner, weights = model.model, dict(model.model.layers[0].self_attn.items())
     with pytest.raises(cl.ModelError):
@@ -210,7 +211,7 @@ def test_a_trial_that_fails_leaves_model_and_mlx_lm_as_they_were():
 
 
 def last_logits(model, prompt: list[int], chunk_size: int) -> mx.array:
-    """mlx-lm's own, of the tokens that our vocabulary has."""
+    """mlx-lm's logits after ``prompt`` in chunks, cut to the tokens of `VOCABULARY`."""
     cache = make_prompt_cache(model)
     for start in range(0, len(prompt), chunk_size):
         logits = model(mx.array([prompt[start : start + chunk_size]]), cache=cache)
@@ -218,11 +219,12 @@ def last_logits(model, prompt: list[int], chunk_size: int) -> mx.array:
 
 
 def pointer(array: mx.array) -> int:
+    """Address of an evaluated array's data."""
     return np.array(array, copy=False).__array_interface__["data"][0]
 
 
 def attention_functions() -> dict:
-    """What mlx-lm's loaded modules call attention now."""
+    """The attention function of each loaded module of mlx-lm."""
     loaded = {
         name: module for name, module in sys.modules.items() if name.startswith("mlx_lm.models.")
     }
@@ -237,6 +239,7 @@ def attention_functions() -> dict:
 
 
 def table() -> str:
+    """The README's table of architectures, as Markdown."""
     rows = [
         (f"exact, all sequences of a step at once ({len(IN_ROWS)})", IN_ROWS),
         (f"exact, one sequence after the other ({len(ONE_BY_ONE)})", ONE_BY_ONE),

@@ -1,4 +1,4 @@
-"""Attention over extents equals attention over one piece, in every form, to float32 rounding."""
+"""Every method of attention over extents equals the definition, to float32 rounding."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,18 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortexlab.engine import attention
+from cortexlab.bench.environment import attention_rule
 from cortexlab.engine.arena import Arena, LayerShape
-from cortexlab.engine.attention import METHODS, WINDOW, Plan, RowRun
+from cortexlab.engine.attention import METHODS, WINDOW, Plan, RowRun, windows
 from cortexlab.host.fast_math import SWITCH
 
 KV_HEADS, GROUP, DIM, SLOTS = 2, 3, 8, 600
+SHAPE = LayerShape(KV_HEADS, DIM, DIM)
 TOLERANCE = 2e-6
 
 
 @st.composite
 def sequences(draw):
-    """Sequences scattered over the arena in extents of any length, each with some rows."""
+    """Sequences in extents of any length and order: ``(slot runs, number of rows)`` of each."""
     cuts = sorted(draw(st.sets(st.integers(1, SLOTS - 1), min_size=1, max_size=14)))
     extents = [(a, b) for a, b in zip([0, *cuts], [*cuts, SLOTS], strict=True)]
     order = draw(st.permutations(extents))
@@ -41,11 +42,11 @@ def sequences(draw):
     st.sampled_from("01"),
     st.sampled_from([1, 200]),
 )
-def test_every_method_reads_what_one_piece_would_give(
+def test_every_method_gives_the_attention_of_one_contiguous_sequence(
     found, method, sliding, with_sinks, value_dim, fast, products_a_stream
 ):
     rng = np.random.default_rng(0)
-    arena = Arena(1, KV_HEADS, DIM, SLOTS, layers=[LayerShape(KV_HEADS, DIM, value_dim)])
+    arena = Arena([LayerShape(KV_HEADS, DIM, value_dim)], SLOTS)
     for arrays, dim in ((arena.keys, DIM), (arena.values, value_dim)):
         arrays[0] = mx.array(rng.normal(size=(KV_HEADS, SLOTS, dim)).astype(np.float32))
     sinks = mx.array(rng.normal(size=KV_HEADS * GROUP).astype(np.float32)) if with_sinks else None
@@ -58,7 +59,7 @@ def test_every_method_reads_what_one_piece_would_give(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, fast)
-        patch.setattr(attention, "PRODUCTS_A_STREAM", products_a_stream)
+        patch.setattr(windows, "PRODUCTS_A_STREAM", products_a_stream)
         got = np.array(Plan(rows, arena, method).attend(queries, 0, DIM**-0.5, sliding, sinks))
     np.testing.assert_allclose(
         got, by_hand(rows, arena, np.array(queries), sliding, sinks), atol=TOLERANCE, rtol=1e-5
@@ -66,10 +67,10 @@ def test_every_method_reads_what_one_piece_would_give(
 
 
 def by_hand(rows, arena, queries, sliding, sinks):
-    """The definition: softmax(q K^T / sqrt(d)) V over the last ``sliding`` tokens up to the row's
-    own, in float64.
+    """Attention by its definition in float64: softmax(q K^T / sqrt(d)) V over the last ``sliding``
+    tokens that end with the row's token.
 
-    A sink is one more score, of a token whose value is zero.
+    A sink is the score of one more token, whose value is zero.
     """
     keys, values = (np.array(array[0]).astype(np.float64) for array in (arena.keys, arena.values))
     outputs, first = [], 0
@@ -86,13 +87,13 @@ def by_hand(rows, arena, queries, sliding, sinks):
     return np.array(outputs).reshape(*queries.shape[:2], -1)
 
 
-def test_windows_need_an_arena_as_long_as_one():
-    arena = Arena(1, KV_HEADS, DIM, WINDOW - 1)
+def test_an_arena_shorter_than_a_window_is_not_read_by_windows():
+    arena = Arena([SHAPE], WINDOW - 1)
     assert Plan([RowRun(0, 1, [(0, 1)])] * 9, arena, "windows")._num_by_windows == 0
 
 
 def test_views_and_windows_copy_nothing_and_gather_counts_its_bytes():
-    arena = Arena(1, KV_HEADS, DIM, SLOTS)
+    arena = Arena([SHAPE], SLOTS)
     queries = mx.zeros((2, KV_HEADS * GROUP, DIM))
     rows = [RowRun(99, 1, [(0, 100)]), RowRun(49, 1, [(200, 230), (300, 320)])]
     for method in METHODS:
@@ -103,7 +104,7 @@ def test_views_and_windows_copy_nothing_and_gather_counts_its_bytes():
 
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="'magic'"):
-        Plan([RowRun(0, 1, [(0, 1)])], Arena(1, 1, 8, 16), "magic")
+        Plan([RowRun(0, 1, [(0, 1)])], Arena([LayerShape(1, 8, 8)], 16), "magic")
 
 
 SHORT, LONG = [(8 * i, 8 * i + 3) for i in range(30)], [(0, 200), (300, 400)]
@@ -125,19 +126,19 @@ SHORT, LONG = [(8 * i, 8 * i + 3) for i in range(30)], [(0, 200), (300, 400)]
         ),
     ],
 )
-def test_auto_goes_by_the_rule(rows, ways):
-    assert Plan(rows, Arena(1, KV_HEADS, DIM, SLOTS)).ways == ways
+def test_auto_chooses_the_method_by_its_rule(rows, ways):
+    assert Plan(rows, Arena([SHAPE], SLOTS)).ways == ways
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="elsewhere gather_mm knows 16 bits")
-def test_where_windows_cannot_be_had_short_extents_are_gathered_and_long_ones_viewed():
-    arena = Arena(1, KV_HEADS, DIM, SLOTS, mx.bfloat16)
+@pytest.mark.cpu  # gather_mm takes 16 bits on other devices, so windows are possible there
+def test_without_windows_auto_gathers_short_extents_and_views_long_ones():
+    arena = Arena([SHAPE], SLOTS, mx.bfloat16)
     assert Plan([RowRun(299, 1, LONG)], arena).ways == ["views"]
     assert Plan([RowRun(89, 1, SHORT)], arena).ways == ["gather"]
 
 
-def test_the_rule_is_told_with_its_numbers():
-    rule = attention.rule()
+def test_the_record_of_autos_rule_has_all_its_numbers():
+    rule = attention_rule()
     assert (
         rule["window_slots"] == WINDOW
         and rule["streams"] >= 1

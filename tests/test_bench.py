@@ -1,4 +1,4 @@
-"""The measurement itself: shares, sums, baselines, and the sentence at the end."""
+"""`run_bench`: shares, sums, the baseline mlx-lm, and the recommendation."""
 
 import math
 
@@ -6,8 +6,10 @@ import pytest
 from mlx_lm.generate import BatchGenerator
 
 from cortexlab import metrics
-from cortexlab.bench import serve as bench
-from cortexlab.bench.serve import MLX_LM, Run, Setting, run_bench
+from cortexlab.bench import serve, summary
+from cortexlab.bench.mlx_lm import Difference
+from cortexlab.bench.serve import MLX_LM, Setting, run_bench
+from cortexlab.bench.summary import Bench, Run
 from cortexlab.scheduler.request import Request, RequestState
 from cortexlab.workloads.synthetic import WorkItem, make_workload
 
@@ -38,7 +40,7 @@ def test_shares_sum_to_one_in_every_row_and_step(tiny_bench):
     assert (slots >= 0).all().all()
 
 
-def test_peak_memory_is_bounded_by_the_pool_and_mlx_lm_has_no_pool(tiny_bench):
+def test_the_pool_bounds_peak_memory_and_mlx_lm_has_no_pool(tiny_bench):
     for row in tiny_bench.rows:
         if row["strategy"] == MLX_LM:
             assert (
@@ -68,7 +70,7 @@ def test_every_token_has_a_time_and_sums_agree(tiny_bench):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 12])
 def test_mlx_lm_never_decodes_more_than_the_batch_limit(tiny, batch_size, monkeypatch):
-    """Its constructor raises the limit to `prefill_batch_size`: the baseline must not let it."""
+    """`BatchGenerator` raises its limit to `prefill_batch_size` unless the baseline prevents it."""
     sizes = []
     real = BatchGenerator.next
 
@@ -78,18 +80,17 @@ def test_mlx_lm_never_decodes_more_than_the_batch_limit(tiny, batch_size, monkey
         return result
 
     monkeypatch.setattr(BatchGenerator, "next", spied)
-    items = make_workload(
-        "lognormal", 20, seed=batch_size, scale_lengths=0.3
-    )  # mixed lengths: equal ones never overshoot
+    # Lengths are mixed, because requests of equal length never exceed the limit.
+    items = make_workload("lognormal", 20, seed=batch_size, scale_lengths=0.3)
     result = run_bench(tiny, items, [MLX_LM], Setting(batch_size=batch_size))
     assert result.held and max(sizes) == batch_size
 
 
-def test_at_batch_one_the_faster_of_mlx_lms_two_ways_counts(tiny, monkeypatch):
+def test_at_batch_one_the_row_is_of_the_faster_of_mlx_lms_two_generators(tiny, monkeypatch):
     items = [WorkItem(0.0, 10, 8)] * 4
     slow = {"batch": 0.0, "single": 0.0}
     for name, key in (("run_batch_generator", "batch"), ("run_one_by_one", "single")):
-        real = getattr(bench, name)
+        real = getattr(serve, name)
 
         def delayed(*args, real=real, key=key, **kwargs):
             import time
@@ -98,7 +99,7 @@ def test_at_batch_one_the_faster_of_mlx_lms_two_ways_counts(tiny, monkeypatch):
                 time.sleep(slow[key])
                 yield request
 
-        monkeypatch.setattr(bench, name, delayed)
+        monkeypatch.setattr(serve, name, delayed)
     for loser in slow:
         slow.update(batch=0.0, single=0.0)
         slow[loser] = 0.2
@@ -106,7 +107,7 @@ def test_at_batch_one_the_faster_of_mlx_lms_two_ways_counts(tiny, monkeypatch):
         assert row["duration"] < 0.8 and row["completed"] == 4
 
 
-def test_requests_arrive_when_they_arrive(tiny):
+def test_a_request_is_submitted_at_its_arrival_time(tiny):
     items = [WorkItem(0.0, 5, 2), WorkItem(0.4, 5, 2)]
     for strategy in ("paged", MLX_LM):
         run = run_bench(tiny, items, [strategy], Setting(batch_size=2)).runs[0]
@@ -115,7 +116,7 @@ def test_requests_arrive_when_they_arrive(tiny):
         )
 
 
-def test_latency_formulas():
+def test_latencies_follow_their_formulas():
     request = Request(
         "r",
         (1, 2),
@@ -138,8 +139,8 @@ def test_latency_formulas():
     assert metrics.latency_summary([request, single])["median_ttft_ms"] == 1500
 
 
-def test_shares_by_hand():
-    """16 slots held with 10 tokens, 12 at the end; 8 slots unusable: 10, 2, 4 and 8 of 24."""
+def test_shares_equal_a_calculation_by_hand():
+    """16 slots hold 10 tokens, 12 at the end, and 8 slots are unusable: 10, 2, 4 and 8 of 24."""
     slots = metrics.step_shares([(16, 10, 12)], unusable_slots=8)
     assert slots == {"token": 10, "reserved": 2, "internal": 4, "external": 8}
     shares = metrics.shares([(1.0, slots), (5.0, dict.fromkeys(metrics.SHARES, 0))])
@@ -148,19 +149,25 @@ def test_shares_by_hand():
     ) == pytest.approx(1)
 
 
-def test_hash_of_known_tokens():
+def test_the_hash_is_of_the_compact_json_text():
     import hashlib
 
     assert metrics.tokens_sha256([[1, 2], [3]]) == hashlib.sha256(b"[[1,2],[3]]").hexdigest()
 
 
-def _fake(**seconds) -> bench.Bench:
-    """A bench whose strategies took these seconds, repeat by repeat, for 100 tokens."""
-    made = bench.Bench(Setting())
+def _run_of(name: str, requests: list[Request], seconds: float) -> Run:
+    return Run(
+        strategy=name, requests=requests, refused=0, started_at=0.0, duration=seconds, steps=[]
+    )
+
+
+def _fake(**seconds) -> Bench:
+    """A bench of strategies with given seconds for each repeat, 100 tokens each."""
+    made = Bench()
     for name, times in seconds.items():
         for time in times:
             made.runs.append(
-                Run(name, [Request("r", (1,), 100, output_tokens=[0] * 100)], 0, 0.0, time, [])
+                _run_of(name, [Request("r", (1,), 100, output_tokens=[0] * 100)], time)
             )
         speed = 100 / sorted(times)[len(times) // 2]
         made.rows.append(
@@ -176,16 +183,16 @@ def _fake(**seconds) -> bench.Bench:
 
 def test_the_recommendation_tells_a_lead_from_noise():
     assert (
-        "Use paged" in (text := bench.recommendation(_fake(paged=[1, 1, 1], static=[2, 2, 2])))
+        "Use paged" in (text := summary.recommendation(_fake(paged=[1, 1, 1], static=[2, 2, 2])))
         and "+100%" in text
     )
-    noisy = bench.recommendation(_fake(paged=[1, 2, 1], cortexstream=[2, 1, 1.5]))
+    noisy = summary.recommendation(_fake(paged=[1, 2, 1], cortexstream=[2, 1, 1.5]))
     assert (
         "Use cortexstream" in noisy
         and "no difference in speed beyond noise" in noisy
         and "memory decides" in noisy
     )
-    single = bench.recommendation(_fake(paged=[1], static=[2]))
+    single = summary.recommendation(_fake(paged=[1], static=[2]))
     assert (
         "Fastest in this one run: paged" in single
         and "One run cannot tell speed from noise" in single
@@ -198,13 +205,13 @@ def test_an_interval_needs_two_values():
     assert 1.0 <= low <= 2.0 <= high <= 3.0
 
 
-def test_percentages_of_the_pool():
+def test_a_percentage_is_of_the_blocks_of_the_largest_full_batch():
     items = [WorkItem(0.0, 30, 3), WorkItem(0.0, 60, 5), WorkItem(0.0, 10, 1)]
-    assert bench.full_pool(items, block_size=16, batch_size=2) == 2 + 4
-    assert bench.bench_pool(Setting(num_blocks="50%", batch_size=2), items, 16) == math.ceil(3)
+    assert serve.full_pool(items, block_size=16, batch_size=2) == 2 + 4
+    assert serve.bench_pool(Setting(num_blocks="50%", batch_size=2), items, 16) == math.ceil(3)
     for bad in ("x", "x%", "-1%", "nan%", 0, -3):
-        with pytest.raises(ValueError, match=r"num-blocks"):
-            bench.bench_pool(Setting(num_blocks=bad), items, 16)
+        with pytest.raises(ValueError, match=r"num_blocks"):
+            serve.bench_pool(Setting(num_blocks=bad), items, 16)
 
 
 def _run(name, outputs, max_tokens, finish="length"):
@@ -219,21 +226,21 @@ def _run(name, outputs, max_tokens, finish="length"):
         )
         for i, tokens in enumerate(outputs)
     ]
-    return Run(name, requests, 0, 0.0, 1.0, [])
+    return _run_of(name, requests, 1.0)
 
 
-def test_equality_takes_the_worst_repeat_and_counts_no_short_output(tiny):
-    tie, wrong = bench.Difference(0, 1e-4, 1e-3), bench.Difference(0, 5.0, 1e-3)
+def test_equality_takes_the_worst_repeat_and_does_not_count_a_short_output(tiny):
+    tie, wrong = Difference(0, 1e-4, 1e-3), Difference(0, 5.0, 1e-3)
     good, near, bad = [7, 7], [8, 8], [9, 9]
     known = {((1, 2), tuple(good)): None, ((1, 2), tuple(near)): tie, ((1, 2), tuple(bad)): wrong}
     for runs in ([[good, near], [good, bad]], [[good, bad], [good, near]]):
-        found = bench._equality([_run("paged", outputs, 2) for outputs in runs], tiny, known)
+        found = summary.equality([_run("paged", outputs, 2) for outputs in runs], tiny, known)
         assert found == {"requests_identical": 1, "requests_near_tie": 0, "max_gap": 5.0}
-    short = bench._equality([_run("paged", [good], 3)], tiny, known)
-    assert short["requests_identical"] == 0, "two of three tokens are not the reference's output"
+    short = summary.equality([_run("paged", [good], 3)], tiny, known)
+    assert short["requests_identical"] == 0, "an output cut short is not identical"
 
 
-def test_what_one_strategy_cannot_serve_is_left_out_for_all(tiny, capsys):
+def test_a_request_that_one_strategy_cannot_serve_is_left_out_for_all(tiny, capsys):
     items = [WorkItem(0.0, 10, 5), WorkItem(0.0, 60, 5), WorkItem(0.0, 20, 5)]
     result = run_bench(tiny, items, ["paged", MLX_LM], Setting(num_blocks=2, max_seq_len=128))
     assert [(row["completed"], row["refused"]) for row in result.rows] == [(2, 1), (2, 1)]

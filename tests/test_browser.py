@@ -1,8 +1,8 @@
-"""Notebooks as people see them: JupyterLab and Voila in headless Chromium. Figures of latency are
-printed, screenshots kept.
+"""Notebooks in JupyterLab and Voila, shown by headless Chromium. The latency of their sliders is
+printed.
 
-Skipped on a machine without Chromium, unless CI is set: the gate must not pass because it has no
-browser. Set ``SCREENSHOTS`` to a folder to look at what the browser showed.
+The tests are skipped on a machine without Chromium, but fail there if CI is set. Set
+``SCREENSHOTS`` to a folder to keep screenshots.
 """
 
 import io
@@ -36,7 +36,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PRESSES, SLOWEST_MS = 20, 600  # of a slider: the median of so many, and what it must not exceed
+PRESSES, SLOWEST_MS = 20, 600  # key presses on a slider, and the limit of their median latency
 MINUTE_MS = 60_000
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.skipif(
 def chromium():
     from playwright.sync_api import sync_playwright
 
-    assert CHROMIUM, "CI has no Chromium: the package is called chromium"
+    assert CHROMIUM, "CI has no Chromium: install the package `chromium`"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield browser
@@ -57,10 +57,10 @@ def chromium():
 @pytest.fixture
 def page(chromium, request):
     page = chromium.new_page(viewport={"width": 1400, "height": 1100})
-    page.route(
+    page.route(  # requests to other machines, such as icon fonts, are blocked
         lambda url: "127.0.0.1" not in url and not url.startswith(("data:", "blob:")),
         lambda route: route.abort(),
-    )  # icon fonts
+    )
     page.set_default_timeout(MINUTE_MS)
     yield page
     if folder := os.environ.get("SCREENSHOTS"):
@@ -70,8 +70,8 @@ def page(chromium, request):
 
 @pytest.fixture
 def serve(tmp_path):
-    """Starts a server on copies of the notebooks, with folders of its own; ended with its kernels
-    when the test is over.
+    """Function that starts a server on copies of the notebooks, with its own settings folders. The
+    server and its kernels end with the test.
     """
     started = []
 
@@ -127,7 +127,7 @@ def serve(tmp_path):
     for process in started:
         process.terminate()
         try:
-            process.wait(30)  # a Jupyter server ends its kernels first
+            process.wait(30)  # a Jupyter server ends after its kernels
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -135,6 +135,7 @@ def serve(tmp_path):
 
 @pytest.fixture
 def lab(serve, tmp_path):
+    """Function that starts JupyterLab."""
     folders = [f"--ServerApp.root_dir={tmp_path / 'notebooks'}"]
     folders += [
         f"--LabApp.{name}_dir={tmp_path / name.rpartition('_')[2]}"
@@ -145,13 +146,12 @@ def lab(serve, tmp_path):
 
 
 def run_all(page, address: str, notebooks: Path, name: str) -> list:
-    """Opens a notebook, runs all its cells and saves it: the cells as saved."""
+    """Open a notebook, run all its cells and save it; returns the saved code cells."""
     path = notebooks / f"{name}.ipynb"
     page.goto(f"{address}/lab/workspaces/{name}/tree/{path.name}?token=secret")
     bar = page.locator("#jp-main-statusbar")
-    bar.get_by_text(
-        re.compile(r"\| Idle")
-    ).wait_for()  # a Run All before there is a kernel is dropped without a word
+    # JupyterLab silently drops a Run All that comes before the kernel is there.
+    bar.get_by_text(re.compile(r"\| Idle")).wait_for()
     shipped = [
         cell.execution_count for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"
     ]
@@ -171,6 +171,7 @@ def run_all(page, address: str, notebooks: Path, name: str) -> list:
 
 
 def errors(cells: list) -> list[str]:
+    """``name: message`` of each error among the cells' outputs."""
     return [
         f"{output.ename}: {output.evalue}"
         for cell in cells
@@ -180,8 +181,8 @@ def errors(cells: list) -> list[str]:
 
 
 def latencies(page) -> list[float]:
-    """Milliseconds from each press of a key on the slider to its new picture, which must differ
-    from the one before.
+    """Milliseconds from each key press on the slider to the new picture. The last picture must
+    differ from the first.
     """
     slider, picture = (
         page.locator(".widget-slider .noUi-handle").first,
@@ -201,6 +202,7 @@ def latencies(page) -> list[float]:
     return taken
 
 
+# Script that notes the times of the next key press and of the next picture drawn after it.
 WATCH = """() => {
     const image = document.querySelector('img.widget-image');
     window.shown = new Promise(done => {
@@ -216,19 +218,21 @@ WATCH = """() => {
 
 
 def pixels(picture) -> np.ndarray:
+    """``[height, width, 3]`` of an image on the page."""
     return np.asarray(Image.open(io.BytesIO(picture.screenshot())).convert("RGB")).astype(int)
 
 
 def told(name: str, taken: list[float], capsys) -> None:
+    """Print the median latency and assert its limit."""
     with capsys.disabled():
         print(
             f"\n{name}: key press to new picture, median of {len(taken)}: "
-            f"{statistics.median(taken):.0f} ms (most: {max(taken):.0f})"
+            f"{statistics.median(taken):.0f} ms (maximum: {max(taken):.0f})"
         )
     assert statistics.median(taken) <= SLOWEST_MS
 
 
-# --- what they see --------------------------------------------------------------------------------
+# --- the notebooks --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["00_quickstart", "explorer"])
@@ -239,8 +243,8 @@ def test_jupyterlab_runs_a_notebook_and_its_slider_moves_the_picture(name, lab, 
     told(f"{name} in JupyterLab", latencies(page), capsys)
 
 
-def test_the_browser_tests_would_see_an_error(lab, page):
-    """The check of `run_all` can fail: a notebook that raises is found out."""
+def test_a_notebook_that_raises_is_found_by_run_all(lab, page):
+    """Proof that the test of notebooks in JupyterLab can fail."""
     address, notebooks = lab()
     broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0", execution_count=1)])
     broken.metadata["kernelspec"] = {
@@ -254,7 +258,7 @@ def test_the_browser_tests_would_see_an_error(lab, page):
     ]
 
 
-def test_the_explorer_is_a_page_of_its_own(serve, page, capsys):
+def test_voila_serves_the_explorer_as_a_page_that_shows_errors(serve, page, capsys):
     pytest.importorskip("voila", reason="the extra `explorer` is not installed")
     address, _ = serve(["voila", "explorer.ipynb"], "--Voila.token", "/voila/static/voila.js")
     page.goto(f"{address}/?token=secret")
@@ -262,8 +266,7 @@ def test_the_explorer_is_a_page_of_its_own(serve, page, capsys):
     told("the explorer under Voila", latencies(page), capsys)
     left = page.get_by_label("left", exact=True)
     left.select_option("runs")
-    page.get_by_text(
-        "choose two strategies"
-    ).wait_for()  # what a callback raises is shown in the page
+    # The page shows the message of an exception in a widget's callback.
+    page.get_by_text("choose two strategies").wait_for()
     left.select_option("buddy")
     page.get_by_text("choose two strategies").wait_for(state="hidden")

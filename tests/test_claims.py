@@ -7,8 +7,8 @@ import pytest
 from cortexlab import BadInput, make_allocator
 from cortexlab.allocators import STRATEGIES
 from cortexlab.lab import claims
-from cortexlab.lab.claims import Claim, churn, copied_bytes, published_scan
-from cortexlab.lab.play import play
+from cortexlab.lab.claims import Claim, copied_bytes, published_scan
+from cortexlab.lab.play import churn, play
 from cortexlab.plots import allocators as plots_allocators
 
 SCRIPT = "a+5 b+3 c+6 d+2 e+4 b- d- f+6 a+2"
@@ -28,7 +28,7 @@ def test_a_script_played_to_first_fit_and_to_paged():
     assert paged.verdict == "all served" and paged.spare_blocks == 0 and paged.num_extents > 4
 
 
-def test_what_buddies_and_regions_hand_out_beyond_the_request_is_counted():
+def test_blocks_that_buddies_and_regions_hand_out_beyond_the_request_are_counted():
     assert play("buddy", "a+5 b+3", 16).spare_blocks == 4
     assert play("static", "a+5 b+3", 16).spare_blocks == 8, (
         "regions of eight, the largest request rounded up"
@@ -36,7 +36,7 @@ def test_what_buddies_and_regions_hand_out_beyond_the_request_is_counted():
     assert play("static", "a+5 b+3 c+1", 16).verdict == "refused: c+1 (0 free)"
 
 
-def test_one_that_was_refused_may_leave_and_come_again():
+def test_a_refused_sequence_may_leave_and_come_again():
     toy = play("cortexstream", "a+3 b+2 b- a- b+2", 4)
     assert toy.verdict == "refused: b+2 (1 free)" and toy.asked == {"a": 0, "b": 2}
 
@@ -47,7 +47,7 @@ def test_a_script_that_makes_no_sense_is_refused(script):
         play("paged", script, 8)
 
 
-def test_churn_is_the_same_for_all_and_repeats():
+def test_churn_plays_equal_requests_to_all_strategies_and_repeats():
     rows = {name: churn(name, num_requests=500, seed=4) for name in STRATEGIES}
     assert (
         rows["paged"]
@@ -131,7 +131,7 @@ def test_the_claims_and_their_verdicts():
     assert len(table.splitlines()) == 2 + len(found) and all(
         line.count("|") == 5 for line in table.splitlines()
     )
-    assert found == claims.counted_claims(), "counted, so the same every time"
+    assert found == claims.counted_claims(), "counted claims repeat exactly"
 
 
 def test_timed_claims_say_a_figure():
@@ -164,5 +164,5 @@ def test_figures_show_their_data():
         costs, ("allocate+free", "turnover"), 3.0, "claimed"
     )
     assert [line.get_label() for line in panels[0].lines] == ["paged", "claimed"], (
-        "what was not measured is not drawn"
+        "a strategy without a measurement is not drawn"
     )

@@ -1,5 +1,5 @@
-"""The command line as a user meets it: good runs leave whole results, bad input leaves one line and
-nothing else.
+"""The command line: a good run leaves a whole result, bad input one line on standard error and no
+file.
 """
 
 import json
@@ -15,72 +15,24 @@ import pytest
 
 from cortexlab import allocators
 from cortexlab.cli import main as cli
-from cortexlab.lab import conformance as proving
+from cortexlab.lab import conformance
 from cortexlab.results import store as results
 
 STRATEGIES = ["static", "cortexstream", "paged", "mlx-lm"]
-ROW = [
-    "strategy",
-    "block_size",
-    "num_blocks",
-    "batch_size",
-    "completed",
-    "refused",
-    "duration",
-    "total_input_tokens",
-    "total_output_tokens",
-    "request_throughput",
-    "output_throughput",
-    "token_share",
-    "reserved_share",
-    "internal_share",
-    "external_share",
-    "external_fragmentation",
-    "num_holes",
-    "copied_bytes",
-    "peak_kv_bytes",
-    "arena_bytes",
-    "num_preemptions",
-    "tokens_sha256",
-    "requests_identical",
-    "requests_near_tie",
-    "max_gap",
-]
+ROW = ["strategy", "block_size", "num_blocks", "batch_size", "completed", "refused", "duration"]
+ROW += ["total_input_tokens", "total_output_tokens", "request_throughput", "output_throughput"]
+ROW += ["token_share", "reserved_share", "internal_share", "external_share"]
+ROW += ["external_fragmentation", "num_holes", "copied_bytes", "peak_kv_bytes", "arena_bytes"]
+ROW += ["num_preemptions", "tokens_sha256", "requests_identical", "requests_near_tie", "max_gap"]
 ROW += [
     f"{statistic}_{name}_ms"
     for statistic in ("mean", "median", "p99")
     for name in ("ttft", "tpot", "itl", "e2el")
 ]
-SMALL = [
-    "--model",
-    "tiny",
-    "--requests",
-    "6",
-    "--batch-size",
-    "3",
-    "--seed",
-    "1",
-    "--workload",
-    "lognormal",
-    "--scale-lengths",
-    "0.3",
-]
-ONE = [
-    "bench",
-    "--model",
-    "tiny",
-    "--requests",
-    "2",
-    "--batch-size",
-    "2",
-    "--workload",
-    "lognormal",
-    "--scale-lengths",
-    "0.1",
-    "--strategies",
-    "cortexstream",
-    "--json",
-]
+SMALL = ["--model", "tiny", "--requests", "6", "--batch-size", "3", "--seed", "1"]
+SMALL += ["--workload", "lognormal", "--scale-lengths", "0.3"]
+ONE = ["bench", "--model", "tiny", "--requests", "2", "--batch-size", "2", "--scale-lengths", "0.1"]
+ONE += ["--workload", "lognormal", "--strategies", "cortexstream", "--json"]
 
 
 def process(*words, **environment: str) -> subprocess.CompletedProcess:
@@ -95,7 +47,7 @@ def process(*words, **environment: str) -> subprocess.CompletedProcess:
 
 
 def strict(text: str):
-    """JSON as every reader takes it: without NaN and Infinity."""
+    """Parse JSON without the extensions NaN and Infinity, which other readers refuse."""
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
@@ -120,8 +72,8 @@ def run(capsys):
 
 @pytest.fixture
 def refused(run, tmp_path):
-    """Bad input: exit code 2, one line on standard error, nothing on standard output, nothing
-    written. Gives the line.
+    """Run a command and assert that it is refused: exit code 2, one line on standard error, nothing
+    on standard output, no file. Returns the line.
     """
 
     def refused(*words, out: Path = tmp_path / "out"):
@@ -139,24 +91,15 @@ def refused(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """One run of four strategies: the process and its folder."""
+    """The process and the result folder of one bench of four strategies."""
     out = tmp_path_factory.mktemp("results")
-    done = process(
-        "bench",
-        "--json",
-        *SMALL,
-        "--strategies",
-        ",".join(STRATEGIES),
-        "--out",
-        out,
-        "--name",
-        "good",
-    )
+    words = ["--strategies", ",".join(STRATEGIES), "--out", out, "--name", "good"]
+    done = process("bench", "--json", *SMALL, *words)
     assert done.returncode == 0, done.stderr
     return done, out / "good"
 
 
-def test_json_is_one_document_and_nothing_else(bench):
+def test_with_json_a_bench_prints_one_document_and_no_other_line(bench):
     done, _ = bench
     document = strict(done.stdout)
     assert set(document) >= {"environment", "rows", "ratios"}
@@ -164,7 +107,7 @@ def test_json_is_one_document_and_nothing_else(bench):
     assert done.stderr == ""
 
 
-def test_every_row_has_every_field(bench):
+def test_every_row_of_a_bench_has_every_field(bench):
     rows = strict(bench[0].stdout)["rows"]
     assert [row["strategy"] for row in rows] == STRATEGIES
     for row in rows:
@@ -172,34 +115,26 @@ def test_every_row_has_every_field(bench):
         assert (row["completed"], row["refused"], row["batch_size"]) == (6, 0, 3)
         assert row["requests_identical"] + row["requests_near_tie"] == 6
         assert row["request_throughput"] == pytest.approx(6 / row["duration"])
-        assert row["output_throughput"] == pytest.approx(
-            row["total_output_tokens"] / row["duration"]
-        )
+        throughput = row["total_output_tokens"] / row["duration"]
+        assert row["output_throughput"] == pytest.approx(throughput)
 
 
-def test_every_strategy_yields_the_same_tokens(bench):
+def test_all_strategies_yield_equal_tokens(bench):
     rows = strict(bench[0].stdout)["rows"]
     assert len({row["tokens_sha256"] for row in rows}) == 1
     assert len({(row["total_input_tokens"], row["total_output_tokens"]) for row in rows}) == 1
 
 
-def test_shares_sum_to_one(bench):
+def test_the_four_shares_of_a_row_sum_to_one(bench):
     for row in strict(bench[0].stdout)["rows"]:
         shares = [row[f"{name}_share"] for name in ("token", "reserved", "internal", "external")]
         assert sum(shares) == pytest.approx(1) and all(0 <= share <= 1 for share in shares)
 
 
-def test_what_does_not_apply_to_mlx_lm_is_null_and_never_zero(bench):
+def test_a_figure_that_does_not_apply_to_mlx_lm_is_null(bench):
     *ours, theirs = strict(bench[0].stdout)["rows"]
-    for name in (
-        "block_size",
-        "num_blocks",
-        "external_fragmentation",
-        "num_holes",
-        "copied_bytes",
-        "arena_bytes",
-        "num_preemptions",
-    ):
+    names = "block_size num_blocks external_fragmentation num_holes copied_bytes arena_bytes"
+    for name in [*names.split(), "num_preemptions"]:
         assert theirs[name] is None
         assert all(row[name] is not None for row in ours)
     assert theirs["external_share"] == 0
@@ -208,60 +143,52 @@ def test_what_does_not_apply_to_mlx_lm_is_null_and_never_zero(bench):
 def test_ratios_compare_every_strategy_to_mlx_lm(bench):
     ratios = strict(bench[0].stdout)["ratios"]
     assert [ratio["strategy"] for ratio in ratios] == STRATEGIES[:-1]
-    assert all(
-        ratio["baseline"] == "mlx-lm"
-        and set(ratio["output_throughput"]) == {"median", "min", "max", "n"}
-        for ratio in ratios
-    )
+    for ratio in ratios:
+        assert ratio["baseline"] == "mlx-lm"
+        assert set(ratio["output_throughput"]) == {"median", "min", "max", "n"}
 
 
-def test_the_result_is_whole(bench):
+def test_a_result_has_all_its_tables_and_figures(bench):
     _, folder = bench
-    assert {file.name for file in folder.iterdir()} >= {
-        "rows.parquet",
-        "requests.parquet",
-        "steps.parquet",
-        "run.json",
-    }
+    files = {file.name for file in folder.iterdir()}
+    assert files >= {"rows.parquet", "requests.parquet", "steps.parquet", "run.json"}
     figures = list(folder.glob("*.png"))
     assert figures and all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
-    assert [entry.name for entry in folder.parent.iterdir()] == ["good"], (
-        "nothing temporary is left"
-    )
+    assert [entry.name for entry in folder.parent.iterdir()] == ["good"], "a temporary file is left"
     found = results.read(folder)
     assert list(found["rows"]["strategy"]) == STRATEGIES
     assert len(found["requests"]) == 6 * len(STRATEGIES)
     assert found["run"]["environment"]["mlx_version"]
 
 
-def test_run_json_is_json_for_every_reader(bench):
+def test_run_json_has_no_nan_and_no_infinity(bench):
     strict((bench[1] / "run.json").read_text())
 
 
-def test_a_seed_is_a_run(bench, run, tmp_path):
+def test_runs_of_equal_seed_yield_equal_tokens(bench, run, tmp_path):
     rows = strict(bench[0].stdout)["rows"]
     code, stdout, _ = run("bench", "--json", *SMALL, "--strategies", "paged", "--out", tmp_path)
     (row,) = strict(stdout)["rows"]
     assert (code, row["tokens_sha256"]) == (0, rows[0]["tokens_sha256"])
 
 
-def test_without_json_a_table_and_where_the_files_are(run, tmp_path):
+def test_without_json_a_bench_prints_a_table_and_the_result_folder(run, tmp_path):
     code, stdout, stderr = run(*ONE[:-1], "--out", tmp_path, "--name", "table")
     assert (code, stderr) == (0, "")
     assert "cortexstream" in stdout and str(tmp_path / "table") in stdout
     assert max(map(len, stdout.splitlines()[1:3])) <= 120
 
 
-def test_the_default_name_is_command_and_time(run, tmp_path):
+def test_the_default_name_of_a_result_is_the_command_and_the_time(run, tmp_path):
     run(*ONE, "--out", tmp_path)
     (folder,) = tmp_path.iterdir()
     assert pd.to_datetime(folder.name.removeprefix("bench-"), format="%Y%m%dT%H%M%SZ")
 
 
-# --- names in use, refusals, own strategies -------------------------------------------------------
+# --- names in use, refusals, a user's own strategies ----------------------------------------------
 
 
-def test_a_name_in_use_is_refused_unless_overwrite_is_said(run, tmp_path):
+def test_a_name_in_use_is_refused_without_overwrite(run, tmp_path):
     words = (*ONE, "--out", tmp_path, "--name", "mine")
     assert run(*words)[0] == 0
     before = (tmp_path / "mine" / "run.json").read_bytes()
@@ -274,7 +201,7 @@ def test_a_name_in_use_is_refused_unless_overwrite_is_said(run, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_file_is_no_result_to_overwrite(run, tmp_path):
+def test_overwrite_does_not_replace_a_file(run, tmp_path):
     (tmp_path / "mine").write_text("precious")
     code, stdout, stderr = run(*ONE, "--out", tmp_path, "--name", "mine", "--overwrite")
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
@@ -283,17 +210,8 @@ def test_a_file_is_no_result_to_overwrite(run, tmp_path):
 
 
 def test_a_request_that_cannot_fit_is_refused_by_name_and_counted(run, tmp_path):
-    code, stdout, stderr = run(
-        "bench",
-        "--json",
-        *SMALL,
-        "--strategies",
-        "paged,mlx-lm",
-        "--max-seq-len",
-        "55",
-        "--out",
-        tmp_path,
-    )
+    words = ["--strategies", "paged,mlx-lm", "--max-seq-len", "55", "--out", tmp_path]
+    code, stdout, stderr = run("bench", "--json", *SMALL, *words)
     assert code == 0
     for row in strict(stdout)["rows"]:
         assert row["refused"] > 0 and row["completed"] + row["refused"] == 6
@@ -302,26 +220,13 @@ def test_a_request_that_cannot_fit_is_refused_by_name_and_counted(run, tmp_path)
     assert all("'r" in line and "55" in line for line in refusals)
 
 
-def test_when_every_request_is_refused_that_is_bad_input(refused):
+def test_a_bench_whose_requests_are_all_refused_is_bad_input(refused):
     assert "'r0'" in refused(*ONE, "--max-seq-len", "1")
 
 
-def test_when_every_request_is_refused_after_another_strategy_refused_some_it_is_still_one_line(
-    refused,
-):
-    refused(
-        "bench",
-        "--json",
-        *SMALL,
-        "--strategies",
-        "mlx-lm,paged",
-        "--max-seq-len",
-        "55",
-        "--num-blocks",
-        "1",
-        "--block-size",
-        "4",
-    )
+def test_refusals_of_an_earlier_strategy_are_not_printed_when_a_later_one_refuses_all(refused):
+    words = "--strategies mlx-lm,paged --max-seq-len 55 --num-blocks 1 --block-size 4"
+    refused("bench", "--json", *SMALL, *words.split())
 
 
 OWN = """
@@ -340,6 +245,7 @@ number = 17
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
+    """A working directory with the modules ``own_allocators`` and ``broken_allocators``."""
     (tmp_path / "own_allocators.py").write_text(OWN)
     (tmp_path / "broken_allocators.py").write_text("def (\n")
     monkeypatch.chdir(tmp_path)
@@ -348,16 +254,9 @@ def own(tmp_path, monkeypatch):
         sys.modules.pop(module, None)
 
 
-def test_a_strategy_of_ones_own_is_a_file_in_the_working_directory(own, run, tmp_path):
-    code, stdout, _ = run(
-        "bench",
-        "--json",
-        *SMALL,
-        "--strategies",
-        "own_allocators:Mine,paged",
-        "--out",
-        tmp_path / "out",
-    )
+def test_a_users_own_strategy_is_found_in_the_working_directory(own, run, tmp_path):
+    words = ["--strategies", "own_allocators:Mine,paged", "--out", tmp_path / "out"]
+    code, stdout, _ = run("bench", "--json", *SMALL, *words)
     mine, paged = strict(stdout)["rows"]
     assert code == 0 and "Mine" in mine["strategy"]
     assert mine["tokens_sha256"] == paged["tokens_sha256"]
@@ -376,14 +275,14 @@ def test_a_strategy_of_ones_own_is_a_file_in_the_working_directory(own, run, tmp
         "broken_allocators:Mine",
     ],
 )
-def test_a_strategy_of_ones_own_that_cannot_be_used_is_refused_by_name(name, own, refused):
+def test_a_users_own_strategy_that_cannot_be_used_is_refused_by_name(name, own, refused):
     line = refused(*ONE, "--strategies", name)
     assert any(part and part in line for part in (name, name.rpartition(":")[2], "17"))
 
 
 # --- bad input ------------------------------------------------------------------------------------
 
-BAD = [  # words, what the line names
+BAD = [  # words of the command line, and a pattern of the line on standard error
     ("--strategies fancy", "'fancy'"),
     ("--strategies paged,fancy", "'fancy'"),
     ("--strategies paged,", "strategy"),
@@ -432,36 +331,32 @@ ENORMOUS = [
 
 
 @pytest.mark.parametrize(("words", "named"), BAD, ids=[words for words, _ in BAD])
-def test_bad_input_is_one_line_that_names_it(words, named, refused):
+def test_bad_input_is_refused_in_one_line_that_names_the_value(words, named, refused):
     assert re.search(named, refused(*ONE, *words.split(" ")))
 
 
 @pytest.mark.parametrize(("words", "named"), ENORMOUS, ids=[words[:40] for words, _ in ENORMOUS])
-def test_a_value_beyond_any_machine_is_bad_input_too(words, named, refused):
+def test_a_value_beyond_any_machine_is_bad_input(words, named, refused):
     assert named in refused(*ONE, *words.split())
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--requests 0",
-        "--workload holiday",
-        "--strategies fancy",
-        "--trace nowhere.csv",
-        f"--name {'x' * 300}",
-    ],
-)
+CHEAP_TO_REFUSE = ["--requests 0", "--workload holiday", "--strategies fancy"]
+CHEAP_TO_REFUSE += ["--trace nowhere.csv", f"--name {'x' * 300}"]
+
+
+@pytest.mark.parametrize("words", CHEAP_TO_REFUSE)
 def test_bad_input_is_refused_before_the_model_is_loaded(words, refused, monkeypatch):
-    monkeypatch.setattr(
-        "cortexlab.host.models.load_model", lambda name: pytest.fail("the model was loaded")
-    )
+    def load_model(name):
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("cortexlab.host.models.load_model", load_model)
     refused(*ONE, *words.split())
 
 
 @pytest.mark.parametrize(
     "words", [[], ["frobnicate"], ["doctor", "--frobnicate"], ["fetch-model", "extra"]]
 )
-def test_bad_usage_is_one_line(words, run):
+def test_bad_usage_is_refused_in_one_line(words, run):
     code, stdout, stderr = run(*words)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
 
@@ -472,7 +367,7 @@ def test_a_results_folder_that_cannot_be_written_is_refused_before_any_work(refu
 
 
 @pytest.mark.parametrize("trace", ["azure_2023_conv", "mooncake_conversation"])
-def test_a_seed_below_zero_is_refused_with_a_trace_too(trace, refused, tmp_path, monkeypatch):
+def test_a_seed_below_zero_is_refused_with_a_trace(trace, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("CORTEXLAB_TRACES", str(tmp_path))
     (tmp_path / "azure_2023_conv.csv").write_text(
         "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,37,4\n"
@@ -488,16 +383,16 @@ def test_a_broken_trace_is_named_with_its_line(refused, tmp_path):
     assert f"{tmp_path / 'bad.jsonl'}, line 1" in refused(*ONE, "--trace", tmp_path / "bad.jsonl")
 
 
-def test_a_truncated_model_file_is_refused(tmp_path):
-    """In a process of its own: nothing below may print either."""
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_a_truncated_model_file_is_refused_and_no_library_prints(tmp_path):
     folder, out = tmp_path / "cache", tmp_path / "out"
     folder.mkdir()
-    (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    (folder / GGUF).write_bytes(b"GGUF\x03\x00\x00\x00")
     done = process(*ONE, "--model", "smollm2", "--out", out, CORTEXLAB_CACHE=str(folder))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert (
-        "SmolLM2-135M-Instruct.Q4_1.gguf" in done.stderr and "corrupt or truncated" in done.stderr
-    )
+    assert GGUF in done.stderr and "corrupt or truncated" in done.stderr
     assert not out.exists()
 
 
@@ -512,7 +407,7 @@ CONFIG = {
     "vocab_size": 256,
     "max_position_embeddings": 4096,
 }
-DAMAGED = {  # the files of a local model folder
+DAMAGED = {  # files of a local model folder: name -> text
     "empty folder": {},
     "config is no JSON": {"config.json": "{"},
     "config without a type": {"config.json": "{}"},
@@ -534,7 +429,7 @@ def test_a_damaged_model_folder_is_refused(files, refused, tmp_path):
     assert str(folder) in refused(*ONE, "--model", folder)
 
 
-def test_a_damaged_model_folder_is_one_line_in_a_process_of_its_own(tmp_path):
+def test_a_damaged_model_folder_is_refused_in_one_line_and_no_library_prints(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{")
     done = process(*ONE, "--model", tmp_path / "model", "--out", tmp_path / "out")
@@ -542,7 +437,7 @@ def test_a_damaged_model_folder_is_one_line_in_a_process_of_its_own(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_in_a_process_of_its_own(tmp_path):
+def test_an_unknown_strategy_is_refused_with_the_names_of_all_strategies(tmp_path):
     done = process(*ONE, "--strategies", "fancy", "--out", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     allowed = ", ".join(sorted([*allocators.STRATEGIES, "mlx-lm"]))
@@ -550,10 +445,11 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- whole or not at all --------------------------------------------------------------------------
+# --- results are written whole or not at all ------------------------------------------------------
 
 
 def visible(folder: Path) -> list[str]:
+    """Sorted names of the entries that are not hidden."""
     return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
@@ -564,7 +460,7 @@ def test_an_exception_leaves_no_half_result(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_exception_keeps_the_result_that_was_there(tmp_path):
+def test_an_exception_keeps_the_earlier_result(tmp_path):
     with results.written_atomically(tmp_path / "mine") as folder:
         (folder / "run.json").write_text("old")
     with pytest.raises(KeyboardInterrupt), results.written_atomically(tmp_path / "mine") as folder:
@@ -595,7 +491,8 @@ def test_a_killed_writer_leaves_no_half_result(before, tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert visible(tmp_path) == (["mine"] if before else [])
     assert [file.name for file in target.glob("*")] == (["run.json"] if before else [])
-    with results.written_atomically(target) as folder:  # and the next writer is not in its way
+    # The hidden folder of the killed writer blocks no later writer.
+    with results.written_atomically(target) as folder:
         (folder / "run.json").write_text("new")
     assert (target / "run.json").read_text() == "new"
 
@@ -603,35 +500,25 @@ def test_a_killed_writer_leaves_no_half_result(before, tmp_path):
 # --- the other commands ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["doctor", "bench", "replay", "allocbench", "sweep", "compare", "report", "fetch-model", "lab"],
-)
-def test_every_command_explains_itself(command, run):
+COMMANDS = ["doctor", "bench", "replay", "allocbench", "sweep", "compare", "report"]
+COMMANDS += ["fetch-model", "lab"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_page(command, run):
     code, stdout, stderr = run(command, "--help")
     assert (code, stderr) == (0, "")
     assert command in stdout
 
 
-def test_doctor_says_what_this_machine_is_and_what_is_missing(tmp_path):
-    """Without the embedded model: a problem with its cure, and exit code 1."""
+def test_doctor_describes_the_machine_and_names_a_cure_for_each_problem(tmp_path):
+    """A missing model is a problem, with exit code 1."""
     done = process("doctor", "--json", CORTEXLAB_CACHE=str(tmp_path))
     found = strict(done.stdout)
-    assert {
-        "mlx_version",
-        "device",
-        "blas",
-        "sgemm_gflops",
-        "memory_bandwidth_gb_s",
-        "model",
-        "memory_bytes",
-        "problems",
-    } <= set(found)
-    assert (
-        found["sgemm_gflops"] > 0
-        and found["memory_bandwidth_gb_s"] > 0
-        and found["memory_bytes"] > 1 << 28
-    )
+    names = "mlx_version device blas sgemm_gflops memory_bandwidth_gb_s model memory_bytes problems"
+    assert {*names.split()} <= {*found}
+    assert found["sgemm_gflops"] > 0 and found["memory_bandwidth_gb_s"] > 0
+    assert found["memory_bytes"] > 1 << 28
     assert all(problem["what"] and problem["cure"] for problem in found["problems"])
     assert (done.stderr, list(tmp_path.iterdir())) == ("", [])
     if found["model"] is None:
@@ -640,64 +527,49 @@ def test_doctor_says_what_this_machine_is_and_what_is_missing(tmp_path):
 
 
 def test_doctor_calls_a_damaged_model_a_problem(run, tmp_path, monkeypatch):
-    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(
-        "cortexlab.host.models.find_smollm2", lambda: tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
+    (tmp_path / GGUF).write_bytes(b"GGUF")
+    monkeypatch.setattr("cortexlab.host.models.find_smollm2", lambda: tmp_path / GGUF)
     code, stdout, _ = run("doctor")
     assert code == 1
     assert "GFLOP/s" in stdout and "corrupt or truncated" in stdout and "fetch-model" in stdout
 
 
 def readme_strategy() -> str:
+    """Source of the strategy `Tidy` in the README."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    return next(
-        block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Tidy" in block
-    )
+    examples = re.findall(r"```python\n(.*?)```", text, re.S)
+    return next(example for example in examples if "class Tidy" in example)
 
 
-def test_the_readmes_own_strategy_runs_and_one_that_raises_is_one_line(tmp_path):
+def bench_in(folder: Path, strategies: str) -> subprocess.CompletedProcess:
+    """A bench whose working directory is ``folder``."""
+    words = "bench --model tiny --requests 4 --workload lognormal --json --strategies"
+    command = [sys.executable, "-m", "cortexlab", *words.split(), strategies]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_the_readmes_strategy_runs_and_keeps_the_contract(tmp_path):
     (tmp_path / "mine.py").write_text(readme_strategy())
-    (tmp_path / "bad.py").write_text(
-        readme_strategy().replace(
-            "def allocate(self, n):", "def allocate(self, n):\n        n < 2 or 1 / 0"
-        )
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "cortexlab",
-        "bench",
-        "--model",
-        "tiny",
-        "--requests",
-        "4",
-        "--workload",
-        "lognormal",
-        "--json",
-    ]
-    good = subprocess.run(
-        [*command, "--strategies", "mine:Tidy,paged"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert good.returncode == 0, good.stderr
-    rows = json.loads(good.stdout)["rows"]
-    assert [row["strategy"] for row in rows] == ["Tidy", "paged"] and rows[0][
-        "tokens_sha256"
-    ] == rows[1]["tokens_sha256"]
+    done = bench_in(tmp_path, "mine:Tidy,paged")
+    assert done.returncode == 0, done.stderr
+    tidy, paged = json.loads(done.stdout)["rows"]
+    assert (tidy["strategy"], paged["strategy"]) == ("Tidy", "paged")
+    assert tidy["tokens_sha256"] == paged["tokens_sha256"]
     namespace = {}
     exec(readme_strategy(), namespace)
-    proving.prove(namespace["Tidy"], has_room=proving.has_enough)
-    bad = subprocess.run(
-        [*command, "--strategies", "bad:Tidy"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (
-        2,
-        "",
-        1,
-    ) and "ZeroDivisionError" in bad.stderr
+    conformance.prove(namespace["Tidy"], has_room=conformance.has_enough)
 
 
-def test_lab_passes_other_options_on(monkeypatch):
+def test_a_strategy_that_raises_is_refused_in_one_line(tmp_path):
+    allocate = "def allocate(self, n):"
+    source = readme_strategy().replace(allocate, f"{allocate}\n        n < 2 or 1 / 0")
+    (tmp_path / "bad.py").write_text(source)
+    done = bench_in(tmp_path, "bad:Tidy")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_lab_passes_unknown_options_to_jupyterlab(monkeypatch):
     seen = []
     monkeypatch.chdir(Path(__file__).parent.parent)
     monkeypatch.setattr("os.execv", lambda path, arguments: seen.extend(arguments))

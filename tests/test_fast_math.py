@@ -1,6 +1,8 @@
-"""exp and SwiGLU made of products and additions equal the definition to float32 rounding; mlx-lm is
-as it was afterwards.
+"""exp and SwiGLU of `fast_math` equal their definitions to float32 rounding, and mlx-lm gets its
+own SwiGLU back after a step.
 """
+
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +13,10 @@ from mlx_lm.models.activations import swiglu
 from cortexlab.engine.mlx_lm_hook import attention_over_extents
 from cortexlab.host import fast_math
 
-on_linux_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="for MLX's CPU build")
+pytestmark = pytest.mark.cpu
 
 
-def test_exp_of_what_softmax_gives_it():
+def test_exp_is_exact_to_rounding_in_the_range_of_softmax():
     x = np.linspace(-87, 87, 1_000_001, dtype=np.float32)
     expected = np.exp(x.astype(np.float64))
     error = np.abs(np.array(fast_math.exp(mx.array(x))) - expected) / expected
@@ -29,7 +31,7 @@ def test_exp_of_what_softmax_gives_it():
 
 
 @pytest.mark.parametrize("shape", [(1,), (7, 5), (3, 1, 1536)])
-def test_swiglu_is_mlx_lms(shape):
+def test_swiglu_equals_its_definition(shape):
     gate, x = (
         mx.random.normal(shape, scale=4.0, key=mx.random.key(0)),
         mx.random.normal(shape, key=mx.random.key(1)),
@@ -41,19 +43,19 @@ def test_swiglu_is_mlx_lms(shape):
     )
 
 
-def test_gates_far_out():
+def test_swiglu_of_huge_gates_is_the_gate_or_zero():
     gate = mx.array([1e3, 1e6, -1e3, -1e6, 0.0, float("nan")])
     *found, nan = fast_math.swiglu(gate, mx.ones(6)).tolist()
     np.testing.assert_allclose(found, [1e3, 1e6, 0, 0, 0], rtol=1e-6, atol=1e-30)
     assert nan != nan
 
 
-@on_linux_cpu
-def test_a_step_has_it_and_mlx_lm_gets_its_own_back(monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux build needs fast math")
+def test_a_step_uses_fast_swiglu_and_mlx_lm_gets_its_own_back(monkeypatch):
     gate = mx.array([1.0, -2.0], dtype=mx.bfloat16)
     with attention_over_extents([llama]):
         assert llama.swiglu is not swiglu
-        assert mx.array_equal(llama.swiglu(gate, gate), swiglu(gate, gate))  # 16 bits: mlx-lm's own
+        assert mx.array_equal(llama.swiglu(gate, gate), swiglu(gate, gate))  # mlx-lm's in 16 bits
     assert llama.swiglu is swiglu
     monkeypatch.setenv(fast_math.SWITCH, "0")
     with attention_over_extents([llama]):

@@ -1,5 +1,5 @@
-"""What a request may ask for: sampling, seeds, stops, log-probabilities, text as it comes; and what
-raises ends its own request alone.
+"""Options of a request: sampling, seeds, stops, log-probabilities, streamed text, priorities and
+shared prefixes. A user's function that raises ends its own request alone.
 """
 
 import mlx.core as mx
@@ -23,7 +23,7 @@ SAMPLING = {
 
 
 def alone(model, prompt, max_tokens, seed):
-    """What mlx-lm gives for `SAMPLING`, token and log-probabilities."""
+    """``(token, log-probabilities)`` of each step that mlx-lm samples with `SAMPLING`."""
     mx.random.seed(seed)
     sampler = make_sampler(0.8, top_p=0.9, top_k=40, min_p=0.02)
     processors = make_logits_processors({3: 1.5}, repetition_penalty=1.3)
@@ -67,6 +67,7 @@ def test_a_seed_gives_the_tokens_of_mlx_lm_in_any_batch(tiny, pipeline):
 
 
 def broken(*_):
+    """A user's function that raises with a message of two lines."""
     raise RuntimeError("no\nluck")
 
 
@@ -83,7 +84,9 @@ def broken(*_):
         {"stop": broken},
     ],
 )
-def test_what_raises_ends_its_own_request_and_no_other(tiny, tiny_reference, options, pipeline):
+def test_a_users_function_that_fails_ends_its_own_request_and_no_other(
+    tiny, tiny_reference, options, pipeline
+):
     engine = cl.Engine(tiny, num_blocks=64, pipeline=pipeline)
     good, bad, other = (
         engine.submit(p, 8, **more)
@@ -105,7 +108,7 @@ def test_what_raises_ends_its_own_request_and_no_other(tiny, tiny_reference, opt
     )
 
 
-def test_a_consumer_that_breaks_off_loses_no_event(tiny, tiny_reference):
+def test_a_loop_over_run_that_breaks_off_loses_no_event(tiny, tiny_reference):
     engine = cl.Engine(tiny, num_blocks=64)
     requests = [engine.submit(prompt, 6) for prompt in prompts_of([20, 9, 33], 256)]
     events = []
@@ -132,7 +135,7 @@ def test_text_comes_whole_and_a_stop_string_is_never_shown(smollm2, pipeline):
         == whole.text
         == tokenizer.decode([t for t in whole.output_tokens if t not in tokenizer.eos_token_ids])
     )
-    stop = whole.text[3:8]  # begins inside a token
+    stop = whole.text[3:8]  # a stop string that begins inside a token
     engine = cl.Engine(model, num_blocks=64, tokenizer=tokenizer, pipeline=pipeline)
     cut = engine.submit("The capital of France is", 12, stop=stop)
     events = list(engine.run())
@@ -142,7 +145,7 @@ def test_text_comes_whole_and_a_stop_string_is_never_shown(smollm2, pipeline):
     assert cut.finish_reason == "stop" and len(events) == len(cut.output_tokens) < 12
 
 
-def test_lower_priorities_come_first_and_the_last_one_gives_way(tiny, tiny_reference):
+def test_the_lowest_priority_runs_first_and_is_never_preempted(tiny, tiny_reference):
     engine = cl.Engine(tiny, num_blocks=6, max_batch_size=2, oom_policy="preempt", watermark=0.0)
     late, urgent, middle = (
         engine.submit(p, 30, priority=n)
@@ -156,9 +159,9 @@ def test_lower_priorities_come_first_and_the_last_one_gives_way(tiny, tiny_refer
     assert all(tiny_reference.check(request) for request in (late, urgent, middle))
 
 
-def test_a_block_that_two_hold_and_none_has_computed_is_not_copied_from(tiny, tiny_reference):
-    """All three in one step: the second shares the first's whole block, and the third would copy
-    two tokens of it.
+def test_a_shared_block_that_is_not_computed_yet_is_not_copied_from(tiny, tiny_reference):
+    """Three requests of one step: the second shares the first's whole block, and the third begins
+    with three tokens of that block.
     """
     first = prompts_of([60], 256)[0]
     engine = cl.Engine(tiny, num_blocks=32, prefix_caching=True)
@@ -174,8 +177,8 @@ def test_a_block_that_two_hold_and_none_has_computed_is_not_copied_from(tiny, ti
 def test_a_shared_prompt_is_held_once_and_copied_where_it_parts_inside_a_block(
     tiny, tiny_reference, strategy
 ):
-    """a and b have 64 tokens in common, four blocks and nothing copied; c parts from a eight tokens
-    into the fifth.
+    """Prompts a and b share 64 tokens, four whole blocks; c shares 72 with a, and the eight tokens
+    in the fifth block are copied.
     """
     (common, own, other) = prompts_of([64, 20, 20], 256)
     engine = cl.Engine(tiny, num_blocks=64, strategy=strategy, prefix_caching=True)
@@ -185,11 +188,9 @@ def test_a_shared_prompt_is_held_once_and_copied_where_it_parts_inside_a_block(
     engine.step()
     assert (b.cached_tokens, engine.stats().copied_bytes) == (64, 0)
     if strategy in ("cortexstream", "paged", "runs"):
-        assert len(engine.cache.blocks.tables[b.id].all_extents) <= 2, (
-            "what is shared lies in one piece"
-        )
+        assert len(b.table.all_extents) <= 2, "shared blocks lie in one extent"
     list(engine.run())
-    before = engine.stats().copied_bytes  # of relocation, where there is any
+    before = engine.stats().copied_bytes  # relocation may have copied some
     c = engine.submit(common + own[:8] + other, 6)
     engine.step()
     assert (
@@ -205,7 +206,7 @@ def test_a_shared_prompt_is_held_once_and_copied_where_it_parts_inside_a_block(
 
 
 @pytest.mark.parametrize("name", ["first_fit", "best_fit", "segregated", "paged", "runs"])
-def test_blocks_that_are_split_off_come_back_one_by_one(name):
+def test_blocks_split_off_an_extent_are_freed_one_by_one(name):
     allocator = make_allocator(name, 32)
     whole = allocator.allocate(10)
     singles, rest = allocator.split(whole, 4)

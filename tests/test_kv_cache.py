@@ -1,7 +1,7 @@
-"""KVCache: CortexStream's API, and the promise that reading and writing copy nothing.
+"""KVCache: CortexStream's API, and reading and writing without a copy.
 
-Each array of the arena is ``[num_kv_heads, num_slots, head_dim]``: slot s of head h starts ``(h *
-num_slots + s) * head_dim`` elements in.
+Each array of the arena is ``[num_kv_heads, num_slots, head_dim]``: slot s of head h begins at
+element ``(h * num_slots + s) * head_dim``.
 """
 
 import re
@@ -24,7 +24,7 @@ def cache(
 
 
 def tokens(n: int, seed: int = 0) -> tuple[mx.array, mx.array]:
-    """K and V of n tokens."""
+    """Random K and V of n tokens, ``[HEADS, n, DIM]`` each."""
     keys = mx.random.split(mx.random.key(seed))
     return tuple(mx.random.normal((HEADS, n, DIM), key=key) for key in keys)
 
@@ -32,7 +32,7 @@ def tokens(n: int, seed: int = 0) -> tuple[mx.array, mx.array]:
 def filled(
     kv: cl.KVCache, sequence: str, n: int, max_tokens: int | None = None, seed: int = 0
 ) -> tuple[mx.array, mx.array]:
-    """A sequence of n tokens, written in every layer; what was written into the last."""
+    """Allocate a sequence and write n tokens in every layer; returns the last layer's K and V."""
     assert kv.allocate_for(sequence, n, max_tokens)
     for layer in range(LAYERS):
         k, v = tokens(n, seed=100 * seed + layer)
@@ -41,7 +41,7 @@ def filled(
 
 
 def address(array: mx.array) -> int:
-    """Where an evaluated array's data starts."""
+    """Address of an array's data."""
     mx.eval(array)
     return np.array(array, copy=False).__array_interface__["data"][0]
 
@@ -53,7 +53,7 @@ def equal(a: mx.array, b: mx.array) -> bool:
 # --- sequences ------------------------------------------------------------------------------------
 
 
-def test_512_tokens_in_blocks_of_16_fill_them_so_no_token_can_follow():
+def test_512_tokens_fill_their_blocks_of_16_so_no_token_can_follow():
     kv = cache(1024, block_size=16)
     assert kv.allocate_for("req1", 512)
     assert kv.used_tokens("req1") == 512
@@ -61,7 +61,7 @@ def test_512_tokens_in_blocks_of_16_fill_them_so_no_token_can_follow():
     assert kv.used_tokens("req1") == 512
 
 
-def test_the_last_block_of_a_reservation_is_whole():
+def test_a_reservation_is_rounded_up_to_a_whole_block():
     kv = cache()
     assert kv.allocate_for("a", 5)
     assert [kv.append_token("a") for _ in range(4)] == [True, True, True, False]
@@ -79,7 +79,7 @@ def test_max_tokens_reserves_room_to_grow():
     ("strategy", "growth"),
     [("paged", "chain"), ("cortexstream", "relocate"), ("cortexstream", "chain")],
 )
-def test_the_other_policies_grow_until_the_pool_is_full(strategy, growth):
+def test_relocate_and_chain_grow_until_the_pool_is_full(strategy, growth):
     kv = cache(16, strategy=strategy, growth=growth)
     assert kv.allocate_for("a", 4)
     assert sum(kv.append_token("a") for _ in range(20)) == 12
@@ -92,7 +92,7 @@ def test_an_unknown_sequence_has_no_tokens_and_no_offset():
     kv.free_for("nobody")
 
 
-def test_the_offset_is_where_the_next_token_goes_in_its_block():
+def test_the_offset_is_the_next_tokens_place_in_its_block():
     kv = cache()
     assert kv.allocate_for("a", 3, max_tokens=9)
     offsets = [kv.get_token_offset_in_block("a")]
@@ -100,6 +100,15 @@ def test_the_offset_is_where_the_next_token_goes_in_its_block():
         kv.append_token("a")
         offsets.append(kv.get_token_offset_in_block("a"))
     assert offsets == [3, 0, 1, 2]
+
+
+def test_one_name_is_one_sequence():
+    kv = cache()
+    assert kv.allocate_for("a", 3)
+    before = kv.stats()
+    with pytest.raises(ValueError, match="'a' already holds blocks"):
+        kv.allocate_for("a", 1)
+    assert kv.stats() == before
 
 
 def test_freeing_twice_is_safe_and_forgets_the_sequence():
@@ -115,7 +124,7 @@ def test_freeing_twice_is_safe_and_forgets_the_sequence():
     assert kv.allocate_for("a", 128)
 
 
-def test_without_room_allocate_says_false_and_takes_nothing():
+def test_allocate_for_without_room_returns_false_and_takes_nothing():
     kv = cache(16)
     assert kv.allocate_for("a", 9)
     assert not kv.allocate_for("b", 5)
@@ -127,7 +136,7 @@ def test_without_room_allocate_says_false_and_takes_nothing():
 
 
 def test_bytes_count_k_and_v_of_every_layer():
-    kv = cache(30)  # rounded up to 8 blocks of 4
+    kv = cache(30)  # 30 tokens take 8 blocks of 4
     assert (
         kv.get_total_free()
         == 32 * SLOT_BYTES
@@ -140,7 +149,7 @@ def test_bytes_count_k_and_v_of_every_layer():
     assert half.get_total_free() == 16 * SLOT_BYTES
 
 
-def test_fragmentation_and_fullness_of_the_pool():
+def test_two_separate_free_blocks_of_a_full_pool_are_half_fragmented():
     kv = cache(16)
     for sequence in "abcd":
         assert kv.allocate_for(sequence, 4)
@@ -170,7 +179,7 @@ def test_warmup_changes_nothing():
 
 
 @pytest.mark.parametrize("strategy", ["static", "cortexstream", "paged"])
-def test_views_show_what_was_written_and_only_the_sequences_own(strategy):
+def test_a_view_shows_the_tokens_of_its_own_sequence_and_layer(strategy):
     kv = cache(strategy=strategy)
     written = {
         sequence: filled(kv, sequence, n, seed=n) for sequence, n in (("a", 5), ("b", 4), ("c", 11))
@@ -191,7 +200,7 @@ def test_a_sequence_can_be_written_in_parts():
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-def test_a_contiguous_sequences_view_is_the_arena_itself_by_pointer(dtype):
+def test_a_view_of_one_extent_points_into_the_arena(dtype):
     kv = cache(dtype=dtype)
     filled(kv, "before", 9)
     filled(kv, "a", 6)
@@ -206,7 +215,7 @@ def test_a_contiguous_sequences_view_is_the_arena_itself_by_pointer(dtype):
         assert strides == (kv.arena.num_slots * DIM * dtype.size, DIM * dtype.size, dtype.size)
 
 
-def test_a_copy_would_be_seen_by_its_pointer():
+def test_a_copy_of_a_view_does_not_point_into_the_arena():
     kv = cache()
     filled(kv, "a", 6)
     copy = mx.contiguous(kv.get_k_view("a", 1)) + 0
@@ -214,7 +223,7 @@ def test_a_copy_would_be_seen_by_its_pointer():
 
 
 def scattered() -> tuple[cl.KVCache, mx.array, mx.array]:
-    """a in blocks 0 and 2, b in block 1; K and V of a's last layer."""
+    """A cache with sequence a in blocks 0 and 2 and b in block 1; K and V of a's last layer."""
     kv = cache(strategy="paged")
     kv.allocate_for("a", 4)
     kv.allocate_for("b", 4)
@@ -233,7 +242,7 @@ def test_several_extents_have_no_single_view():
             view("a", 1)
 
 
-def test_several_extents_are_read_as_a_tuple_of_true_views():
+def test_several_extents_are_read_as_a_tuple_of_views_into_the_arena():
     kv, k, v = scattered()
     views = kv.get_k_views("a", 1)
     assert [view.shape for view in views] == [(HEADS, 4, DIM), (HEADS, 3, DIM)]
@@ -242,7 +251,7 @@ def test_several_extents_are_read_as_a_tuple_of_true_views():
     assert [address(view) - address(kv.arena.keys[1]) for view in views] == [0, 8 * DIM * 4]
 
 
-def test_one_extent_is_a_tuple_of_one():
+def test_one_extent_is_read_as_a_tuple_of_one_view():
     kv = cache()
     k, _ = filled(kv, "a", 3)
     (view,) = kv.get_k_views("a", 1)
@@ -254,7 +263,8 @@ def test_one_extent_is_a_tuple_of_one():
 
 def rise_of(kv: cl.KVCache, sequence: str, positions) -> int:
     """Bytes by which peak memory rises while one token at each position is written."""
-    k = mx.ones((kv.arena.num_kv_heads, 1, kv.arena.head_dim))
+    heads, dim, _ = kv.arena.layers[0]
+    k = mx.ones((heads, 1, dim))
     mx.eval(k, kv.arena.arrays())
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -266,13 +276,14 @@ def rise_of(kv: cl.KVCache, sequence: str, positions) -> int:
 
 
 def large(strategy: str) -> cl.KVCache:
-    """64 MiB: K and V of 32 MiB each."""
+    """A cache of 64 MiB: K and V of 32 MiB each."""
     kv = cl.KVCache(1, 4, 64, 32768, 16, strategy)
     assert kv.arena.nbytes == 64 * MIB
     kv.warmup()
     return kv
 
 
+@pytest.mark.cpu  # a GPU's command buffer may hold an array after its evaluation
 @pytest.mark.parametrize("strategy", ["cortexstream", "paged"])
 def test_writing_a_token_does_not_copy_the_arena(strategy):
     kv = large(strategy)
@@ -282,7 +293,8 @@ def test_writing_a_token_does_not_copy_the_arena(strategy):
     assert address(kv.arena.keys[0]) == before
 
 
-def test_writing_over_several_extents_does_not_copy_the_arena_either():
+@pytest.mark.cpu  # a GPU's command buffer may hold an array after its evaluation
+def test_writing_over_several_extents_does_not_copy_the_arena():
     kv = large("paged")
     kv.allocate_for("a", 16)
     kv.allocate_for("b", 16)
@@ -300,7 +312,8 @@ def test_writing_over_several_extents_does_not_copy_the_arena_either():
     assert address(kv.arena.keys[0]) == before
 
 
-def test_a_write_under_a_living_view_does_copy_it_so_the_tests_above_can_fail():
+@pytest.mark.cpu  # a GPU's command buffer may hold an array after its evaluation
+def test_a_write_while_a_view_lives_copies_the_arena_and_raises_the_peak():
     kv = large("cortexstream")
     kv.allocate_for("a", 100)
     view = kv.get_k_view("a", 0)
@@ -313,7 +326,7 @@ def test_a_write_under_a_living_view_does_copy_it_so_the_tests_above_can_fail():
 
 def test_reading_a_view_does_not_copy_the_arena():
     kv = large("cortexstream")
-    kv.allocate_for("a", 16384)  # half of it
+    kv.allocate_for("a", 16384)  # half of the arena
     kv.warmup()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -324,13 +337,13 @@ def test_reading_a_view_does_not_copy_the_arena():
 # --- relocation -----------------------------------------------------------------------------------
 
 
-def test_relocation_takes_the_data_along_and_counts_its_bytes():
+def test_relocation_moves_the_tokens_and_counts_their_bytes():
     kv = cache(strategy="cortexstream", growth="relocate")
     k, v = filled(kv, "a", 8, seed=1)
     kb, _ = filled(kv, "b", 4, seed=2)
     old = kv.get_k_view("a", 0) + 0
     assert kv.extents("a") == (cl.Extent(0, 2),)
-    assert kv.append_token("a")  # b lies right behind, so a moves
+    assert kv.append_token("a")  # b lies right behind a, so a moves
     assert kv.extents("a") == (cl.Extent(3, 3),)
     assert equal(kv.get_k_view("a", 1)[:, :8], k) and equal(kv.get_v_view("a", 1)[:, :8], v)
     assert equal(kv.get_k_view("a", 0)[:, :8], old)
@@ -345,10 +358,10 @@ def test_growing_in_place_or_by_chaining_copies_nothing():
         assert kv.stats()["copied_bytes"] == 0
 
 
-def test_a_later_move_may_land_where_an_earlier_one_left():
-    kv = cache(32, strategy="cortexstream", growth="relocate")  # 8 blocks
-    ka, _ = filled(kv, "a", 8, seed=1)  # a a b . . . . .
-    kb, _ = filled(kv, "b", 4, seed=2)
+def test_a_sequence_may_move_to_blocks_that_another_sequence_left():
+    kv = cache(32, strategy="cortexstream", growth="relocate")  # a pool of 8 blocks
+    ka, _ = filled(kv, "a", 8, seed=1)
+    kb, _ = filled(kv, "b", 4, seed=2)  # a a b . . . . .
     assert kv.append_token("a")  # . . b a a a . .
     filled(kv, "c", 8, seed=3)  # c c b a a a . .
     kv.free_for("c")
@@ -362,7 +375,7 @@ def test_a_later_move_may_land_where_an_earlier_one_left():
 # --- the dump -------------------------------------------------------------------------------------
 
 
-def test_the_dump_names_configuration_state_and_every_sequence():
+def test_the_dump_has_configuration_totals_and_every_sequence():
     kv, _, _ = scattered()
     text = kv.dump_cache_stats()
     for part in (
@@ -385,7 +398,7 @@ def test_the_dump_names_configuration_state_and_every_sequence():
     )
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- wrong arguments ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -410,13 +423,13 @@ def test_an_unknown_strategy_or_growth_is_refused_by_name():
 @pytest.mark.parametrize(
     "attempt",
     [
-        lambda kv: kv.allocate_for("a", 1),  # holds blocks already
+        lambda kv: kv.allocate_for("a", 1),  # a holds blocks already
         lambda kv: kv.allocate_for("b", 0),
         lambda kv: kv.allocate_for("b", 5, max_tokens=4),
         lambda kv: kv.write("nobody", 0, *tokens(1), 0),
         lambda kv: kv.write("a", LAYERS, *tokens(1), 0),
         lambda kv: kv.write("a", -1, *tokens(1), 0),
-        lambda kv: kv.write("a", 0, *tokens(1), 3),  # only three tokens: 0, 1, 2
+        lambda kv: kv.write("a", 0, *tokens(1), 3),  # a has tokens 0, 1, 2
         lambda kv: kv.write("a", 0, *tokens(1), -1),
         lambda kv: kv.write("a", 0, *tokens(4), 0),
         lambda kv: kv.write("a", 0, tokens(2)[0], tokens(3)[1], 0),
@@ -430,7 +443,7 @@ def test_an_unknown_strategy_or_growth_is_refused_by_name():
         lambda kv: kv.append_token("nobody"),
     ],
 )
-def test_what_makes_no_sense_is_refused_and_changes_nothing(attempt):
+def test_a_call_with_wrong_arguments_is_refused_and_changes_nothing(attempt):
     kv = cache()
     k, _ = filled(kv, "a", 3)
     before = (kv.stats(), kv.dump_cache_stats())
@@ -441,8 +454,9 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(attempt):
     assert equal(kv.get_k_view("a", 1), k)
 
 
+@pytest.mark.cpu  # a GPU's command buffer may hold an array after its evaluation
 def test_relocation_copies_the_tokens_and_not_the_arena():
-    """By pointer, and by the peak: 64 KB move in an arena of 32 MB."""
+    """64 KB move in an arena of 32 MB: its arrays keep their places, and peak memory stays low."""
     cache = cl.KVCache(
         num_layers=1,
         num_kv_heads=1,
@@ -456,7 +470,7 @@ def test_relocation_copies_the_tokens_and_not_the_arena():
     before = [address(array) for array in cache.arena.arrays()]
     mx.reset_peak_memory()
     base = mx.get_active_memory()
-    assert cache.append_token("a"), "b is in the way, so a moves"
+    assert cache.append_token("a"), "a moves, because b lies right behind"
     assert cache.arena.copied_bytes == 128 * 64 * 4 * 2
     assert [address(array) for array in cache.arena.arrays()] == before
     assert mx.get_peak_memory() - base < 4 << 20

@@ -1,5 +1,5 @@
-"""Notebooks as committed, and run with other parameters. Strict nbval runs beside this file
-(pyproject.toml).
+"""Notebooks as committed and run with other parameters; sweeps; figures. nbval runs the notebooks
+with their defaults (pyproject.toml).
 """
 
 import re
@@ -21,7 +21,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_committed_notebooks_are_run_in_order_short_and_tagged(path):
+def test_a_committed_notebook_was_run_in_order_has_short_cells_and_is_tagged(path):
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert all(cell.source.count("\n") < 15 for cell in cells)
@@ -34,7 +34,7 @@ def test_committed_notebooks_are_run_in_order_short_and_tagged(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_papermill_lists_every_parameter_with_type_and_help(path):
+def test_papermill_lists_every_parameter_with_its_type_default_and_comment(path):
     (source,) = [
         cell.source
         for cell in nbformat.read(path, 4).cells
@@ -47,7 +47,7 @@ def test_papermill_lists_every_parameter_with_type_and_help(path):
         assert f"{name}: {kind} (default {default}) {words}" in told
 
 
-OTHERWISE = {  # quick, and unlike the defaults in whatever might matter
+OTHERWISE = {  # parameters that are quick and differ from a notebook's defaults
     "00_quickstart": {
         "model_name": "tiny",
         "workload": "heavy-tail",
@@ -173,7 +173,7 @@ OTHERWISE = {  # quick, and unlike the defaults in whatever might matter
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_invariants_hold_under_other_parameters(path, tmp_path):
-    """As a sweep runs it: without the finding, which is that of the defaults."""
+    """A notebook runs as in a sweep, without its finding, which holds for the defaults only."""
     notebook = nbformat.read(path, 4)
     notebook.cells = [
         cell for cell in notebook.cells if "finding" not in cell.metadata.get("tags", [])
@@ -189,7 +189,9 @@ def test_invariants_hold_under_other_parameters(path, tmp_path):
     )
 
 
-def test_a_sweep_collects_every_point_skips_what_is_done_and_survives_a_failure(tmp_path, capsys):
+def test_a_sweep_collects_every_point_skips_finished_points_and_survives_a_failure(
+    tmp_path, capsys
+):
     file = tmp_path / "small.yaml"
     notebook = ROOT / "notebooks" / "00_quickstart.ipynb"
     file.write_text(
@@ -210,9 +212,8 @@ def test_a_sweep_collects_every_point_skips_what_is_done_and_survives_a_failure(
     assert (target / "sweep.png").stat().st_size > 10_000
     next((target / "points").glob("*.parquet")).unlink()
     assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 0
-    pd.testing.assert_frame_equal(
-        pd.read_parquet(target / "rows.parquet"), rows
-    )  # nothing in it is the wall clock's
+    # Columns measured by the wall clock stand in timings.parquet, so equal points give equal rows.
+    pd.testing.assert_frame_equal(pd.read_parquet(target / "rows.parquet"), rows)
     timings = set(pd.read_parquet(target / "timings.parquet"))
     assert {
         "duration",
@@ -223,10 +224,12 @@ def test_a_sweep_collects_every_point_skips_what_is_done_and_survives_a_failure(
     } <= timings and "repeats" in rows
     stamps = {path: path.stat().st_mtime_ns for path in (target / "points").iterdir()}
     file.write_text(file.read_text().replace("[static, paged]", "[static, nonsense]"))
-    assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 1, "a failed point"
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 1, (
+        "a failed point gives exit code 1"
+    )
     assert "nonsense" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, (
-        "no finished point ran again"
+        "a finished point ran again"
     )
     assert sorted(pd.read_parquet(target / "rows.parquet")["strategy"]) == ["static", "static"]
 
@@ -274,11 +277,11 @@ def tables(tiny):
     return {"rows": pd.DataFrame(bench.rows), "requests": bench.requests(), "steps": bench.steps()}
 
 
-def test_figures_show_their_data(tables):
+def test_a_figure_shows_its_data(tables):
     strategies = list(tables["rows"]["strategy"])
     memory = plots.memory_over_time(tables["steps"])
     assert [axes.get_title(loc="left").split(":")[0] for axes in memory] == strategies
-    assert len({axes.get_ylim() for axes in memory}) == 1, "one scale"
+    assert len({axes.get_ylim() for axes in memory}) == 1, "panels differ in scale"
     throughput = plots.throughput_against_ttft(tables["rows"])
     assert len(throughput.containers) == len(strategies)
     assert throughput.containers[0][0].get_xydata()[0][1] == pytest.approx(
@@ -292,7 +295,7 @@ def test_figures_show_their_data(tables):
     )
 
 
-def test_the_block_map_is_the_block_table(tables):
+def test_the_block_map_shows_every_used_and_free_block(tables):
     steps = tables["steps"]
     step = steps[steps["strategy"] == "paged"].sort_values("used_blocks").iloc[-1]
     owners = plots.block_owners(step)
@@ -303,7 +306,7 @@ def test_the_block_map_is_the_block_table(tables):
     assert image.shape[0] * image.shape[1] >= len(owners)
 
 
-def test_the_slider_moves_the_picture_and_shows_errors(tables, monkeypatch):
+def test_the_slider_changes_the_picture_and_shows_errors(tables, monkeypatch):
     from cortexlab.plots import widgets
 
     box = widgets.block_map_slider(tables["steps"])

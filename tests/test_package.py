@@ -1,4 +1,4 @@
-"""What importing does and does not do; the models; the install."""
+"""Import of the package with its BLAS, the models, and the install."""
 
 import os
 import subprocess
@@ -16,13 +16,19 @@ from cortexlab.host import models as model
 ROOT = Path(__file__).parent.parent
 
 
+needs_blas = pytest.mark.skipif(
+    not blas.needed(), reason="only MLX's Linux CPU build needs another BLAS"
+)
+
+
 def python(code: str, **environment) -> subprocess.CompletedProcess:
+    """Run ``code`` in a new Python process."""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
     )
 
 
-@pytest.mark.skipif(not blas.needed(), reason="only MLX's Linux CPU build needs another BLAS")
+@needs_blas
 def test_an_optimized_blas_is_loaded_before_mlx():
     code = (
         "import cortexlab; from cortexlab.bench import doctor; print(cortexlab.blas.active.path, "
@@ -38,8 +44,8 @@ def doctor_limit() -> float:
     return SLOW_SGEMM_GFLOPS
 
 
-@pytest.mark.skipif(not blas.needed(), reason="only MLX's Linux CPU build needs another BLAS")
-def test_importing_mlx_first_warns_once():
+@needs_blas
+def test_importing_mlx_before_cortexlab_warns_once():
     done = python(
         "import mlx.core; import cortexlab; import cortexlab.allocators; "
         "print(cortexlab.blas.active.note)"
@@ -48,8 +54,8 @@ def test_importing_mlx_first_warns_once():
     assert done.stderr.count("import cortexlab first") == 1
 
 
-@pytest.mark.skipif(not blas.needed(), reason="only MLX's Linux CPU build needs another BLAS")
-def test_a_chosen_blas_that_does_not_load_is_said():
+@needs_blas
+def test_a_chosen_blas_that_does_not_load_is_named_in_the_note():
     done = python(
         "import cortexlab; print(cortexlab.blas.active.note)", CORTEXLAB_BLAS="/nowhere/libblas.so"
     )
@@ -69,7 +75,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2):
     assert tokenizer.decode(tokens).startswith(" Paris")
 
 
-def test_smollm2s_tokenizer_is_whole(smollm2):
+def test_smollm2s_tokenizer_keeps_any_text_and_knows_digits_chat_and_eos(smollm2):
     tokenizer = smollm2[1]
     text = "In 2024, naïve café-goers paid €3.50 —\n\tright?  <|im_end|>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -81,12 +87,12 @@ def test_smollm2s_tokenizer_is_whole(smollm2):
     assert tokenizer.eos_token_ids == {2}
 
 
+@pytest.mark.cpu
 def test_weights_are_float32_on_the_cpu(smollm2):
-    if mx.default_device() == mx.cpu:
-        assert smollm2[0].model.layers[0].mlp.up_proj.weight.dtype == mx.float32
+    assert smollm2[0].model.layers[0].mlp.up_proj.weight.dtype == mx.float32
 
 
-def test_the_tiny_model_is_its_seed():
+def test_equal_seeds_give_equal_tiny_models():
     weights = [model.tiny_llama(seed).lm_head.weight for seed in (0, 0, 1)]
     assert mx.array_equal(weights[0], weights[1]) and not mx.array_equal(weights[0], weights[2])
 
@@ -105,12 +111,12 @@ def test_a_damaged_model_file_is_refused(tmp_path, monkeypatch, damage):
         cl.load_model("smollm2")
 
 
-def test_a_model_that_is_nowhere_is_refused():
+def test_an_unknown_model_is_refused_by_name():
     with pytest.raises(cl.BadInput, match="unknown model 'gpt5'"):
         cl.load_model("gpt5")
 
 
-def test_environment_yml_and_pyproject_are_in_step():
+def test_environment_yml_lists_the_dependencies_of_pyproject():
     import tomllib
 
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -118,9 +124,7 @@ def test_environment_yml_and_pyproject_are_in_step():
 
 
 def test_the_pip_section_makes_a_working_environment(tmp_path):
-    """A clean venv, what environment.yml says, an import and a look: with nothing of this
-    environment in it.
-    """
+    """A clean venv with the packages of environment.yml alone serves a request."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     requirements = tmp_path / "requirements.txt"
@@ -149,6 +153,7 @@ def test_the_pip_section_makes_a_working_environment(tmp_path):
 
 
 def pip_section() -> list[str]:
+    """Requirements in the pip section of environment.yml."""
     (section,) = [
         part["pip"]
         for part in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]

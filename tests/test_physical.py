@@ -65,13 +65,13 @@ def test_the_block_map_shows_a_letter_a_handle():
 
 
 @every_strategy
-def test_what_is_no_live_handle_of_this_allocator_is_refused_by_name_and_changes_nothing(strategy):
+def test_all_but_a_live_handle_of_this_allocator_is_refused_by_name_and_changes_nothing(strategy):
     pool, other = KVBlockAllocator(64, strategy), KVBlockAllocator(64, strategy)
     live, gone, foreign = pool.allocate(4), pool.allocate(4), other.allocate(4)
     pool.free(gone)
     for wrong, reason in [
         (gone, "freed already"),
-        (foreign, "another allocator"),  # the very same numbers
+        (foreign, "another allocator"),  # equal numbers
         (KVHandle(live.start_block_index, live.num_blocks), "overlaps KVHandle"),
         (KVHandle(live.start_block_index, 1), "overlaps KVHandle"),
         (
@@ -126,8 +126,8 @@ NUM_BLOCKS = 1000
 
 
 class Worker(Thread):
-    """Allocates and frees at random, and marks what it holds in a map of owners that no allocator
-    has a part in.
+    """Allocates and frees at random, and marks its blocks in a map of owners kept beside the
+    allocator.
     """
 
     def __init__(self, number: int, pool: KVBlockAllocator, owners: bytearray, steps: int):

@@ -1,4 +1,4 @@
-"""Figures of fragmentation show the data they were given."""
+"""Figures of fragmentation show the data they are given."""
 
 import matplotlib
 import numpy as np
@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from cortexlab.lab import theory
 from cortexlab.metrics import SHARES
 from cortexlab.plots import fragmentation as plots_fragmentation
-from cortexlab.replay.simulation import replay, tables
+from cortexlab.replay import replay, tables
 from cortexlab.workloads.synthetic import make_workload
 
 STRATEGIES = ["cortexstream", "buddy", "paged"]
@@ -28,7 +28,7 @@ def close():
     matplotlib.pyplot.close("all")
 
 
-def test_bars_are_the_shares_and_the_waiting_stands_beside_them(found):
+def test_bars_are_the_shares_with_the_time_to_first_token_beside_them(found):
     rows = found["rows"]
     shares, latency = plots_fragmentation.shares_beside_ttft(rows)
     for bars, share in zip(shares.containers, SHARES, strict=True):
@@ -54,7 +54,7 @@ def test_empty_slots_stand_beside_what_theory_says(found):
     )
     (line,) = axes.lines
     assert set(line.get_xdata()) == {5.0} and np.mean(line.get_ydata()) == pytest.approx(2), (
-        "beside the third bar"
+        "the line stands at the third bar"
     )
 
 
@@ -85,11 +85,11 @@ def test_a_frontier_is_a_point_a_setting_in_every_panel():
         lines = {line.get_label(): line.get_xydata() for line in panel.lines}
         assert lines["paged"] == pytest.approx(np.array([(4, paged)]))
         assert lines["runs, 2 %"] == pytest.approx(np.array([(2, runs[0]), (4, runs[1])]))
-        assert panel.lines[-1].get_xdata() == [4, 4], "where the chosen watermark is"
+        assert panel.lines[-1].get_xdata() == [4, 4], "a band marks the chosen watermark"
     assert [text.get_text() for text in panels[-1].texts] == ["0 %", "2 %"]
 
 
-def test_where_nobody_waits_there_is_no_frontier():
+def test_rows_without_waiting_draw_no_frontier():
     panels = plots_fragmentation.run_length_frontier(
         pd.DataFrame([("runs", "a", 0.0, None, 1.0, 0.0, 1, 50)], columns=FRONTIER), 0.0
     )

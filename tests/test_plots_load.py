@@ -1,6 +1,7 @@
-"""Figures of load and of addresses: what they draw is what the tables say."""
+"""Figures of load, of addresses and of sweeps draw what their tables say."""
 
 import json
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -14,7 +15,9 @@ from cortexlab.bench.serve import Setting, run_bench
 from cortexlab.metrics import median_interval
 from cortexlab.plots import load as plots_load
 from cortexlab.plots import widgets
-from cortexlab.replay.simulation import tables
+from cortexlab.plots.block_map import NUM_TIMES
+from cortexlab.replay import tables
+from cortexlab.results.store import read, write_tables
 from cortexlab.workloads.synthetic import make_workload
 
 
@@ -37,7 +40,8 @@ def bench(tiny):
 @pytest.fixture(scope="module")
 def steps():
     items = make_workload("lognormal", 60, seed=1, request_rate=10.0)
-    return tables(widgets.record(items, ("cortexstream", "paged"), 16, "60%"))["steps"]
+    runs = widgets.record(items, ("cortexstream", "paged"), 16, "60%")
+    return tables(runs)["steps"]
 
 
 def test_a_load_curve_goes_through_its_rows():
@@ -56,7 +60,7 @@ def test_a_load_curve_goes_through_its_rows():
     assert "(s, log" in tail.get_ylabel()
 
 
-def test_the_front_is_what_nothing_beats():
+def test_the_front_is_the_rows_that_no_other_beats():
     gains = np.array([[1.0, 5.0], [2.0, 4.0], [2.0, 3.0], [0.5, 5.0], [3.0, 1.0], [3.0, 1.0]])
     assert plots_load.on_front(gains).tolist() == [True, True, False, False, True, True]
     rows = pd.DataFrame(
@@ -74,7 +78,7 @@ def test_the_front_is_what_nothing_beats():
     )
 
 
-def test_a_timeline_has_a_piece_a_gap(bench):
+def test_a_timeline_has_one_piece_for_each_gap(bench):
     requests = bench.requests()
     panels = plots_load.request_timeline(requests)
     assert [panel.get_title(loc="left") for panel in panels] == ["paged", "mlx-lm"]
@@ -90,8 +94,11 @@ def test_a_timeline_has_a_piece_a_gap(bench):
         )
 
 
+# --- where blocks lie -----------------------------------------------------------------------------
+
+
 def toy(extents: list, pool: int, at: float) -> dict:
-    used = sum(blocks for _, held in extents for _, blocks in held)
+    used = sum(blocks for _, _, blocks in extents)
     return {
         "strategy": "paged",
         "repeat": 0,
@@ -99,28 +106,28 @@ def toy(extents: list, pool: int, at: float) -> dict:
         "ended_at": at + 1,
         "used_blocks": used,
         "free_blocks": pool - used,
-        "extents": json.dumps(extents),
+        "extents": extents,
     }
 
 
 def test_run_lengths_on_a_toy_pool():
-    """Blocks 0-1 and 5 are a's, 3 is b's: free are 2, 4 and 6-9; a second later only b's is held:
-    free are 0-2 and 4-9.
+    """Request 0 holds blocks 0-1 and 5, request 1 block 3: free are 2, 4 and 6-9. A second later
+    request 1 alone is left: free are 0-2 and 4-9.
     """
     steps = pd.DataFrame(
         [
-            toy([("r0", [(0, 2), (5, 1)]), ("r1", [(3, 1)])], 10, 0.0),
-            toy([("r1", [(3, 1)])], 10, 1.0),
+            toy([[0, 0, 2], [0, 5, 1], [1, 3, 1]], 10, 0.0),
+            toy([[1, 3, 1]], 10, 1.0),
         ]
     )
-    counts = plots_load.run_lengths(steps).set_index(["kind", "blocks"])["count"]
+    counts = plots.run_lengths(steps).set_index(["kind", "blocks"])["count"]
     assert counts["free runs"][[1, 2, 4, 8]].tolist() == [1.0, 0.5, 1.0, 0.0]
     assert counts["extents"][[1, 2, 4]].tolist() == [1.5, 0.5, 0.0]
-    free, extents = plots_load.run_length_histograms(steps)
+    free, extents = plots.run_length_histograms(steps)
     assert free.patches[0].get_data().values[:3].tolist() == [1.0, 0.5, 1.0]
     assert "free runs at a time" in free.get_ylabel() and "extents" in extents.get_xlabel()
-    heat = plots_load.address_heat(steps)
-    half = plots_load.NUM_TIMES // 2
+    heat = plots.address_heat(steps)
+    half = NUM_TIMES // 2
     assert (
         (heat[[0, 1, 5], :half] == pytest.approx(1))
         and not heat[[0, 1, 5], half:].any()
@@ -128,15 +135,49 @@ def test_run_lengths_on_a_toy_pool():
     )
 
 
-def test_recorded_replays_tell_the_same_holes_as_their_allocator(steps):
+def test_a_written_bench_result_has_the_owners_it_was_written_with(bench, tmp_path):
+    written = bench.steps()
+    write_tables(tmp_path, {}, steps=written)
+    read_back = read(tmp_path)["steps"]
+    assert (written["extents"].notna() == read_back["extents"].notna()).all()
+    ours = written["strategy"] == "paged"
+    assert written["extents"].notna().tolist() == ours.tolist() and ours.any()
+    held = set()
+    for (_, before), (_, after) in zip(
+        written[ours].iterrows(), read_back[ours].iterrows(), strict=True
+    ):
+        owners = plots.block_owners(before)
+        assert plots.block_owners(after).tolist() == owners.tolist()
+        assert (owners >= 0).sum() == before["used_blocks"]
+        held |= set(owners.tolist())
+    assert held == {-1, *range(8)}, "every request by its place in order of submission"
+    pd.testing.assert_frame_equal(plots.run_lengths(written), plots.run_lengths(read_back))
+
+
+def test_a_result_with_block_maps_as_text_is_read_as_nested_lists_and_drawn():
+    folder = Path(__file__).parent.parent / "results" / "reference"
+    text = pd.read_parquet(folder / "steps.parquet")["extents"]
+    steps = read(folder)["steps"]
+    assert (text.notna() == steps["extents"].notna()).all()
+    for before, extents in zip(text.dropna(), steps["extents"].dropna(), strict=True):
+        assert [[f"r{number}", [start, blocks]] for number, start, blocks in extents] == [
+            [request, piece] for request, held in json.loads(before) for piece in held
+        ]
+    strategies = steps.dropna(subset="extents")["strategy"].unique()
+    panels = plots.block_map(steps)
+    assert [panel.get_title(loc="left").split()[0] for panel in panels] == list(strategies)
+    assert all(panel.images for panel in panels)
+
+
+def test_recorded_replays_have_the_holes_their_allocator_counts(steps):
     for _, step in steps.iterrows():
-        owners = plots_load.block_owners(step)
+        owners = plots.block_owners(step)
         assert (owners >= 0).sum() == step["used_blocks"]
         assert (
-            len(plots_load.lengths_of_runs(owners < 0)) == step["num_holes"]
+            len(plots.lengths_of_runs(owners < 0)) == step["num_holes"]
             or step["strategy"] == "paged"
         )
-    panels = plots_load.address_heat_map(steps)
+    panels = plots.address_heat_map(steps)
     for panel, (_, part) in zip(panels, steps.groupby("strategy", sort=False), strict=True):
         held = np.average(part["used_blocks"], weights=part["ended_at"] - part["started_at"])
         assert panel.images[0].get_array().mean() * len(
@@ -148,7 +189,7 @@ def test_recorded_replays_tell_the_same_holes_as_their_allocator(steps):
 
 
 def swept(**columns) -> pd.DataFrame:
-    """Six seeds of two strategies at three sizes; a seed is ten times its number from the first."""
+    """Six seeds of two strategies at three sizes; ``slow`` is 1000 * size + 10 * seed."""
     rows = [
         {
             "param_block_size": size,
@@ -174,7 +215,7 @@ def test_a_swept_line_is_the_median_of_its_repeats_and_the_band_their_interval()
     assert "median of 6" in slow.get_title(loc="left") and slow.get_xlabel() == "block size (slots)"
 
 
-def test_figures_far_apart_and_sizes_are_drawn_on_logarithms_words_and_shares_are_not():
+def test_axes_are_logarithmic_for_sizes_and_distant_figures_linear_for_words_and_shares():
     slow, share = plots.sweep_figure(swept(), "param_block_size", "strategy", ["slow", "share"])
     assert (slow.get_xscale(), slow.get_yscale(), share.get_yscale()) == ("log", "log", "linear")
     assert "logarithmic" in slow.get_ylabel() and share.get_ylim()[0] == 0

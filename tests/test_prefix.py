@@ -1,5 +1,5 @@
-"""Prefix sharing: which blocks the cache forgets first, and what the block manager shares, copies,
-evicts and gives back.
+"""Prefix sharing: the cache's order of eviction, and the blocks that the block manager shares,
+copies, evicts and gives back.
 """
 
 import random
@@ -9,23 +9,25 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from named_blocks import NamedBlocks
 
 from cortexlab import Extent, Request, RequestState
 from cortexlab.allocators import STRATEGIES, strategy_of
-from cortexlab.scheduler.block_manager import BlockManager, Move
+from cortexlab.options import OOM_POLICIES
+from cortexlab.scheduler.block_table import Move
 from cortexlab.scheduler.prefix_cache import PrefixCache
-from cortexlab.scheduler.scheduler import OOM_POLICIES, Scheduler
+from cortexlab.scheduler.scheduler import Scheduler
 
 
 def ids_of(blocks) -> list[int]:
     return [block.prefix_id for block in blocks]
 
 
-# --- the cache by itself --------------------------------------------------------------------------
+# --- the cache alone ------------------------------------------------------------------------------
 
 
 def cached(*prefix_ids: int) -> PrefixCache:
-    """Idle blocks, the first one unused the longest."""
+    """A cache of idle blocks, the least recently used first."""
     cache = PrefixCache()
     for prefix_id in prefix_ids:
         cache.add(prefix_id, (Extent(prefix_id, 1),))
@@ -36,17 +38,17 @@ def evicted(cache: PrefixCache) -> list[int]:
     return [cache.evict().prefix_id for _ in range(cache.num_idle)]
 
 
-def test_a_match_ends_at_the_first_block_that_is_not_there():
+def test_a_match_ends_before_the_first_block_that_is_not_cached():
     cache = cached(1, 2, 4)
     assert ids_of(cache.match([1, 2, 3, 4])) == [1, 2]
     assert cache.match([3, 1]) == cache.match([]) == []
 
 
-def test_the_longest_unused_goes_first():
+def test_the_least_recently_used_block_is_evicted_first():
     assert evicted(cached(1, 2, 3)) == [1, 2, 3]
 
 
-def test_use_makes_a_block_the_last_to_go():
+def test_a_block_just_released_is_evicted_last():
     cache = cached(1, 2, 3)
     held = cache.match([1])
     cache.hold(held)
@@ -54,13 +56,13 @@ def test_use_makes_a_block_the_last_to_go():
     assert evicted(cache) == [2, 3, 1]
 
 
-def test_a_block_that_is_read_but_not_held_is_used_too():
+def test_a_block_just_touched_is_evicted_last():
     cache = cached(1, 2)
     cache.touch(cache.match([1])[0])
     assert evicted(cache) == [2, 1]
 
 
-def test_of_one_prompt_the_last_block_goes_before_the_first():
+def test_the_last_block_of_a_prompt_is_evicted_before_its_first():
     cache = cached(1, 2, 3)
     prompt = cache.match([1, 2, 3])
     cache.hold(prompt)
@@ -68,38 +70,33 @@ def test_of_one_prompt_the_last_block_goes_before_the_first():
     assert evicted(cache) == [3, 2, 1]
 
 
-def test_a_held_block_is_never_evicted_however_long_unused():
+def test_a_held_block_is_never_evicted():
     cache = cached(1, 2)
     first = cache.match([1])
-    assert (cache.hold(first), cache.hold(first), cache.num_shared) == (
-        1,
-        0,
-        1,
-    )  # idle before, then not
+    assert cache.hold(first) == 1, "one block was idle"
+    assert cache.hold(first) == 0, "no block was idle"
+    assert cache.num_shared == 1
     assert evicted(cache) == [2]
     with pytest.raises(KeyError):
         cache.evict()
-    assert (cache.release(first), cache.num_idle) == (0, 0), "somebody still holds it"
+    assert (cache.release(first), cache.num_idle) == (0, 0), "one holder is left"
     assert (cache.release(first), cache.num_idle, cache.num_shared) == (1, 1, 0)
     assert evicted(cache) == [1]
 
 
-def test_an_evicted_or_forgotten_block_is_found_no_more():
+def test_an_evicted_or_forgotten_block_is_no_longer_found():
     cache = cached(1, 2, 3)
     assert cache.evict().extents == (Extent(1, 1),)
     cache.forget(cache.match([2]))
-    assert (len(cache), cache.match([1]), cache.match([2]), ids_of(cache.match([3]))) == (
-        1,
-        [],
-        [],
-        [3],
-    )
+    assert len(cache) == 1
+    assert cache.match([1]) == cache.match([2]) == []
+    assert ids_of(cache.match([3])) == [3]
     cache.check()
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Beside it a list of ids in order of use and a count of holders: what is idle is what nobody
-    holds, the longest unused first.
+    """The cache beside a model of it: ids in order of use, and the number of holders of each id. A
+    block without holders is idle.
     """
 
     def __init__(self):
@@ -171,43 +168,29 @@ TestCacheMachine.settings = settings(max_examples=100, stateful_step_count=30, d
 # --- the block manager: stories, blocks of two slots ----------------------------------------------
 
 
-def manager(
-    strategy: str = "paged",
-    num_blocks: int = 8,
-    block_size: int = 2,
-    growth: str | None = None,
-    **options,
-) -> BlockManager:
-    return BlockManager(
-        strategy_of(strategy, growth), num_blocks, block_size, prefix_caching=True, **options
-    )
+def manager(strategy="paged", num_blocks=8, block_size=2, growth=None, **options) -> NamedBlocks:
+    options["prefix_caching"] = True
+    return NamedBlocks(strategy_of(strategy, growth), num_blocks, block_size, **options)
 
 
-def admit(
-    blocks: BlockManager,
-    sequence: str,
-    prompt_tokens: int,
-    *prefix_ids: int,
-    written: int | None = None,
-    max_tokens: int = 0,
-):
-    """A sequence whose prompt is computed, or only its first ``written`` tokens."""
-    assert blocks.allocate(
-        sequence, prompt_tokens, max_tokens or prompt_tokens, prefix_ids, prompt_tokens
-    )
-    table = blocks.tables[sequence]
+def admit(blocks: NamedBlocks, name: str, prompt_tokens: int, *prefix_ids: int, written=None):
+    """Admit a sequence and count its prompt, or its first ``written`` tokens, as written. Returns
+    its table and the number of tokens found.
+    """
+    assert blocks.allocate(name, prompt_tokens, prompt_tokens, prefix_ids, prompt_tokens)
+    table = blocks.tables[name]
     found, table.num_tokens = table.num_tokens, prompt_tokens if written is None else written
     blocks.check()
     return table, found
 
 
-def cached_in(blocks: BlockManager) -> list[int]:
-    """Ids that would be found, by asking for each by itself."""
+def cached_in(blocks: NamedBlocks) -> list[int]:
+    """Ids whose block is found when asked for alone."""
     return [i for i in range(20) if blocks.prefix.match([i])]
 
 
 def test_two_sequences_hold_the_blocks_of_their_common_prefix_once():
-    """1 2 | 3 of a and 1 2 | 4 of b: four blocks, not six."""
+    """1 2 3 of a and 1 2 4 of b: four blocks, not six."""
     blocks = manager()
     a, found = admit(blocks, "a", 6, 1, 2, 3)
     assert (found, blocks.num_held) == (0, 3)
@@ -221,14 +204,14 @@ def test_two_sequences_hold_the_blocks_of_their_common_prefix_once():
 
 
 def test_a_prompt_that_is_found_whole_computes_its_last_token_again():
-    """There is nothing to sample from otherwise."""
+    """The last token's logits are needed to sample the next."""
     blocks = manager()
     admit(blocks, "a", 4, 1, 2)
     b, found = admit(blocks, "b", 4, 1, 2)
     assert (found, b.num_found, blocks.num_held) == (3, 2, 2)
 
 
-def test_idle_blocks_are_free_and_stay_until_they_are_wanted():
+def test_idle_blocks_count_as_free_and_stay_cached_until_they_are_needed():
     blocks = manager(num_blocks=4)
     admit(blocks, "a", 6, 1, 2, 3)
     blocks.free("a")
@@ -236,16 +219,14 @@ def test_idle_blocks_are_free_and_stay_until_they_are_wanted():
     admit(blocks, "b", 2, 9)
     assert cached_in(blocks) == [1, 2, 3, 9], "the fourth block was free"
     admit(blocks, "c", 2, 8)
-    assert cached_in(blocks) == [1, 2, 8, 9], (
-        "one block had to go: the last of the prompt that is not in use"
-    )
+    assert cached_in(blocks) == [1, 2, 8, 9], "the last block of a's prompt goes first"
     assert blocks.allocate("d", 4, 4)
     assert (cached_in(blocks), blocks.free_blocks) == ([8, 9], 0)
-    assert not blocks.allocate("e", 1, 1), "what is held is not evicted"
+    assert not blocks.allocate("e", 1, 1), "a held block was evicted"
     blocks.check()
 
 
-def test_growing_evicts_too_and_only_as_much_as_it_needs():
+def test_growth_evicts_as_few_blocks_as_it_needs():
     blocks = manager(num_blocks=4)
     admit(blocks, "a", 6, 1, 2, 3)
     blocks.free("a")
@@ -255,8 +236,8 @@ def test_growing_evicts_too_and_only_as_much_as_it_needs():
     blocks.check()
 
 
-def test_moving_to_a_free_place_comes_before_evicting():
-    """x x x b z . . .   b grows; x is cached and idle, but there is room behind z."""
+def test_a_blocked_sequence_moves_to_a_free_place_rather_than_evict():
+    """x x x b z . . .   b grows; x is cached and idle, and there is room behind z."""
     blocks = manager("best_fit", block_size=1)
     admit(blocks, "x", 3, 1, 2, 3)
     assert blocks.allocate("b", 1, 1) and blocks.allocate("z", 1, 1)
@@ -268,9 +249,7 @@ def test_moving_to_a_free_place_comes_before_evicting():
 
 
 def test_a_partial_last_block_is_copied_not_shared():
-    """a writes its answer behind its prompt's fifth token, so b takes a copy of that token and
-    writes behind its own.
-    """
+    """Each answer follows the prompt's fifth token, so b copies that token to its own block."""
     blocks = manager()
     a, _ = admit(blocks, "a", 5, 1, 2, 3)
     b, found = admit(blocks, "b", 5, 1, 2, 3)
@@ -281,19 +260,15 @@ def test_a_partial_last_block_is_copied_not_shared():
 
 
 def test_a_partial_block_that_is_not_yet_written_is_not_copied():
-    """b is admitted in the very step in which a's prompt is computed: a copy made before that step
-    holds nothing of it.
-    """
+    """b is admitted in the step that computes a's prompt; a copy is made before that step runs."""
     blocks = manager()
     admit(blocks, "a", 1, 1, written=0)
     _, found = admit(blocks, "b", 1, 1)
     assert (found, blocks.moves) == (0, [])
 
 
-def test_the_copy_of_a_partial_block_needs_no_room_beside_it():
-    """The pool is full but for one block; the source is idle and may be overwritten once it is
-    copied.
-    """
+def test_an_idle_partial_block_is_copied_though_only_one_block_is_free():
+    """The source is idle, and may be overwritten after the copy."""
     blocks = manager(num_blocks=2)
     admit(blocks, "a", 1, 1)
     blocks.free("a")
@@ -302,34 +277,22 @@ def test_the_copy_of_a_partial_block_needs_no_room_beside_it():
     assert blocks.num_held == 1
 
 
-@pytest.mark.parametrize(
-    ("prompt", "written", "kept"),
-    [
-        (6, 6, [1, 2, 3]),
-        (6, 5, [1, 2]),
-        (6, 4, [1, 2]),
-        (6, 0, []),
-        (5, 5, [1, 2, 3]),
-        (5, 4, [1, 2]),
-        (5, 3, [1]),
-    ],
-)
+KEPT = [(6, 6, [1, 2, 3]), (6, 5, [1, 2]), (6, 4, [1, 2]), (6, 0, [])]
+KEPT += [(5, 5, [1, 2, 3]), (5, 4, [1, 2]), (5, 3, [1])]
+
+
+@pytest.mark.parametrize(("prompt", "written", "kept"), KEPT)
 def test_blocks_that_were_not_written_to_their_end_are_forgotten(prompt, written, kept):
-    """A sequence sent back in the middle of its prompt leaves only blocks that hold what their ids
-    say.
-    """
+    """A sequence preempted in the middle of its prompt leaves only blocks that are whole."""
     blocks = manager()
     admit(blocks, "a", prompt, 1, 2, 3, written=written)
     blocks.free("a")
     blocks.check()
-    assert (cached_in(blocks), blocks.stats().used_blocks, blocks.free_blocks) == (
-        kept,
-        len(kept),
-        8,
-    )
+    assert (cached_in(blocks), blocks.free_blocks) == (kept, 8)
+    assert blocks.stats().used_blocks == len(kept)
 
 
-def test_what_somebody_else_holds_is_not_forgotten():
+def test_a_block_that_another_sequence_holds_is_not_forgotten():
     blocks = manager()
     admit(blocks, "a", 4, 1, 2)
     admit(blocks, "b", 6, 1, 2, 3, written=4)
@@ -339,24 +302,22 @@ def test_what_somebody_else_holds_is_not_forgotten():
     assert cached_in(blocks) == [1, 2]
 
 
-def snapshot(blocks: BlockManager):
-    held = {
+def books(blocks: NamedBlocks) -> tuple:
+    """Everything that the block manager records of sequences and moves."""
+    tables = {
         name: (table.extents, tuple(table.shared), table.num_tokens)
         for name, table in blocks.tables.items()
     }
-    return (
-        held,
-        list(blocks.moves),
-        blocks.num_held,
-        blocks.num_releases,
-        blocks.stats(),
-        cached_in(blocks),
-        blocks.prefix.num_idle,
-    )
+    return tables, list(blocks.moves), blocks.num_held, blocks.num_releases
+
+
+def snapshot(blocks: NamedBlocks) -> tuple:
+    """Books, statistics and cache."""
+    return books(blocks), blocks.stats(), cached_in(blocks), blocks.prefix.num_idle
 
 
 def test_a_refused_sequence_leaves_books_and_cache_as_they_were():
-    """Two of its blocks are cached and idle, two more are free, and it wants five."""
+    """c wants five blocks; two of its blocks are cached and idle, two more blocks are free."""
     blocks = manager(num_blocks=5, block_size=1)
     admit(blocks, "a", 3, 1, 2, 3)
     assert blocks.allocate("b", 1, 1)
@@ -364,17 +325,15 @@ def test_a_refused_sequence_leaves_books_and_cache_as_they_were():
     before = snapshot(blocks)
     assert not blocks.allocate("c", 5, 5, (1, 2, 7, 8, 9), 5)
     assert snapshot(blocks) == before
-    assert [blocks.prefix.evict().prefix_id for _ in range(3)] == [3, 2, 1], (
-        "asking in vain is no use"
-    )
+    assert evicted(blocks.prefix) == [3, 2, 1], "the refusal counted as use"
 
 
-def test_a_prompt_that_fits_an_empty_pool_is_served_whatever_lies_idle_in_it():
-    """. . . 1 . .   with block 1 in its prompt, the five others are not together, but nobody is
-    there to wait for.
+def test_a_prompt_that_fits_an_empty_pool_is_served_though_idle_blocks_divide_it():
+    """. . . 1 . .   Block 1 is in a's prompt and divides the free blocks; no request will end and
+    free more.
     """
-    blocks = BlockManager(strategy_of("cortexstream"), 6, 1, prefix_caching=True)
-    scheduler = Scheduler(blocks, max_batch_size=1, max_step_tokens=99)
+    blocks = manager("cortexstream", num_blocks=6, block_size=1)
+    scheduler = Scheduler(blocks.manager, max_batch_size=1, max_step_tokens=99)
     blocks.allocate("x", 3, 3)
     admit(blocks, "y", 1, 1)
     blocks.free("x")
@@ -385,20 +344,18 @@ def test_a_prompt_that_fits_an_empty_pool_is_served_whatever_lies_idle_in_it():
 
 
 @pytest.mark.parametrize(("strategy", "max_seq_len"), [("static", 4), ("cortexstream_buddy", None)])
-def test_a_strategy_that_hands_out_more_than_a_block_cannot_share(strategy, max_seq_len):
+def test_a_strategy_that_hands_out_several_blocks_at_once_cannot_share(strategy, max_seq_len):
     with pytest.raises(ValueError, match=f"prefix caching.*'{strategy}'"):
         manager(strategy, num_blocks=8, max_seq_len=max_seq_len)
 
 
-# --- ids that contradict themselves ---------------------------------------------------------------
+# --- ids that contradict each other ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("second", [(3, 2), (2, 1), (2, 2), (3, 1, 2), (1, 3, 2), (3, 3, 3)])
 @pytest.mark.parametrize("live", [True, False], ids=["held", "idle"])
-def test_a_prompt_whose_ids_say_otherwise_than_anothers_loses_no_block(second, live):
-    """1 2 of a, then 3 2: block 2 stands for "1 2", so b may not have it, and nobody may forget
-    whose it is.
-    """
+def test_prompts_whose_ids_contradict_each_other_lose_no_block(second, live):
+    """1 2 of a, 3 2 of b: block 2 stands for the prefix 1 2, so b may not hold it; a keeps it."""
     blocks = manager(num_blocks=12)
     admit(blocks, "a", 4, 1, 2)
     if not live:
@@ -406,9 +363,8 @@ def test_a_prompt_whose_ids_say_otherwise_than_anothers_loses_no_block(second, l
     b, _ = admit(blocks, "b", 2 * len(second), *second)
     assert b.num_blocks == len(second)
     if len(set(second)) == len(second):
-        assert len({slot for run in b.runs(0, 99) for slot in range(*run)}) == 2 * len(second), (
-            "each of its tokens has a slot"
-        )
+        slots = {slot for run in b.runs(0, 99) for slot in range(*run)}
+        assert len(slots) == 2 * len(second), "two of b's tokens share a slot"
     for name in ("a", "b") if live else ("b",):
         assert blocks.grow(name, 2 * len(second) + 3)
         blocks.tables[name].num_tokens += 1
@@ -417,20 +373,15 @@ def test_a_prompt_whose_ids_say_otherwise_than_anothers_loses_no_block(second, l
     for name in ("c", "b", "a") if live else ("b", "c"):
         blocks.free(name)
         blocks.check()
-    assert (blocks.num_held, blocks.free_blocks, blocks.stats().used_blocks) == (
-        0,
-        12,
-        blocks.prefix.num_idle,
-    )
-    assert blocks.allocate("whole", 24, 24), "every block can be had again"
+    assert (blocks.num_held, blocks.free_blocks) == (0, 12)
+    assert blocks.stats().used_blocks == blocks.prefix.num_idle
+    assert blocks.allocate("whole", 24, 24), "a block is lost"
     blocks.check()
 
 
 @pytest.mark.parametrize("strategy", ["paged", "best_fit", "runs", "buddy"])
-def test_random_ids_that_mean_nothing_lose_no_block(strategy):
-    """Ids drawn at random, against every promise: what is found may be wrong then, but the books
-    are right.
-    """
+def test_ids_drawn_at_random_lose_no_block(strategy):
+    """Random ids stand for no prefix: the blocks found may be wrong, the books are right."""
     for seed in range(30):
         rng = random.Random(f"{strategy} {seed}")
         size = rng.randint(1, 3)
@@ -441,9 +392,8 @@ def test_random_ids_that_mean_nothing_lose_no_block(strategy):
                 prompt = rng.randint(1, 4 * size)
                 ids = tuple(rng.randint(1, 5) for _ in range(blocks.blocks_for(prompt)))
                 if blocks.allocate(name, prompt, prompt + 2, ids, prompt):
-                    blocks.tables[name].num_tokens = (
-                        prompt if rng.random() < 0.8 else rng.randint(0, prompt)
-                    )
+                    written = prompt if rng.random() < 0.8 else rng.randint(0, prompt)
+                    blocks.tables[name].num_tokens = written
             elif rng.random() < 0.4:
                 tokens = blocks.tables[name].num_tokens + 1
                 if blocks.grow(name, tokens):
@@ -458,67 +408,56 @@ def test_random_ids_that_mean_nothing_lose_no_block(strategy):
         assert blocks.free_blocks == blocks.num_blocks
 
 
-# --- what a prompt wants --------------------------------------------------------------------------
+# --- blocks that a prompt wants -------------------------------------------------------------------
 
 
-def test_blocks_that_are_held_are_not_wanted_and_idle_ones_are():
-    """1 2 3 of a, blocks of two: of a prompt of seven tokens behind 1 2 the third block and the
-    fourth are wanted.
-    """
+def test_a_prompt_wants_the_blocks_not_yet_held_idle_ones_among_them():
+    """Blocks of two: a holds 1 2 3, and prompts of seven tokens want what a does not hold."""
     blocks = manager()
     assert blocks.blocks_wanted(7, 7, (1, 2, 4, 5), 7) == 4
     admit(blocks, "a", 6, 1, 2, 3)
-    assert [
-        blocks.blocks_wanted(7, 7, ids, 7)
-        for ids in ((1, 2, 4, 5), (1, 2, 3, 5), (1, 9, 3, 5), (), (4, 1, 2, 3))
-    ] == [2, 1, 3, 4, 4]
+    prompts = (1, 2, 4, 5), (1, 2, 3, 5), (1, 9, 3, 5), (), (4, 1, 2, 3)
+    assert [blocks.blocks_wanted(7, 7, ids, 7) for ids in prompts] == [2, 1, 3, 4, 4]
     assert blocks.blocks_wanted(6, 6, (1, 2, 3), 6) == 0
-    assert blocks.blocks_wanted(8, 8, (1, 2, 3), 6) == 1, (
-        "a token behind its prompt that was sampled before it was sent back"
-    )
+    assert blocks.blocks_wanted(8, 8, (1, 2, 3), 6) == 1, "for two tokens sampled before"
     blocks.free("a")
-    assert blocks.blocks_wanted(7, 7, (1, 2, 3, 5), 7) == 4, (
-        "free, so they are taken from what is free"
-    )
+    assert blocks.blocks_wanted(7, 7, (1, 2, 3, 5), 7) == 4, "idle blocks are wanted too"
 
 
-def test_a_partial_last_block_is_wanted_though_it_is_found():
-    """It is copied, not shared."""
+def test_a_partial_last_block_is_wanted_because_it_is_copied():
     blocks = manager()
     admit(blocks, "a", 5, 1, 2, 3)
     assert blocks.blocks_wanted(5, 5, (1, 2, 3), 5) == 1
-    reserving = manager(growth="reserve")
-    admit(reserving, "a", 4, 1, 2, max_tokens=4)
-    assert reserving.blocks_wanted(4, 11, (1, 2), 4) == 4, "for its last token"
 
 
-# --- nothing is lost ------------------------------------------------------------------------------
-
-SHARING = sorted(
-    set(STRATEGIES) - {"static", "cortexstream_buddy"}
-)  # those that hand out single blocks
-
-
-def prompt_ids(letters: str, block_size: int) -> tuple[int, ...]:
-    """An id a block that stands for everything up to its end, as in Mooncake's trace."""
-    return tuple(
-        known_ids.setdefault(letters[: at + block_size], len(known_ids))
-        for at in range(0, len(letters), block_size)
-    )
+def test_a_prompt_wants_all_the_blocks_of_its_reservation():
+    blocks = manager(growth="reserve")
+    admit(blocks, "a", 4, 1, 2)
+    assert blocks.blocks_wanted(4, 11, (1, 2), 4) == 4
 
 
+# --- the contents of blocks -----------------------------------------------------------------------
+
+SHARING = sorted(STRATEGIES.keys() - {"static", "cortexstream_buddy"})  # hand out single blocks
 known_ids: dict[str, int] = {}
 
 
+def prompt_ids(letters: str, block_size: int) -> tuple[int, ...]:
+    """One id a block, for the text up to the block's end, as in Mooncake's trace."""
+    ends = range(block_size, len(letters) + block_size, block_size)
+    return tuple(known_ids.setdefault(letters[:end], len(known_ids)) for end in ends)
+
+
 class Content:
-    """What the arena would hold: for every slot the text up to and with its token. A sequence must
-    find its own in every slot.
+    """Content of the arena: for every written slot, the text that ends with the slot's token. A
+    sequence must find its own text in its slots.
     """
 
-    def __init__(self, blocks: BlockManager):
+    def __init__(self, blocks: NamedBlocks):
         self.blocks, self.slots = blocks, {}
 
     def follow(self) -> None:
+        """Make the recorded moves."""
         size = self.blocks.block_size
         for move in self.blocks.moves:
             source, target = (
@@ -535,19 +474,41 @@ class Content:
                 self.slots[slot] = text[: token + 1]
 
     def check(self, sequence: str, text: str, stop: int) -> None:
-        assert [self.slots.get(slot) for slot in self.places(sequence, stop)] == [
-            text[: n + 1] for n in range(stop)
-        ], sequence
+        found = [self.slots.get(slot) for slot in self.places(sequence, stop)]
+        assert found == [text[: n + 1] for n in range(stop)], sequence
 
     def places(self, sequence: str, stop: int) -> list[int]:
         return [slot for run in self.blocks.tables[sequence].runs(0, stop) for slot in range(*run)]
 
 
+def admit_text(content: Content, name: str, text: str, most: int, rng, evicts_nothing) -> bool:
+    """Admit a sequence and compute its prompt, one time in five only a part, and preempt it there.
+    True if the sequence stays. ``evicts_nothing``: a refusal leaves the cache as it was.
+    """
+    blocks, length = content.blocks, len(text)
+    before, books_before, cached_before = snapshot(blocks), books(blocks), set(cached_in(blocks))
+    if not blocks.allocate(name, length, most, prompt_ids(text, blocks.block_size), length):
+        assert books(blocks) == books_before
+        assert set(cached_in(blocks)) <= cached_before
+        assert not evicts_nothing or snapshot(blocks) == before
+        return False
+    content.follow()
+    computed = blocks.tables[name].num_tokens
+    assert computed < length
+    content.check(name, text, computed)
+    stop = length if rng.random() < 0.8 else rng.randint(computed, length - 1)
+    content.write(name, text, computed, stop)
+    blocks.tables[name].num_tokens = stop
+    if stop < length:
+        blocks.free(name)
+    return stop == length
+
+
 @pytest.mark.parametrize("growth", [None, "reserve", "chain", "relocate"])
 @pytest.mark.parametrize("strategy", SHARING)
 def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, growth):
-    """Admitted, computed in parts, grown, sent back in the middle, in a pool too small for all:
-    `check()` after each.
+    """Sequences are admitted, computed in part, grown and preempted, in a pool too small for all;
+    every action is followed by `check`.
     """
     for seed in range(12):
         rng = random.Random(f"{strategy} {growth} {seed}")
@@ -558,34 +519,11 @@ def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, grow
             name = rng.choice("abcd")
             action = rng.random()
             if name not in texts:
-                text = "".join(
-                    rng.choice("01") for _ in range(rng.randint(1, 3) * size + rng.randint(0, 2))
-                )
-                more = rng.randint(0, 5)
-                before = snapshot(blocks)
-                admitted = blocks.allocate(
-                    name, len(text), len(text) + more, prompt_ids(text, size), len(text)
-                )
-                if not admitted:
-                    after = snapshot(blocks)
-                    assert after[:4] == before[:4]
-                    assert set(after[5]) <= set(before[5]) and (
-                        strategy != "paged" or after == before
-                    )
-                else:
-                    content.follow()
-                    texts[name], longest[name] = text, len(text) + more
-                    computed = blocks.tables[name].num_tokens
-                    assert computed < len(text)
-                    content.check(name, text, computed)
-                    stop = len(text) if rng.random() < 0.8 else rng.randint(computed, len(text) - 1)
-                    content.write(name, text, computed, stop)
-                    blocks.tables[name].num_tokens = stop
-                    if stop < len(
-                        text
-                    ):  # sent back in the middle of its prompt, before anybody else is admitted
-                        blocks.free(name)
-                        del texts[name]
+                length = rng.randint(1, 3) * size + rng.randint(0, 2)
+                text = "".join(rng.choice("01") for _ in range(length))
+                most = length + rng.randint(0, 5)
+                if admit_text(content, name, text, most, rng, evicts_nothing=strategy == "paged"):
+                    texts[name], longest[name] = text, most
             elif action < 0.7 and len(texts[name]) < longest[name] + 4:
                 text = texts[name] + rng.choice("01")
                 idle = blocks.prefix.num_idle
@@ -599,10 +537,8 @@ def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, grow
                 blocks.free(name)
                 del texts[name]
             blocks.check()
-            idle = blocks.prefix.num_idle
-            assert blocks.free_blocks == blocks.stats().free_blocks + idle, (
-                "idle cached blocks are free"
-            )
+            num_free = blocks.stats().free_blocks + blocks.prefix.num_idle
+            assert blocks.free_blocks == num_free, "idle blocks do not count as free"
             for other, text in texts.items():
                 content.check(other, text, len(text))
         for name in texts:
@@ -612,28 +548,22 @@ def test_every_sequence_finds_its_own_tokens_and_no_block_is_lost(strategy, grow
 
 
 @pytest.mark.parametrize("oom_policy", OOM_POLICIES)
-def test_a_scheduled_step_never_reads_what_no_earlier_step_wrote(oom_policy):
+def test_a_chunk_reads_only_tokens_written_by_earlier_chunks(oom_policy):
     """Small budgets, a small pool, and prompts with much in common: blocks found are blocks
-    written, in order of the chunks.
+    written.
     """
     for seed in range(60):
         rng = random.Random(f"{oom_policy} {seed}")
         size = rng.randint(1, 3)
         blocks = manager("paged", rng.randint(6, 16), size)
-        scheduler = Scheduler(
-            blocks, max_batch_size=3, max_step_tokens=rng.randint(3, 9), oom_policy=oom_policy
-        )
+        limits = {"max_batch_size": 3, "max_step_tokens": rng.randint(3, 9)}
+        scheduler = Scheduler(blocks.manager, oom_policy=oom_policy, **limits)
         content, texts = Content(blocks), {}
         for n in range(12):
-            text = "".join(rng.choice("01") for _ in range(size)) * rng.randint(
-                1, 2
-            ) + "1" * rng.randint(0, size)
-            request = Request(
-                f"r{n}",
-                tuple(range(len(text))),
-                rng.randint(1, 6),
-                prefix_ids=prompt_ids(text, size),
-            )
+            text = "".join(rng.choice("01") for _ in range(size)) * rng.randint(1, 2)
+            text += "1" * rng.randint(0, size)
+            prompt, ids = tuple(range(len(text))), prompt_ids(text, size)
+            request = Request(f"r{n}", prompt, rng.randint(1, 6), prefix_ids=ids)
             if blocks.could_ever_hold(request.max_slots):
                 texts[request.id] = text + "x" * request.max_tokens
                 scheduler.add(request)
@@ -641,13 +571,12 @@ def test_a_scheduled_step_never_reads_what_no_earlier_step_wrote(oom_policy):
             step = scheduler.schedule(0.0)
             blocks.check()
             content.follow()
+            blocks.tables = {each.id: each.table for each in scheduler.running}
             for request, start, stop in step.chunks:
                 content.write(request.id, texts[request.id], start, stop)
             for request, _, stop in step.chunks:
                 content.check(request.id, texts[request.id], stop)
-                done = stop == request.num_tokens
-                request.num_computed = stop
-                if done:
+                if stop == request.num_tokens:
                     request.output_tokens.append(0)
                     request.state = RequestState.DECODING
                     if len(request.output_tokens) == request.max_tokens:

@@ -1,4 +1,4 @@
-"""`prove` passes what keeps its promises, and names the step of what does not."""
+"""`prove` passes an allocator that keeps its promises, and names the step that breaks one."""
 
 import pytest
 
@@ -15,12 +15,12 @@ def test_every_strategy_of_the_package_is_proved(strategy):
     assert done.total() == 1500 and all(
         done[what] > 20 for what in ("allocate", "refused", "free", "misuse")
     )
-    assert prove(strategy, steps=1500, seed=3) == done, "the same seed, the same steps"
+    assert prove(strategy, steps=1500, seed=3) == done, "equal seeds take equal steps"
     for num_blocks in (1, 2, 13):
         prove(strategy, num_blocks=num_blocks, steps=300)
 
 
-def test_what_must_not_be_refused_is_a_rule():
+def test_has_room_is_the_rule_of_what_must_not_be_refused():
     prove("paged", has_room=has_enough)
     for strategy in ("first_fit", "best_fit", "segregated"):
         prove(strategy, has_room=has_hole)
@@ -73,7 +73,7 @@ class TakesAnything(Paged):
 
 
 class HalfFrees(BestFit):
-    """Frees the first of several before it sees that the others are wrong."""
+    """Frees the first extent of a tuple before it finds a wrong one behind."""
 
     def free(self, extents):
         for extent in extents:
@@ -85,7 +85,7 @@ class LeavesThePool(Paged):
         return super().extend(extents, n) and (*extents, Extent(self.num_blocks, n))
 
 
-class GivesALists(Paged):
+class GivesAList(Paged):
     def allocate(self, n):
         extents = super().allocate(n)
         return extents and list(extents)
@@ -112,7 +112,7 @@ class BadBooks(Paged):
         (TakesAnything, "must raise ValueError"),
         (HalfFrees, "stats say"),
         (LeavesThePool, "outside the pool"),
-        (GivesALists, "no tuple of extents"),
+        (GivesAList, "no tuple of extents"),
         (BreaksDown, "KeyError"),
         (BadBooks, "the books are wrong"),
     ],
@@ -133,7 +133,7 @@ class AllocatesNone(Paged):
 
 
 class RefusesNone(Paged):
-    """None stands for "not now", and there is no time at which this could be served."""
+    """None means "not now", but no blocks can never be served."""
 
     def allocate(self, n):
         return None if n == 0 else super().allocate(n)
@@ -173,7 +173,7 @@ class WrongErrorOnExtend(Paged):
 
 
 class ExtendsAnything(Paged):
-    """Foreign extents are taken for full ones."""
+    """Refuses to extend foreign extents, as if they could not grow now."""
 
     def extend(self, extents, n):
         try:
@@ -185,7 +185,7 @@ class ExtendsAnything(Paged):
 
 
 class ExtendsTheFreed(Paged):
-    """What it handed out once it takes for its own ever after."""
+    """Extents that were handed out once pass for live ones, even when freed."""
 
     def __init__(self, num_blocks):
         super().__init__(num_blocks)
@@ -210,7 +210,7 @@ class ExtendsTheFreed(Paged):
 
 
 class ExtendsTheFreedForGood(ExtendsTheFreed):
-    """And chains new blocks behind it, if that is what it takes."""
+    """Chains new blocks behind freed extents."""
 
     def extend(self, extents, n):
         grown = super().extend(extents, n)
@@ -242,7 +242,7 @@ class ExtendsTheFreedForGood(ExtendsTheFreed):
     ids=lambda broken: broken.__name__,
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_what_makes_no_sense_must_raise_value_error(broken, seed):
+def test_senseless_counts_and_extents_must_raise_value_error(broken, seed):
     with pytest.raises(AssertionError, match=rf"^step \d+, .*\(a pool of 64, seed {seed}\): .*"):
         prove(broken, seed=seed)
 
@@ -257,7 +257,7 @@ def test_the_message_says_what_was_expected(broken):
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "first_fit"])
-def test_the_packages_own_keep_to_it(strategy):
+def test_the_strategies_of_the_package_raise_value_error(strategy):
     allocator = make_allocator(strategy, 64)
     extents, gone = allocator.allocate(2), allocator.allocate(2)
     allocator.free(gone)
@@ -277,7 +277,7 @@ def test_the_packages_own_keep_to_it(strategy):
     allocator.check()
 
 
-def test_what_is_no_allocator_is_bad_input():
+def test_a_factory_of_no_allocator_is_bad_input():
     with pytest.raises(BadInput, match="lacks a part"):
         prove(lambda num_blocks: object())
     with pytest.raises(BadInput, match="nonsense"):

@@ -1,5 +1,5 @@
-"""The replay: equal to the engine's own loop taken step by step, the same on every machine, and
-right on the real traces.
+"""The replay equals the engine's loop taken step by step, yields equal rows on every machine, and
+is right on the real traces.
 """
 
 import importlib
@@ -9,9 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import dataclass, field, replace
-from itertools import pairwise, takewhile
+from dataclasses import replace
+from itertools import pairwise
 from math import ceil
 from unittest.mock import patch
 
@@ -19,41 +18,41 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortexlab import BadInput, Request, RequestState, metrics
+from cortexlab import BadInput, metrics
 from cortexlab.allocators import GROWTHS, STRATEGIES, strategy_of
 from cortexlab.allocators.paged import Paged
 from cortexlab.cli import main as cli
-from cortexlab.replay import simulation as replay_module
-from cortexlab.replay.simulation import Replay, replay, tables, unlimited_blocks
+from cortexlab.options import OOM_POLICIES, ReplayOptions
+from cortexlab.replay import Replay, accounting, reference, replay, tables
+from cortexlab.replay import naive as naive_replay
+from cortexlab.replay.naive import NaiveReplay
+from cortexlab.replay.simulation import NUM_SAMPLES, unlimited_blocks
 from cortexlab.replay.step_time import SECOND, StepTime
 from cortexlab.scheduler.block_manager import BlockManager
-from cortexlab.scheduler.scheduler import OOM_POLICIES, Scheduler
+from cortexlab.scheduler.block_table import Need
+from cortexlab.scheduler.scheduler import Scheduler
 from cortexlab.workloads.synthetic import WorkItem, make_workload
 from cortexlab.workloads.traces import KNOWN, load_trace
 
 NS = 1e-9
-LONG = 6  # tokens: a long extent on toy sizes
+LONG = 6  # tokens of a long extent, in place of `LONG_EXTENT`, in toy pools
 
 
 def step_time(base: int = 10, token: int = 0, sequence: int = 0) -> StepTime:
-    """In whole nanoseconds."""
+    """A step time in whole nanoseconds."""
     return StepTime(base * NS, token * NS, sequence * NS)
 
 
 def item(at: int, prompt: int, output: int, **more) -> WorkItem:
-    """Arrived at nanosecond ``at``."""
+    """A request that arrives at nanosecond ``at``."""
     return WorkItem(at * NS, prompt, output, **more)
 
 
 def replayed(
     items, strategy: str = "paged", *, num_blocks: int = 100, block_size: int = 1, **options
 ) -> Replay:
-    done = Replay(
-        strategy,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        **{"step_time": step_time()} | options,
-    )
+    options = {"step_time": step_time()} | options
+    done = Replay(strategy, num_blocks=num_blocks, block_size=block_size, **options)
     done.run(items)
     return done
 
@@ -62,316 +61,24 @@ def row_of(done: Replay) -> dict:
     return {name: value for name, value in done.row.items() if name != "seconds"}
 
 
-# --- the engine's loop, step by step, and every metric by its definition --------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """What was so in one step. ``held``: of each running sequence its table, the slots of that
-    table in token order, and its tokens.
-    """
-
-    started_ns: int
-    ns: int
-    held: list
-    decoded: list  # (tokens, slots) of each request that decoded
-    unusable_slots: int
-    num_held: int
-    num_running: int
-    num_waiting: int
-    pool: dict
-
-    def shares(self) -> dict:
-        """Slots of H by what they are, each slot once however many sequences hold it."""
-        slots, token, filled = set(), set(), set()
-        for table, places, num_tokens in self.held:
-            slots.update(places)
-            token.update(places[:num_tokens])
-            filled.update(places[: table.num_tokens])  # when the sequence had ended
-        return {
-            "token": len(token),
-            "reserved": len(filled - token),
-            "internal": len(slots - filled - token),
-            "external": self.unusable_slots,
-        }
-
-
-def slots_of(table) -> list[int]:
-    """All slots of a table, in token order."""
-    return [slot for run in table.runs(0, table.capacity) for slot in range(*run)]
-
-
-@dataclass(eq=False)
-class Served:
-    """A request as `Engine` sees it, and what a naive observer writes down."""
-
-    request: Request
-    item: WorkItem
-    arrived_ns: int
-    token_ns: list[int] = field(default_factory=list)
-    finished_ns: int | None = None
-    first_table: object = None
-
-
-class Naive:
-    """`Engine.step` for every single step: all running requests looked at, one token each, and a
-    clock that adds up.
-    """
-
-    def __init__(
-        self,
-        items,
-        strategy,
-        growth,
-        oom_policy,
-        num_blocks,
-        block_size,
-        max_seq_len,
-        max_batch_size,
-        max_step_tokens,
-        prefix_caching,
-        watermark,
-        step_ns,
-    ):
-        self.blocks = BlockManager(
-            strategy_of(strategy, growth), num_blocks, block_size, max_seq_len, prefix_caching
-        )
-        self.scheduler = Scheduler(
-            self.blocks,
-            max_batch_size=max_batch_size,
-            max_step_tokens=max_step_tokens,
-            oom_policy=oom_policy,
-            watermark=watermark,
-        )
-        self.in_vain: dict[
-            str, bool
-        ] = {}  # who asked the pool and got nothing in this step: were there enough free blocks?
-        self.blocks.allocate = self.watched(self.blocks.allocate)
-        self.step_ns, self.now = step_ns, 0
-        self.steps: list[Step] = []
-        self.moves, self.written = [], 0
-        self.sampled_before: set[str] = set()  # since it was last admitted
-        self.final_extents: list[tuple[int, list]] = []  # (tokens, extents) of those that finished
-        per_block = block_size // items[0].prefix_block
-        self.served: list[Served] = []
-        for index, it in enumerate(items):
-            max_tokens = max(it.output_tokens, it.max_tokens or 0)
-            request = Request(
-                f"r{index}",
-                tuple(range(it.prompt_tokens)),
-                max_tokens,
-                arrived_at=round(it.arrived_at * SECOND) / SECOND,
-            )
-            if prefix_caching:
-                whole, part = divmod(it.prompt_tokens, block_size)
-                request.prefix_ids = tuple(
-                    it.prefix_ids[(b + 1) * per_block - 1] for b in range(whole)
-                ) + it.prefix_ids[-1:] * bool(part)
-            if self.blocks.could_ever_hold(it.prompt_tokens + max_tokens - 1):
-                self.served.append(Served(request, it, round(it.arrived_at * SECOND)))
-        self.refused = len(items) - len(self.served)
-        self.served.sort(key=lambda each: each.arrived_ns)
-
-    def run(self, limit: int = 20_000) -> "Naive":
-        coming, by_id = list(self.served), {each.request.id: each for each in self.served}
-        calls = 0
-        while True:
-            assert (calls := calls + 1) < limit, "no end in sight"
-            while coming and coming[0].arrived_ns <= self.now:
-                self.scheduler.add(coming.pop(0).request)
-            if self.scheduler.running or self.scheduler.waiting:
-                self.step(by_id)
-            elif coming:
-                self.now = coming[0].arrived_ns
-            else:
-                return self
-
-    def watched(self, allocate):
-        def watching(sequence, *sizes):
-            enough = self.enough(*sizes)
-            if not (got := allocate(sequence, *sizes)):
-                self.in_vain[sequence] = enough
-            return got
-
-        return watching
-
-    def enough(
-        self, num_tokens: int, max_slots: int, prefix_ids: tuple = (), prompt_tokens: int = 0
-    ) -> bool:
-        """Whether no more blocks would be taken than are free. What a live sequence shares of its
-        prefix needs no free block.
-        """
-        blocks, size = self.blocks, self.blocks.block_size
-        wanted = ceil((max_slots if blocks.growth == "reserve" else num_tokens) / size)
-        held = {block.prefix_id for table in blocks.tables.values() for block in table.shared}
-        shared = list(
-            takewhile(held.__contains__, prefix_ids[: prompt_tokens // size])
-        )  # who holds a block holds all before it
-        places = {place for table in blocks.tables.values() for place in slots_of(table)}
-        return wanted - len(shared) <= blocks.num_blocks - len(places) // size
-
-    def unusable_slots(self, plan) -> int:
-        """X by the letter: all free slots where the queue's head was refused, though its blocks are
-        no more than are free.
-        """
-        scheduler, blocks = self.scheduler, self.blocks
-        refused = any(
-            self.in_vain.get(request.id, False) for request in plan.failed
-        )  # was the head, and is in no queue any more
-        spent = sum(chunk.stop - chunk.start for chunk in plan.chunks) == scheduler.max_step_tokens
-        if scheduler.waiting and len(scheduler.running) < scheduler.max_batch_size and not spent:
-            head = scheduler.waiting[0]
-            refused |= self.enough(
-                head.num_tokens, head.max_slots, head.prefix_ids, len(head.prompt)
-            )
-        held = {place for table in blocks.tables.values() for place in slots_of(table)}
-        return (blocks.num_blocks * blocks.block_size - len(held)) if refused else 0
-
-    def step(self, by_id) -> None:
-        self.in_vain.clear()
-        plan = self.scheduler.schedule(self.now / SECOND)
-        self.blocks.check()
-        self.moves += self.blocks.moves
-        self.blocks.moves.clear()
-        self.sampled_before -= {request.id for request in plan.preempted}
-        for request in plan.failed:
-            request.state, by_id[request.id].finished_ns = RequestState.FAILED, self.now
-        if not plan.chunks:
-            return
-        num_tokens = sum(chunk.stop - chunk.start for chunk in plan.chunks)
-        base, token, sequence = self.step_ns
-        ns = base + token * num_tokens + sequence * len(plan.chunks)
-        self.written += num_tokens
-        running = self.scheduler.running
-        for request in running:
-            if by_id[request.id].first_table is None:
-                by_id[request.id].first_table = self.blocks.tables[request.id]
-        held = []
-        for request in running:
-            table = self.blocks.tables[request.id]
-            held.append((table, slots_of(table), table.num_tokens))
-        decoded = [
-            (c.stop, self.blocks.tables[c.request.id].capacity)
-            for c in plan.chunks
-            if c.request.id in self.sampled_before
-        ]
-        self.steps.append(
-            Step(
-                self.now,
-                ns,
-                held,
-                decoded,
-                self.unusable_slots(plan),
-                self.blocks.num_held,
-                len(running),
-                len(self.scheduler.waiting),
-                dict(self.blocks.stats()),
-            )
-        )
-        self.now += ns
-        for chunk in sorted(
-            plan.chunks, key=lambda chunk: chunk.stop - chunk.start > 1
-        ):  # as the engine feeds and ends them
-            request, samples = chunk.request, chunk.samples
-            request.num_computed = chunk.stop
-            if samples:
-                request.output_tokens.append(0)
-                request.token_times.append(self.now / SECOND)
-                request.state = RequestState.DECODING
-                self.sampled_before.add(request.id)
-                each = by_id[request.id]
-                each.token_ns.append(self.now)
-                if len(request.output_tokens) == each.item.output_tokens:
-                    each.finished_ns, request.state = self.now, RequestState.FINISHED
-                    self.final_extents.append(
-                        (chunk.stop, list(self.blocks.tables[request.id].all_extents))
-                    )
-                    self.scheduler.remove(request)
-
-    def row(self) -> dict:
-        """By the definitions of the interface."""
-        done = [each for each in self.served if each.request.state is RequestState.FINISHED]
-        decoded = [pair for step in self.steps for pair in step.decoded]
-        size, seconds = self.blocks.block_size, self.now / SECOND
-        tokens, long_tokens = 0, 0
-        for num_tokens, extents in self.final_extents:
-            tokens += num_tokens
-            lengths = [
-                length
-                for extent in extents
-                for length in [extent.num_blocks * size] * (extent.num_blocks * size)
-            ]
-            long_tokens += sum(
-                length >= LONG for length in lengths[:num_tokens]
-            )  # the extent that each token lies in
-        ids = []  # of the trace: (all of a prompt, those in the blocks that were found)
-        for each in (each for each in self.served if each.first_table and each.request.prefix_ids):
-            found = each.first_table.num_found * size // each.item.prefix_block
-            ids.append((len(each.item.prefix_ids), min(len(each.item.prefix_ids), found)))
-        inputs = sum(each.item.prompt_tokens for each in done)
-        outputs = sum(len(each.token_ns) for each in done)
-        return {
-            "requests": len(self.served) + self.refused,
-            "completed": len(done),
-            "completed_by_last_arrival": sum(
-                each.finished_ns <= self.served[-1].arrived_ns for each in done
-            ),
-            "refused": self.refused,
-            "failed": len(self.served) - len(done),
-            "tokens": inputs + outputs,
-            "duration": seconds,
-            "total_input_tokens": inputs,
-            "total_output_tokens": outputs,
-            "request_throughput": len(done) / seconds if seconds else None,
-            "output_throughput": outputs / seconds if seconds else None,
-            **metrics.shares((step.ns, step.shares()) for step in self.steps),
-            "utilization": sum(t for t, _ in decoded) / sum(s for _, s in decoded)
-            if decoded
-            else None,
-            "mean_live_tokens": sum(t for t, _ in decoded) / len(decoded) if decoded else None,
-            "prefix_hit_rate": sum(f for _, f in ids) / sum(n for n, _ in ids)
-            if sum(n for n, _ in ids)
-            else None,
-            "long_extent_share": long_tokens / tokens if tokens else None,
-            "extents_per_sequence": sum(len(extents) for _, extents in self.final_extents)
-            / len(done)
-            if done
-            else None,
-            "peak_blocks": max((step.num_held for step in self.steps), default=0),
-            "copied_blocks": sum(ceil(move.num_tokens / size) for move in self.moves),
-            "copied_share": sum(move.num_tokens for move in self.moves) / self.written
-            if self.written
-            else None,
-            "num_preemptions": self.scheduler.num_preemptions,
-        }
-
-    def gaps(self) -> Counter:
-        return Counter(
-            after - before for each in self.served for before, after in pairwise(each.token_ns)
-        )
-
-    def latencies(self) -> dict:
-        return metrics.latency_summary(
-            each.request for each in self.served if each.request.state is RequestState.FINISHED
-        )
+# --- equal to the naive replay --------------------------------------------------------------------
 
 
 @st.composite
 def loads(draw):
-    """A tiny pool, limits of every kind, and requests that come whenever they like and stop before
-    their max_tokens or at it.
+    """Requests that arrive at any time and end at or before their max_tokens, in a tiny pool under
+    limits of every kind.
     """
     batch = draw(st.integers(1, 4))
     caching = draw(st.booleans())
     prefix_block = draw(st.integers(1, 3))
     block_size = prefix_block * draw(st.integers(1, 2)) if caching else draw(st.integers(1, 5))
+    num_blocks = draw(st.integers(1, 14) | st.integers(8, 40))  # a watermark shows in large pools
     options = {
         "strategy": draw(st.sampled_from(sorted(STRATEGIES))),
         "growth": draw(st.sampled_from([None, *GROWTHS])),
         "oom_policy": draw(st.sampled_from(OOM_POLICIES)),
-        "num_blocks": draw(
-            st.integers(1, 14) | st.integers(8, 40)
-        ),  # of a large one a watermark keeps some
+        "num_blocks": num_blocks,
         "block_size": block_size,
         "max_batch_size": batch,
         "max_step_tokens": draw(st.integers(batch, batch + 10)),
@@ -379,42 +86,23 @@ def loads(draw):
         "prefix_caching": caching,
         "watermark": draw(st.sampled_from([0, 0.1, 0.25, 0.5])),
     }
-    unit = draw(
-        st.sampled_from([1, 1, 50_000_000])
-    )  # nanoseconds; the long one makes the replay take samples
-    ns = tuple(
-        unit * n
-        for n in draw(
-            st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 3)).filter(any)
-        )
-    )
+    unit = draw(st.sampled_from([1, 1, 50_000_000]))  # ns; samples are taken every 100 ms
+    times = st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 3)).filter(any)
+    ns = tuple(unit * n for n in draw(times))
     at, items, known = 0, [], {}
     for _ in range(draw(st.integers(1, 9))):
         at += unit * draw(st.sampled_from([0, 0, 1, 3, 10, 11, 40, 200]))
-        prompt, output, more = (
-            draw(st.integers(1, 12)),
-            draw(st.integers(1, 14)),
-            draw(st.sampled_from([None, 0, 1, 6])),
-        )
-        letters = draw(st.text("ab", min_size=12, max_size=12)) if caching else ""
-        ends = (
-            [min(prompt, end + prefix_block) for end in range(0, prompt, prefix_block)]
-            if caching
-            else []
-        )
-        ids = tuple(
-            known.setdefault((letters[: ceil(end / prefix_block)], end), len(known)) for end in ends
-        )
-        items.append(
-            item(
-                at,
-                prompt,
-                output,
-                prefix_ids=ids,
-                prefix_block=prefix_block,
-                max_tokens=more and output + more,
-            )
-        )
+        prompt, output = draw(st.integers(1, 12)), draw(st.integers(1, 14))
+        more = draw(st.sampled_from([None, 0, 1, 6]))
+        ids = []
+        if caching:
+            letters = draw(st.text("ab", min_size=12, max_size=12))
+            for start in range(0, prompt, prefix_block):
+                end = min(prompt, start + prefix_block)
+                key = letters[: ceil(end / prefix_block)], end
+                ids.append(known.setdefault(key, len(known)))
+        prefix = {"prefix_ids": tuple(ids), "prefix_block": prefix_block}
+        items.append(item(at, prompt, output, max_tokens=more and output + more, **prefix))
     return items, options, ns
 
 
@@ -425,147 +113,120 @@ def hands_out_single_blocks(options) -> bool:
 
 
 def agree(items, options, ns) -> None:
-    """Run both and compare everything."""
+    """Assert that the replay and the naive replay give equal requests, rows and samples."""
     if options["prefix_caching"] and not hands_out_single_blocks(options):
         with pytest.raises(BadInput, match="prefix caching"):
             Replay(**options)
         return
-    naive = Naive(items, **options, step_ns=ns)
+    naive = NaiveReplay(items, **options, step_ns=ns)
     done = Replay(**options, step_time=step_time(*ns))
     if not naive.served:
         with pytest.raises(BadInput, match="no request can be served"):
             done.run(items)
         return
     naive.run()
-    with patch.object(replay_module, "LONG_EXTENT", LONG):
+    long_there = patch.object(naive_replay, "LONG_EXTENT", LONG)
+    with patch.object(accounting, "LONG_EXTENT", LONG), long_there:
         row = done.run(items)
-    assert [
-        (r.id, r.first_ns, r.finished_ns, r.num_preemptions, str(r.state)) for r in done.requests
-    ] == [
-        (
-            n.request.id,
-            n.token_ns[0] if n.token_ns else None,
-            n.finished_ns,
-            n.request.num_preemptions,
-            str(n.request.state),
-        )
-        for n in naive.served
-    ]
-    expected = naive.row()
+        expected = naive.row()
+    assert len(done.requests) == len(naive.served)
+    for ours, theirs in zip(done.requests, naive.served, strict=True):
+        assert (ours.id, str(ours.state)) == (theirs.request.id, str(theirs.request.state))
+        assert ours.num_preemptions == theirs.request.num_preemptions
+        assert ours.first_ns == (theirs.token_ns[0] if theirs.token_ns else None)
+        assert ours.finished_ns == theirs.finished_ns
     for name, value in expected.items():
         exact = isinstance(value, int | None) or name == "duration"
         assert row[name] == (value if exact else pytest.approx(value, rel=1e-9, abs=1e-9)), name
-    if (
-        row["failed"] == 0
-        # a failed request's gaps are no other request's latency, so they are compared where there
-        # is none
-    ):
-        assert +done.totals.gaps == naive.gaps()
+    if row["failed"] == 0:  # a failed request's gaps are no latencies
+        assert +done.ledger.totals.gaps == naive.gaps()
     for name, value in naive.latencies().items():
         if row["failed"] == 0 or "itl" not in name:
             assert row[name] == (None if value is None else pytest.approx(value, rel=1e-9)), name
     if naive.steps:
-        assert sum(row[f"{name}_share"] for name in metrics.SHARES) == pytest.approx(1, abs=1e-12)
+        assert sum(shares(row)) == pytest.approx(1, abs=1e-12)
+    samples_agree(done, naive)
+    done.blocks.check()
+    assert done.blocks.num_held == 0
+
+
+def samples_agree(done: Replay, naive: NaiveReplay) -> None:
+    """Assert that each sample shows the state of the naive step at its time."""
     steps = {step.started_ns / SECOND: step for step in naive.steps}
     assert bool(done.samples) == bool(naive.steps)
     for sample in done.samples:
         step = steps[sample["started_at"]]
         slots = step.shares()
+        empty = sample["reserved_slots"] + sample["internal_slots"]
         assert sample["token_slots"] == slots["token"]
-        assert (
-            sample["reserved_slots"] + sample["internal_slots"]
-            == slots["reserved"] + slots["internal"]
-        )
+        assert empty == slots["reserved"] + slots["internal"]
         assert sample["external_slots"] == slots["external"]
-        assert (sample["num_running"], sample["num_waiting"]) == (
-            step.num_running,
-            step.num_waiting,
-        )
+        assert sample["num_running"] == step.num_running
+        assert sample["num_waiting"] == step.num_waiting
         assert {name: sample[name] for name in step.pool} == step.pool
-    done.blocks.check()
-    assert done.blocks.num_held == 0
 
 
 @given(loads())
 @settings(max_examples=1500, deadline=None)
-def test_the_replay_is_the_engines_loop_taken_in_jumps(load):
+def test_the_replay_equals_the_naive_replay(load):
     agree(*load)
 
 
-# --- what the property found, one by one ----------------------------------------------------------
+# --- errors that the comparison found -------------------------------------------------------------
 
 
 def test_blocks_held_behind_the_last_token_take_nothing_from_long_extents():
-    """Two blocks are reserved, by paged one behind the other; a block in between makes them two
-    extents, and one token is written.
+    """Two blocks are reserved for one token: by cortexstream in one extent, by paged in two, around
+    a held block.
     """
-    blocks = [item(0, 1, 1), item(0, 1, 1, max_tokens=4)]
-    done = Replay(
-        "cortexstream", growth="reserve", num_blocks=9, block_size=128, step_time=step_time()
-    )
-    assert done.run(blocks)["long_extent_share"] == 1.0
-    paged = Replay("paged", growth="reserve", num_blocks=9, block_size=128, step_time=step_time())
-    paged.blocks.allocate("a", 128, 128)
-    paged.blocks.allocate("b", 128, 128)
-    paged.blocks.free("a")
+    items = [item(0, 1, 1), item(0, 1, 1, max_tokens=4)]
+    options = {"growth": "reserve", "num_blocks": 9, "block_size": 128, "step_time": step_time()}
+    assert Replay("cortexstream", **options).run(items)["long_extent_share"] == 1.0
+    paged = Replay("paged", **options)
+    first = paged.blocks.allocate(Need(128, 128))
+    paged.blocks.allocate(Need(128, 128))
+    paged.blocks.free(first)
     assert paged.run([item(0, 1, 1, max_tokens=200)])["long_extent_share"] == 1.0
 
 
-def test_a_relocation_copies_all_the_tokens_there_are_then():
-    """Blocks of two: a's place is full with its prompt, full again with four tokens, and b is right
-    behind it at first.
-    """
+def test_a_relocation_copies_the_tokens_written_so_far():
+    """Blocks of two: a b . .  ->  . b a a when a's third token comes; a then grows in place."""
     done = replayed([item(0, 2, 5), item(0, 1, 2)], "best_fit", num_blocks=20, block_size=2)
-    assert (done.totals.copied_tokens, done.row["copied_blocks"]) == (
-        2,
-        1,
-    )  # a b . .  ->  . b a a, where it goes on growing
+    assert (done.ledger.totals.copied_tokens, done.row["copied_blocks"]) == (2, 1)
     done = replayed([item(0, 1, 4), item(2, 1, 4)], "best_fit", num_blocks=64, block_size=2)
-    assert done.totals.copied_tokens == 2 + 2, (
-        "each moves once, with two tokens, though its prompt had one"
-    )
+    assert done.ledger.totals.copied_tokens == 2 + 2, "two moves of two tokens, prompts of one"
 
 
-def test_those_who_end_in_one_step_give_their_blocks_back_oldest_first():
-    """Blocks of four: r1 takes its last block at its fifth token, r0, which is older, at its ninth,
-    with which both end.
+def test_requests_that_end_in_one_step_give_their_blocks_back_oldest_first():
+    """Blocks of four: r1 takes its last block at its fifth token, the older r0 at its ninth; both
+    requests end with that step.
     """
     done = Replay("paged", num_blocks=20, block_size=4, step_time=step_time())
     freed, free = [], done.blocks.free
-    done.blocks.free = lambda sequence, ids=(): (freed.append(sequence), free(sequence, ids))[1]
+    done.blocks.free = lambda table, ids=(): (freed.append(table.num_blocks), free(table, ids))
     done.run([item(0, 5, 5), item(0, 2, 5)])
     assert [request.finished_ns for request in done.requests] == [50, 50]
-    assert freed == ["r0", "r1"]
+    assert freed == [3, 2], "blocks of r0, then blocks of r1"
 
 
 def test_blocks_are_unusable_only_in_the_step_whose_refused_request_failed():
-    """. . b b b b . . .   c wants four of the five free, and fails at once: nobody waits in b's two
-    steps behind that one.
+    """. . b b b b . . .   c wants four of the five free and fails at once; the queue is empty
+    in b's two later steps.
     """
-    row = replayed(
-        [item(0, 2, 1), item(0, 1, 4), item(5, 4, 1)],
-        "cortexstream",
-        num_blocks=9,
-        oom_policy="fail",
-    ).row
+    items = [item(0, 2, 1), item(0, 1, 4), item(5, 4, 1)]
+    row = replayed(items, "cortexstream", num_blocks=9, oom_policy="fail").row
     assert row["failed"] == 1
     assert row["external_share"] == pytest.approx((5 / 9) / 4)
 
 
-def test_prefix_ids_that_end_before_a_block_does_share_nothing_of_it():
-    """One id for a system prompt of two tokens: a block of four holds more than it, and the rest
-    differs.
+def test_a_block_whose_tokens_have_an_id_only_in_part_is_not_shared():
+    """One id for a system prompt of two tokens: a block of four holds two more tokens, and these
+    differ.
     """
-    items = [
-        item(0, 5, 1, prefix_ids=(0,), prefix_block=2),
-        item(100, 5, 1, prefix_ids=(0,), prefix_block=2),
-    ]
-    assert [
-        r.cached_tokens for r in replayed(items, block_size=2, prefix_caching=True).requests
-    ] == [0, 2]
-    assert [
-        r.cached_tokens for r in replayed(items, block_size=4, prefix_caching=True).requests
-    ] == [0, 0]
+    items = [item(at, 5, 1, prefix_ids=(0,), prefix_block=2) for at in (0, 100)]
+    for block_size, cached in ((2, [0, 2]), (4, [0, 0])):
+        done = replayed(items, block_size=block_size, prefix_caching=True)
+        assert [request.cached_tokens for request in done.requests] == cached
 
 
 def test_a_scaled_prompt_may_have_more_ids_than_blocks():
@@ -574,7 +235,7 @@ def test_a_scaled_prompt_may_have_more_ids_than_blocks():
     assert replayed([long], block_size=154, prefix_caching=True).row["completed"] == 1
 
 
-# --- the same on every machine --------------------------------------------------------------------
+# --- equal rows on every machine ------------------------------------------------------------------
 
 ROWS = """
 import json, sys
@@ -588,7 +249,7 @@ print(json.dumps([[row, each.samples] for row, each in zip(rows, done)]))
 """
 
 
-def test_rows_and_samples_are_the_same_to_the_byte_whatever_the_hash_seed():
+def test_rows_and_samples_are_equal_to_the_byte_whatever_the_hash_seed():
     def run(hash_seed: str) -> bytes:
         env = os.environ | {"PYTHONHASHSEED": hash_seed}
         return subprocess.run(
@@ -600,22 +261,21 @@ def test_rows_and_samples_are_the_same_to_the_byte_whatever_the_hash_seed():
     assert first == run("1") == run("2")
 
 
-def test_two_runs_in_one_process_are_the_same_to_the_byte():
+def test_two_runs_in_one_process_are_equal_to_the_byte():
     items = make_workload("lognormal", 40, seed=1, request_rate=30.0)
-    first, second = (
-        replay(items, ["paged", "buddy"], num_blocks="50%", max_batch_size=4) for _ in range(2)
-    )
-    assert json.dumps([[row_of(r), r.samples] for r in first]) == json.dumps(
-        [[row_of(r), r.samples] for r in second]
-    )
-    assert all(r.row["seconds"] > 0 for r in first)
+    documents = []
+    for _ in range(2):
+        done = replay(items, ["paged", "buddy"], num_blocks="50%", max_batch_size=4)
+        documents.append(json.dumps([[row_of(each), each.samples] for each in done]))
+        assert all(each.row["seconds"] > 0 for each in done)
+    assert documents[0] == documents[1]
 
 
 # --- stories --------------------------------------------------------------------------------------
 
 
 def calls_of(monkeypatch) -> list[int]:
-    """The clock of every call of the scheduler."""
+    """Nanosecond of every call of the scheduler."""
     calls, schedule = [], Scheduler.schedule
 
     def counted(self, now, due=None):
@@ -627,8 +287,8 @@ def calls_of(monkeypatch) -> list[int]:
 
 
 def test_quiet_steps_are_taken_in_one_jump(monkeypatch):
-    """The prompt's step, and one jump over 99 steps of 10 ns, since a block of 200 has room for all
-    of them.
+    """The prompt's step, and one jump over 99 steps of 10 ns: a block of 200 has room for all
+    tokens.
     """
     calls = calls_of(monkeypatch)
     done = replayed([item(0, 4, 100)], block_size=200)
@@ -637,10 +297,8 @@ def test_quiet_steps_are_taken_in_one_jump(monkeypatch):
     assert done.row["utilization"] == pytest.approx(sum(range(5, 104)) / (99 * 200))
 
 
-def test_an_arrival_ends_a_jump_before_the_first_step_that_starts_with_it_there(monkeypatch):
-    """Steps start at 0, 10, 20 ...: who comes at 25 joins at 30, who comes at exactly 50 joins at
-    50.
-    """
+def test_a_jump_ends_before_the_first_step_that_starts_at_or_after_an_arrival(monkeypatch):
+    """Steps start at 0, 10, 20 ...: the request of 25 joins at 30, the request of 50 at 50."""
     calls = calls_of(monkeypatch)
     done = replayed([item(0, 1, 50), item(25, 1, 1), item(50, 1, 1)], block_size=100)
     assert calls == [0, 30, 50]
@@ -650,16 +308,14 @@ def test_an_arrival_ends_a_jump_before_the_first_step_that_starts_with_it_there(
 
 def test_an_idle_pool_waits_for_the_next_arrival():
     done = replayed([item(0, 1, 2), item(1000, 1, 2)])
-    assert [(request.first_ns, request.finished_ns) for request in done.requests] == [
-        (10, 20),
-        (1010, 1020),
-    ]
-    assert done.totals.time == 40, "nothing is weighted while nothing runs"
+    times = [(request.first_ns, request.finished_ns) for request in done.requests]
+    assert times == [(10, 20), (1010, 1020)]
+    assert done.ledger.totals.time == 40, "time in which nothing runs has no weight"
 
 
-def test_a_step_takes_what_its_tokens_and_sequences_take():
-    """Two prompts, of 3 and 2 tokens: 100 + 5 * 1 + 2 * 10; then two tokens of two sequences, one
-    of one.
+def test_the_time_of_a_step_is_affine_in_its_tokens_and_sequences():
+    """Prompts of 3 and 2 tokens: 100 + 5 * 1 + 2 * 10; then two tokens of two sequences; then one
+    token of one sequence.
     """
     done = replayed([item(0, 3, 2), item(0, 2, 3)], step_time=step_time(100, 1, 10))
     assert [request.first_ns for request in done.requests] == [125, 125]
@@ -667,35 +323,28 @@ def test_a_step_takes_what_its_tokens_and_sequences_take():
 
 
 def test_a_queue_is_served_in_order_of_arrival_and_ttft_counts_it():
-    """One at a time: b, which came first, then a."""
+    """One at a time: r1 arrives at 0, r0 at 5."""
     done = replayed([item(5, 1, 2), item(0, 1, 3)], max_batch_size=1)
-    assert [(request.id, request.first_ns, request.finished_ns) for request in done.requests] == [
-        ("r1", 10, 30),
-        ("r0", 40, 50),
-    ]
+    found = [(request.id, request.first_ns, request.finished_ns) for request in done.requests]
+    assert found == [("r1", 10, 30), ("r0", 40, 50)]
     assert done.row["p99_ttft_ms"] == pytest.approx((10 + 0.99 * 25) / 1e6)
     assert done.row["completed_by_last_arrival"] == 0
 
 
 def two_in_a_pool_of_five(oom_policy: str) -> tuple[dict, list]:
-    """Two prompts of two slots, each to grow by two: a a b b ."""
+    """Row and ends of two prompts of two slots, each to grow by two: a a b b ."""
     done = replayed([item(0, 2, 3), item(0, 2, 3)], num_blocks=5, oom_policy=oom_policy)
-    return done.row, [
-        (str(request.state), request.finished_ns, request.num_preemptions)
-        for request in done.requests
-    ]
+    return done.row, [(str(r.state), r.finished_ns, r.num_preemptions) for r in done.requests]
 
 
-def test_wait_lets_the_younger_stand_still_until_all_would_wait_for_each_other():
+def test_wait_stalls_the_younger_request_and_preempts_it_when_both_stall():
     row, requests = two_in_a_pool_of_five("wait")
-    assert requests == [
-        ("finished", 30, 0),
-        ("finished", 50, 1),
-    ]  # b's three tokens are computed again at 30
+    # b's three tokens are computed again at 30.
+    assert requests == [("finished", 30, 0), ("finished", 50, 1)]
     assert (row["num_preemptions"], row["failed"]) == (1, 0)
 
 
-def test_fail_ends_who_wants_the_block_that_is_not_there():
+def test_fail_ends_the_request_that_wants_a_block_when_none_is_free():
     row, requests = two_in_a_pool_of_five("fail")
     assert requests == [("finished", 30, 0), ("failed", 10, 0)]
     assert (row["completed"], row["failed"], row["requests"], row["tokens"]) == (1, 1, 2, 5)
@@ -707,42 +356,39 @@ def test_preempt_sends_the_youngest_back_at_once():
     assert row["num_preemptions"] == 1
 
 
-def test_static_holds_a_region_for_every_request_and_counts_the_rest_of_it_as_internal():
+def shares(row: dict) -> list[float]:
+    return [row[f"{name}_share"] for name in metrics.SHARES]
+
+
+def test_static_holds_a_region_a_request_and_the_slots_never_filled_are_internal():
     """A region of 8: 3 then 4 tokens, 1 then 0 slots reserved, 4 never filled."""
     row = replayed([item(0, 3, 2)], "static", num_blocks=16, max_seq_len=8).row
-    assert [row[f"{name}_share"] for name in metrics.SHARES] == pytest.approx(
-        [3.5 / 8, 0.5 / 8, 4 / 8, 0]
-    )
+    assert shares(row) == pytest.approx([3.5 / 8, 0.5 / 8, 4 / 8, 0])
     assert (row["peak_blocks"], row["utilization"], row["extents_per_sequence"]) == (8, 4 / 8, 1)
 
 
-def test_a_reservation_is_reserved_as_far_as_it_is_filled_and_internal_behind():
-    """It asks for ten tokens and ends after two: 3 + 10 - 1 slots held, four filled."""
+def test_slots_filled_later_are_reserved_and_slots_never_filled_internal():
+    """A request for ten tokens that ends after two: 3 + 10 - 1 slots held, four filled."""
     row = replayed([item(0, 3, 2, max_tokens=10)], "cortexstream", num_blocks=16).row
-    assert [row[f"{name}_share"] for name in metrics.SHARES] == pytest.approx(
-        [3.5 / 12, 0.5 / 12, 8 / 12, 0]
-    )
+    assert shares(row) == pytest.approx([3.5 / 12, 0.5 / 12, 8 / 12, 0])
 
 
 def test_free_blocks_that_are_not_together_are_external():
-    """a a b b c c .  ->  . . b b . . .: d wants four blocks of the five free, and waits for b in
+    """a a b b c c .  ->  . . b b . . .: d wants four of the five free blocks, and waits for b in
     one of three steps.
     """
-    row = replayed(
-        [item(0, 2, 1), item(0, 1, 2), item(0, 2, 1), item(5, 4, 1)], "cortexstream", num_blocks=7
-    ).row
+    items = [item(0, 2, 1), item(0, 1, 2), item(0, 2, 1), item(5, 4, 1)]
+    row = replayed(items, "cortexstream", num_blocks=7).row
     assert row["external_share"] == pytest.approx((5 / 7) / 3)
 
 
 def test_the_shares_of_any_workload_sum_to_one():
     items = make_workload("heavy-tail", 40, seed=2, request_rate=50.0)
     for done in replay(items, sorted(STRATEGIES), num_blocks="70%", max_batch_size=6):
-        assert sum(done.row[f"{name}_share"] for name in metrics.SHARES) == pytest.approx(
-            1, abs=1e-12
-        ), done.strategy.name
+        assert sum(shares(done.row)) == pytest.approx(1, abs=1e-12), done.strategy.name
 
 
-def test_who_can_never_fit_is_refused_and_counted_and_the_run_goes_on():
+def test_a_request_that_can_never_fit_is_refused_and_counted_and_the_run_goes_on():
     row = replayed([item(0, 2, 1), item(0, 9, 2), item(0, 3, 3, max_tokens=99)], num_blocks=9).row
     assert (row["requests"], row["completed"], row["refused"], row["tokens"]) == (3, 1, 2, 3)
 
@@ -752,28 +398,17 @@ def test_when_all_are_refused_the_pool_is_named():
         replayed([item(0, 10, 1), item(0, 9, 2)], num_blocks=9)
 
 
-def test_a_request_that_an_empty_pool_cannot_hold_after_all_fails_and_the_row_says_so():
-    """cortexstream_buddy hands out four of eight blocks at once for one: the other three requests
-    have no room.
-    """
-    row = replayed(
-        [item(0, 1, 3), item(0, 8, 1)], "cortexstream_buddy", num_blocks=8, oom_policy="fail"
-    ).row
+def test_a_request_that_fails_for_want_of_blocks_is_counted_as_failed():
+    """cortexstream_buddy hands out four of eight blocks for a token; eight tokens have no room."""
+    items = [item(0, 1, 3), item(0, 8, 1)]
+    row = replayed(items, "cortexstream_buddy", num_blocks=8, oom_policy="fail").row
     assert (row["completed"], row["failed"]) == (1, 1)
 
 
-def test_a_run_of_one_token_has_no_gap_and_no_decode_step():
+def test_a_request_of_one_token_has_no_gap_and_no_decode_step():
     row = replayed([item(0, 3, 1)]).row
-    assert [
-        row[name]
-        for name in (
-            "mean_itl_ms",
-            "mean_tpot_ms",
-            "utilization",
-            "mean_live_tokens",
-            "prefix_hit_rate",
-        )
-    ] == [None] * 5
+    of_decode_steps = ("mean_itl_ms", "mean_tpot_ms", "utilization", "mean_live_tokens")
+    assert [row[name] for name in (*of_decode_steps, "prefix_hit_rate")] == [None] * 5
     assert row["mean_ttft_ms"] == row["mean_e2el_ms"] == pytest.approx(10e-6)
 
 
@@ -783,8 +418,8 @@ def test_a_run_of_one_token_has_no_gap_and_no_decode_step():
         ({"num_blocks": 0}, "num_blocks.*0"),
         ({"block_size": 0}, "block_size.*0"),
         ({"block_size": -1}, "block_size.*-1"),
-        ({"max_batch_size": 0}, "max-batch-size.*0"),
-        ({"max_batch_size": 2.5}, "max-batch-size.*2.5"),
+        ({"max_batch_size": 0}, "max_batch_size.*0"),
+        ({"max_batch_size": 2.5}, "max_batch_size.*2.5"),
         ({"max_seq_len": 0}, "max_seq_len.*0"),
         ({"max_batch_size": 4, "max_step_tokens": 3}, "max_step_tokens.*3"),
         ({"oom_policy": "hope"}, "oom_policy.*'hope'"),
@@ -796,7 +431,7 @@ def test_a_run_of_one_token_has_no_gap_and_no_decode_step():
         ),
     ],
 )
-def test_an_argument_that_makes_no_sense_is_named_with_its_value(options, message):
+def test_an_argument_out_of_range_is_named_with_its_value(options, message):
     with pytest.raises(BadInput, match=message):
         Replay(**{"num_blocks": 9, "block_size": 1} | options)
 
@@ -804,11 +439,11 @@ def test_an_argument_that_makes_no_sense_is_named_with_its_value(options, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_sizes": [16, 0]}, "block-size.*0"),
-        ({"num_blocks": "0%"}, "num-blocks.*'0%'"),
-        ({"num_blocks": 0}, "num-blocks.*0"),
-        ({"num_blocks": "most"}, "num-blocks.*'most'"),
-        ({"max_batch_size": 0}, "max-batch-size.*0"),
+        ({"block_sizes": [16, 0]}, "block_size.*0"),
+        ({"num_blocks": "0%"}, "num_blocks.*'0%'"),
+        ({"num_blocks": 0}, "num_blocks.*0"),
+        ({"num_blocks": "most"}, "num_blocks.*'most'"),
+        ({"max_batch_size": 0}, "max_batch_size.*0"),
         ({"strategies": ["magic"]}, "'magic'"),
     ],
 )
@@ -817,19 +452,18 @@ def test_replay_names_what_is_wrong_before_anything_has_run(options, message):
         replay([item(0, 3, 3)], **options)
 
 
-def test_prefixes_are_shared_in_blocks_of_the_trace_or_a_multiple():
+def test_prefixes_are_shared_in_blocks_of_the_traces_size_or_a_multiple():
     items = [item(0, 5, 1, prefix_ids=(0, 1, 2), prefix_block=2)]
     for block_size in (1, 3, 5):
         with pytest.raises(BadInput, match=f"multiple of 2 .*not {block_size}"):
             replayed(items, block_size=block_size, prefix_caching=True)
     for block_size in (2, 4, 6):
-        assert (
-            replayed(items, block_size=block_size, prefix_caching=True).row["prefix_hit_rate"] == 0
-        )
+        done = replayed(items, block_size=block_size, prefix_caching=True)
+        assert done.row["prefix_hit_rate"] == 0
 
 
 def test_prefix_hits_are_counted_in_blocks_and_in_tokens():
-    """Five tokens in blocks of two; the same again; one with only the first block alike."""
+    """Blocks of two: two equal prompts of five tokens, one with an equal first block."""
     items = [
         item(at, 5, 1, prefix_ids=ids, prefix_block=2)
         for at, ids in ((0, (0, 1, 2)), (50, (0, 1, 2)), (100, (0, 3, 4)))
@@ -837,15 +471,14 @@ def test_prefix_hits_are_counted_in_blocks_and_in_tokens():
     done = replayed(items, block_size=2, prefix_caching=True)
     assert done.row["prefix_hit_rate"] == pytest.approx((0 + 3 + 1) / 9)
     assert done.row["prefix_hit_tokens_rate"] == pytest.approx((0 + 5 + 2) / 15)
-    assert [request.cached_tokens for request in done.requests] == [0, 4, 2], (
-        "the last token is always computed"
-    )
+    cached = [request.cached_tokens for request in done.requests]
+    assert cached == [0, 4, 2], "the last token is always computed"
     assert done.row["copied_blocks"] == 1, "the partial last block is copied, not shared"
 
 
 def test_a_block_of_two_ids_counts_as_two_hits():
-    """Ids of two tokens, blocks of four: [0 1] [2 .], the same again, [0 1] [3 4], and [0 5] [6 .],
-    which shares no whole block.
+    """Ids of two tokens, blocks of four: [0 1] [2 .] twice, [0 1] [3 4], and [0 5] [6 .], which
+    shares no whole block.
     """
     prompts = [(6, (0, 1, 2)), (6, (0, 1, 2)), (8, (0, 1, 3, 4)), (5, (0, 5, 6))]
     items = [
@@ -858,36 +491,25 @@ def test_a_block_of_two_ids_counts_as_two_hits():
 
 
 def test_a_trace_of_512_in_blocks_of_1024_by_hand():
-    """1024 tokens found of the second prompt are two ids of its four, its last block was never
-    there.
-    """
+    """1,024 tokens of the second prompt are found, two of its four ids; nothing of the third."""
     items = [
         item(0, 1600, 1, prefix_ids=(1, 2, 3, 4)),
         item(100, 1600, 1, prefix_ids=(1, 2, 9, 8)),
         item(200, 512, 1, prefix_ids=(7,)),
     ]
     row = replayed(items, block_size=1024, prefix_caching=True).row
-    assert (row["prefix_hit_rate"], row["prefix_hit_tokens_rate"]) == (
-        pytest.approx(2 / 9),
-        pytest.approx(1024 / 3712),
-    )
+    assert row["prefix_hit_rate"] == pytest.approx(2 / 9)
+    assert row["prefix_hit_tokens_rate"] == pytest.approx(1024 / 3712)
 
 
-@pytest.mark.parametrize(
-    "prompts",
-    [
-        [(1, 2), (3, 2)],
-        [(1, 2), (2, 1)],
-        [(1, 1)],
-        [(1, 2, 1), (2, 2, 1)],
-        [(1, 2), (3, 2), (1, 2)],
-    ],
-)
+CONTRADICTIONS = [[(1, 2), (3, 2)], [(1, 2), (2, 1)], [(1, 1)], [(1, 2, 1), (2, 2, 1)]]
+CONTRADICTIONS += [[(1, 2), (3, 2), (1, 2)]]
+
+
+@pytest.mark.parametrize("prompts", CONTRADICTIONS)
 @pytest.mark.parametrize("gap", [0, 1, 100])
-def test_ids_that_contradict_themselves_lose_no_block(prompts, gap):
-    """By the definition an id stands for all before it, too; in a trace where it does not, nothing
-    is lost but hits.
-    """
+def test_ids_that_contradict_each_other_lose_no_block(prompts, gap):
+    """An id stands for its block and all before it; a trace that breaks this loses hits only."""
     items = [
         item(gap * n, 4 * len(ids), 3, prefix_ids=ids, prefix_block=4)
         for n, ids in enumerate(prompts)
@@ -905,7 +527,7 @@ def test_prefix_caching_needs_a_workload_with_prefix_ids(caching):
         replay([item(0, 5, 2), item(0, 4, 2)], prefix_caching=True, **caching)
 
 
-# --- the pool's state is sampled, not logged ------------------------------------------------------
+# --- samples of the pool's state ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -918,21 +540,18 @@ def test_prefix_caching_needs_a_workload_with_prefix_ids(caching):
     ],
     ids=["all at once", "one answer", "a second and an hour", "many short ones"],
 )
-def test_samples_are_bounded_however_long_a_run_takes(items):
-    done = replayed(
-        items, block_size=512, num_blocks=2000, max_batch_size=1, step_time=replay_module.reference
-    )
+def test_a_run_of_any_length_has_a_bounded_number_of_samples_evenly_in_time(items):
+    done = replayed(items, block_size=512, num_blocks=2000, max_batch_size=1, step_time=reference)
     at = [sample["started_at"] for sample in done.samples]
-    assert 2 <= len(at) <= 2 * replay_module.NUM_SAMPLES + 1
+    assert 2 <= len(at) <= 2 * NUM_SAMPLES + 1
     assert all(before < after for before, after in pairwise(at))
-    end = done.now / SECOND
-    assert at[0] < end / 50 and at[-1] > 0.95 * end, "from the beginning to the end"
-    assert max(after - before for before, after in pairwise(at)) < end / 20, (
-        "and no long time without any"
-    )
+    end = done.clock.now / SECOND
+    assert at[0] < end / 50 and at[-1] > 0.95 * end, "samples do not span the run"
+    longest = max(after - before for before, after in pairwise(at))
+    assert longest < end / 20, "a long time has no sample"
 
 
-# --- strategies of one's own that break their promises --------------------------------------------
+# --- strategies of a user's own that break the allocator's contract -------------------------------
 
 BAD_STRATEGIES = r"""
 import sys
@@ -987,7 +606,7 @@ class Fewer(Paged):
 
 
 class None_(Paged):
-    "Nothing at all, as if that were an allocation."
+    "Hands out no blocks."
 
     def allocate(self, num_blocks):
         return ()
@@ -1019,7 +638,7 @@ class Leaks(Paged):
 
 
 class LeaksSome(Paged):
-    "Of what was ever extended."
+    "Keeps the blocks freed after an odd number of extensions."
     grown = 0
 
     def extend(self, extents, num_blocks):
@@ -1111,22 +730,20 @@ class ExitsLate(Paged):
         sys.exit("good bye")
 """
 TALK = "a module that talks"
-BAD = [
-    name for name in re.findall(r"^class (\w+)", BAD_STRATEGIES, re.MULTILINE) if name != "Talks"
-]
+_, *BAD = re.findall(r"^class (\w+)", BAD_STRATEGIES, re.MULTILINE)  # all but `Talks`
 
 
 @pytest.fixture
 def bad(tmp_path, monkeypatch, capsys):
-    """The folder with the module ``bad_strategies``; whoever takes half a minute is in an endless
-    loop.
+    """Folder with the module ``bad_strategies``. A test that takes half a minute is interrupted: it
+    is in an endless loop.
     """
     (tmp_path / "bad_strategies.py").write_text(BAD_STRATEGIES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "bad_strategies", raising=False)
 
     def late(*_):
-        raise KeyboardInterrupt("no end in sight")  # which no strategy is blamed for
+        raise KeyboardInterrupt("the replay does not end")  # not caught as a strategy's error
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(30)
@@ -1137,21 +754,10 @@ def bad(tmp_path, monkeypatch, capsys):
 
 
 def called(*words) -> int:
+    """Exit code of `cortexlab replay`."""
+    command = "replay --requests 60 --workload heavy-tail --request-rate 40 --out out"
     try:
-        return cli.main(
-            [
-                "replay",
-                "--requests",
-                "60",
-                "--workload",
-                "heavy-tail",
-                "--request-rate",
-                "40",
-                "--out",
-                "out",
-                *words,
-            ]
-        )
+        return cli.main([*command.split(), *words])
     except SystemExit as end:
         return end.code
 
@@ -1171,20 +777,19 @@ def test_a_strategy_that_misbehaves_is_one_line_that_names_it(name, pool, bad, c
 @pytest.mark.parametrize("name", BAD)
 def test_a_strategy_that_misbehaves_is_bad_input_of_replay(name, growth, bad):
     if growth == "reserve" and ("Extend" in name or name == "LeaksSome"):
-        pytest.skip("never asked to extend")
+        pytest.skip("a reservation is never extended")
     sys.path.insert(0, str(bad))
     try:
         broken = getattr(importlib.import_module("bad_strategies"), name)
         items = [item(n * 10**7, 40, 60) for n in range(40)]
+        options = {"block_sizes": [4], "num_blocks": 120, "growth": growth, "max_batch_size": 8}
         with pytest.raises(BadInput, match=f"^[^\n]*{name}[^\n]*$"):
-            replay(
-                items, [broken], block_sizes=[4], num_blocks=120, growth=growth, max_batch_size=8
-            )
+            replay(items, [broken], **options)
     finally:
         sys.path.remove(str(bad))
 
 
-def test_a_good_strategy_before_a_bad_one_writes_nothing_either(bad, capsys):
+def test_a_bad_strategy_behind_a_good_one_leaves_no_result(bad, capsys):
     assert called("--strategies", "paged,bad_strategies:Fewer", "--json") == 2
     stdout, stderr = capsys.readouterr()
     (line,) = [line for line in stderr.splitlines() if line != TALK]
@@ -1193,9 +798,8 @@ def test_a_good_strategy_before_a_bad_one_writes_nothing_either(bad, capsys):
 
 
 def test_a_strategy_that_prints_does_not_spoil_the_document(bad, capsys):
-    assert (
-        called("--strategies", "paged,bad_strategies:Talks", "--num-blocks", "60%", "--json") == 0
-    )
+    words = "--strategies paged,bad_strategies:Talks --num-blocks 60% --json"
+    assert called(*words.split()) == 0
     paged, talks = json.loads(capsys.readouterr().out)["rows"]
     assert (paged.pop("strategy"), talks.pop("strategy")) == ("paged", "Talks")
     assert {**paged, "seconds": 0} == {**talks, "seconds": 0}
@@ -1223,13 +827,8 @@ def test_two_strategies_of_one_name_are_bad_input(words, bad, capsys):
 
 
 def test_replay_refuses_two_strategies_of_one_name():
-    mine = type("paged", (Paged,), {})
-    for strategies in (
-        ["paged", "paged"],
-        ["paged", mine],
-        [mine, mine],
-        [Paged, type("Paged", (Paged,), {})],
-    ):
+    mine, other = type("paged", (Paged,), {}), type("Paged", (Paged,), {})
+    for strategies in (["paged", "paged"], ["paged", mine], [mine, mine], [Paged, other]):
         with pytest.raises(BadInput, match=r"(?i)'paged'"):
             replay([item(0, 3, 3)], strategies)
 
@@ -1241,53 +840,36 @@ def test_prefix_caching_on_a_workload_without_ids_is_bad_input(bad, capsys):
     assert not (bad / "out").exists()
 
 
-def test_a_pool_is_a_number_a_percentage_of_what_paged_holds_at_its_peak_or_unlimited():
+def test_a_pool_is_a_number_a_percentage_of_pageds_peak_or_unlimited():
     items = [item(0, 8, 3), item(0, 8, 3)]
     (unlimited,) = replay(items, block_sizes=[4], step_time=step_time())
     assert unlimited.row["peak_blocks"] == 6  # two times ten slots, in blocks of four
-    assert [
-        replay(items, block_sizes=[4], num_blocks=n, step_time=step_time())[0].row["num_blocks"]
-        for n in (7, "50%", "75%")
-    ] == [
-        7,
-        3,
-        5,
-    ]
+    for asked, num_blocks in ((7, 7), ("50%", 3), ("75%", 5)):
+        (done,) = replay(items, block_sizes=[4], num_blocks=asked, step_time=step_time())
+        assert done.row["num_blocks"] == num_blocks
 
 
 @given(loads())
 @settings(max_examples=200, deadline=None)
-def test_unlimited_is_never_used_up(load):
+def test_an_unlimited_pool_is_never_used_up(load):
     items, options, ns = load
-    items = [
-        replace(it, prefix_ids=() if not options["prefix_caching"] else it.prefix_ids)
-        for it in items
-    ]
+    if options["strategy"] in ("static", "cortexstream_buddy"):
+        return  # these two hand out more blocks than they are asked for
+    if not options["prefix_caching"]:
+        items = [replace(it, prefix_ids=()) for it in items]
     options["num_blocks"] = unlimited_blocks(
         items, options["block_size"], options["max_batch_size"], options["prefix_caching"]
     )
-    if options["strategy"] in (
-        "static",
-        "cortexstream_buddy",
-    ):  # by design these hold more than they are asked for
-        return
-    options["growth"] = (
-        # a contiguous place that may neither move nor be reserved can be too small in any pool
-        None
-    )
+    # Under `chain`, a contiguous sequence with neighbours cannot grow in a pool of any size.
+    options["growth"] = None
     row = Replay(**options, step_time=step_time(*ns)).run(items)
-    assert (row["refused"], row["failed"], row["num_preemptions"], row["external_share"]) == (
-        0,
-        0,
-        0,
-        0,
-    )
+    for name in ("refused", "failed", "num_preemptions", "external_share"):
+        assert row[name] == 0, name
 
 
 def test_tables_have_a_row_a_run_a_request_and_a_sample():
-    done = replay(
-        [item(0, 3, 2), item(0, 2, 2)], ["paged", "static"], num_blocks=64, step_time=step_time()
-    )
+    items = [item(0, 3, 2), item(0, 2, 2)]
+    done = replay(items, ["paged", "static"], num_blocks=64, step_time=step_time())
     found = tables(done)
     assert list(found["rows"]["strategy"]) == ["paged", "static"]
     assert list(found["requests"]["finished_at"]) == [20 * NS] * 4
@@ -1311,15 +893,13 @@ def test_tables_have_a_row_a_run_a_request_and_a_sample():
         ((0, 0, 0), "nanosecond"),
     ],
 )
-def test_a_step_time_that_makes_no_sense_is_named_with_its_value(values, message):
+def test_a_step_time_out_of_range_is_named_with_its_value(values, message):
     with pytest.raises(BadInput, match=message):
         StepTime(*values)
 
 
 def test_a_step_time_that_rounds_to_no_nanosecond_is_refused():
-    """The clock counts whole nanoseconds: with steps of none it would never come to the next
-    arrival.
-    """
+    """The clock counts whole nanoseconds: steps of 0 ns would never reach the next arrival."""
     with pytest.raises(BadInput, match="nanosecond"):
         StepTime(4e-10, 4e-10, 4e-10)
 
@@ -1346,7 +926,7 @@ def test_a_step_time_comes_back_from_its_file(tmp_path):
         ('{"base_s": 1' + "0" * 400 + ', "token_s": 0, "sequence_s": 0}', "base_s"),
     ],
 )
-def test_a_step_time_file_that_is_none_is_refused_in_one_line(tmp_path, text, message):
+def test_a_file_without_a_valid_step_time_is_refused_in_one_line(tmp_path, text, message):
     path = tmp_path / "step_time.json"
     path.write_text(text)
     with pytest.raises(BadInput, match=message) as refused:
@@ -1386,57 +966,48 @@ def mooncake():
 def served(
     items, block_size: int, num_blocks: int | None = None, prefix_caching: bool = False
 ) -> dict:
-    pool = num_blocks or unlimited_blocks(
-        items, block_size, replay_module.MAX_BATCH_SIZE, prefix_caching
-    )
-    return Replay(
-        "paged", num_blocks=pool, block_size=block_size, prefix_caching=prefix_caching
-    ).run(items)
+    """Row of ``paged``; without ``num_blocks`` in an unlimited pool."""
+    batch = ReplayOptions.max_batch_size
+    pool = num_blocks or unlimited_blocks(items, block_size, batch, prefix_caching)
+    options = {"block_size": block_size, "prefix_caching": prefix_caching}
+    return Replay("paged", num_blocks=pool, **options).run(items)
 
 
 @pytest.mark.parametrize(("block_size", "utilization"), [(16, 0.994), (64, 0.975), (512, 0.836)])
-def test_azure_lives_in_its_blocks_as_measured_on_the_trace_itself(azure, block_size, utilization):
-    """Live tokens over slots held in every decode step of every request depend on the lengths
-    alone.
+def test_azure_has_the_utilization_that_its_lengths_imply(azure, block_size, utilization):
+    """Utilization, live tokens over slots held in every decode step of every request, depends on
+    the lengths alone.
     """
     row = served(azure, block_size)
     assert row["utilization"] == pytest.approx(utilization, abs=0.003)
     assert (row["requests"], row["completed"], row["tokens"]) == (19_366, 19_366, 26_450_535)
-    live, held = 0, 0
-    # by the definition: the decode steps of a request end with prompt + 1 ... prompt + output - 1
-    # tokens
-    for it in azure:
-        for tokens in (
-            range(it.prompt_tokens + 1, it.prompt_tokens + it.output_tokens)
-            if block_size == 512
-            else ()
-        ):
-            live, held = live + tokens, held + ceil(tokens / block_size) * block_size
-    assert block_size != 512 or row["utilization"] == pytest.approx(live / held, abs=1e-12)
+    if block_size == 512:
+        live, held = 0, 0
+        for it in azure:  # a decode step ends with prompt + 1 ... prompt + output - 1 tokens
+            for tokens in range(it.prompt_tokens + 1, it.prompt_tokens + it.output_tokens):
+                live, held = live + tokens, held + ceil(tokens / block_size) * block_size
+        assert row["utilization"] == pytest.approx(live / held, abs=1e-12)
 
 
-def test_mooncakes_prefixes_are_found_as_often_as_an_unlimited_cache_can(mooncake):
-    assert served(mooncake, 512, prefix_caching=True)["prefix_hit_rate"] == pytest.approx(
-        0.3664, abs=0.0005
-    )
+def test_mooncakes_prefix_hit_rate_is_that_of_an_unlimited_cache(mooncake):
+    row = served(mooncake, 512, prefix_caching=True)
+    assert row["prefix_hit_rate"] == pytest.approx(0.3664, abs=0.0005)
 
 
 @pytest.mark.parametrize(
     ("num_blocks", "lru"), [(1_000, 0.0443), (10_000, 0.2108), (50_000, 0.3546)]
 )
-def test_mooncakes_prefixes_are_found_about_as_often_as_by_an_lru_cache_in_order_of_arrival(
-    mooncake, num_blocks, lru
-):
-    """Not exactly: live sequences hold blocks for their answers, theirs are not evicted, and they
-    are used until they end.
+def test_mooncakes_prefix_hit_rate_is_near_that_of_an_lru_cache(mooncake, num_blocks, lru):
+    """The LRU cache sees the prompts in order of arrival. In the replay, live sequences also hold
+    blocks for answers, keep their blocks from eviction, and use them until they end.
     """
     rate = served(mooncake, 512, num_blocks, prefix_caching=True)["prefix_hit_rate"]
     print(f"{num_blocks} blocks: prefix_hit_rate {rate:.4f}, an LRU of that size {lru}")
     assert rate == pytest.approx(lru, abs=0.01)
 
 
-def test_the_first_minute_of_azure_step_by_step():
-    """The property again on real lengths, with a pool too small for them."""
+def test_the_first_seconds_of_azure_equal_the_naive_replay():
+    """Six seconds of real lengths in a pool too small for them."""
     items = [it for it in trace("azure_2023_conv") if it.arrived_at < 6]
     options = {
         "growth": None,
@@ -1452,9 +1023,9 @@ def test_the_first_minute_of_azure_step_by_step():
     agree(items, {"strategy": "buddy"} | options, (30_000_000, 10_000, 100_000))
 
 
-def test_a_sample_counts_who_arrives_while_a_full_batch_takes_many_steps_at_once():
-    """Steps of 50 ms: r0 decodes in the batch of one, r1 waits, and r2 arrives in the middle of
-    what is taken in one jump.
+def test_a_sample_counts_requests_that_arrive_during_a_jump():
+    """Steps of 50 ms: r0 decodes in the batch of one, r1 waits, and r2 arrives in the middle of a
+    jump.
     """
     options = {
         "strategy": "best_fit",
@@ -1465,8 +1036,5 @@ def test_a_sample_counts_who_arrives_while_a_full_batch_takes_many_steps_at_once
         "watermark": 0,
     }
     options |= {"growth": None, "oom_policy": "wait", "max_seq_len": None, "prefix_caching": False}
-    agree(
-        [WorkItem(0.0, 1, 3), WorkItem(0.05, 1, 1), WorkItem(0.1, 1, 1)],
-        options,
-        (0, 0, 50_000_000),
-    )
+    items = [WorkItem(0.0, 1, 3), WorkItem(0.05, 1, 1), WorkItem(0.1, 1, 1)]
+    agree(items, options, (0, 0, 50_000_000))

@@ -1,5 +1,5 @@
-"""What a result says: two runs side by side, one page of its own, all runs of an experiment in one
-table.
+"""`compare` sets two results side by side, `report` writes a page about one, and `read_rows` gives
+all runs of an experiment in one table.
 """
 
 import json
@@ -11,106 +11,75 @@ import pytest
 import yaml
 
 from cortexlab.cli.main import main
-from cortexlab.results import report
+from cortexlab.metrics import COLUMNS
+from cortexlab.plots import SWEEP_WORDS
+from cortexlab.results import report, sweep
 from cortexlab.results import store as results
+from cortexlab.results.console import BENCH_COLUMNS, REPLAY_COLUMNS
 
 
 def write_run(folder: Path, rows: list[dict], more: dict | None = None, **environment) -> Path:
+    """A result of `bench` with ``rows``, and ``more`` in its run.json."""
     folder.mkdir(parents=True)
     pd.DataFrame(rows).to_parquet(folder / "rows.parquet")
-    run = {
-        "command": "bench",
-        "arguments": {"model": "tiny", "seed": 1, "json": False, "ignore_eos": False},
-        "environment": environment,
-    }
+    arguments = {"model": "tiny", "seed": 1, "json": False, "ignore_eos": False}
+    run = {"command": "bench", "arguments": arguments, "environment": environment}
     (folder / "run.json").write_text(json.dumps(run | (more or {})))
     return folder
 
 
-def row(
-    strategy: str, throughput: float, low: float | None = None, high: float | None = None, **more
-) -> dict:
-    ends = {"output_throughput_low": low, "output_throughput_high": high}
-    return (
-        {
-            "strategy": strategy,
-            "block_size": 16,
-            "output_throughput": throughput,
-            "token_share": 0.5,
-        }
-        | ends
-        | more
-    )
+def row(strategy: str, throughput: float, low=None, high=None, **more) -> dict:
+    known = {"strategy": strategy, "block_size": 16, "token_share": 0.5}
+    known |= {"output_throughput": throughput}
+    return known | {"output_throughput_low": low, "output_throughput_high": high} | more
 
 
 @pytest.fixture
 def runs(tmp_path):
-    first = write_run(
-        tmp_path / "a",
-        [row("paged", 10.0, 9.0, 11.0), row("static", 5.0, 4.0, 6.0)],
-        mlx_version="1",
-        cores=2,
+    """Folders of the results a and b."""
+    first = [row("paged", 10.0, 9.0, 11.0), row("static", 5.0, 4.0, 6.0)]
+    second = [row("paged", 20.0, 19.0, 21.0), row("runs", 5.0)]
+    return (
+        write_run(tmp_path / "a", first, mlx_version="1", cores=2),
+        write_run(tmp_path / "b", second, mlx_version="2", cores=2),
     )
-    second = write_run(
-        tmp_path / "b", [row("paged", 20.0, 19.0, 21.0), row("runs", 5.0)], mlx_version="2", cores=2
-    )
-    return first, second
 
 
-def test_a_comparison_names_what_differs_and_whose_intervals_are_apart(runs, capsys):
+def test_a_comparison_names_differences_and_marks_intervals_that_are_apart(runs, capsys):
     assert main(["compare", *map(str, runs)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "environment.mlx_version: 1 | 2" in lines and not [
-        line for line in lines if "cores" in line
-    ]
-    assert (
-        "only in A: static" in lines
-        and "only in B: runs" in lines
-        and "1 of 2 figures are equal;  * intervals apart" in lines
-    )
-    assert lines[-2] == "paged", "a block size that all have needs no telling"
-    assert lines[-1].split() == [
-        "output_throughput",
-        "10",
-        "[9,",
-        "11]",
-        "20",
-        "[19,",
-        "21]",
-        "2.000",
-        "*",
-    ]
+    assert "environment.mlx_version: 1 | 2" in lines
+    assert not [line for line in lines if "cores" in line]
+    assert "only in A: static" in lines and "only in B: runs" in lines
+    assert "1 of 2 figures are equal;  * intervals apart" in lines
+    assert lines[-2] == "paged", "a block size that all rows share is not left out"
+    assert " ".join(lines[-1].split()) == "output_throughput 10 [9, 11] 20 [19, 21] 2.000 *"
 
 
-def test_a_comparison_fits_the_terminal_and_says_what_it_left_out(runs):
+def test_a_comparison_fits_the_terminal_and_says_that_intervals_were_left_out(runs):
     a, b = report.comparison(*runs, width=58), report.comparison(*runs, width=40)
     assert max(map(len, a.splitlines()[4:])) <= 58 and "[9, 11]" in a and "left out" not in a
     assert "[9, 11]" not in b and "left out" in b
 
 
-def test_rows_that_differ_in_block_size_are_told_apart_by_it(tmp_path):
-    rows = [
-        row("paged", 1.0),
-        row("paged", 2.0) | {"block_size": 64},
-        row("mlx-lm", 3.0) | {"block_size": None},
-    ]
+def test_rows_that_differ_in_block_size_are_named_by_their_block_size(tmp_path):
+    rows = [row("paged", 1.0), row("paged", 2.0, block_size=64)]
+    rows += [row("mlx-lm", 3.0, block_size=None)]
     first = write_run(tmp_path / "a", rows)
     second = write_run(tmp_path / "b", [each | {"output_throughput": 9.0} for each in rows])
-    assert [
-        line for line in report.comparison(first, second).splitlines()[5:] if line[0] != " "
-    ] == ["mlx-lm", "paged, block_size 16", "paged, block_size 64"]
+    lines = report.comparison(first, second).splitlines()[5:]
+    named = [line for line in lines if line[0] != " "]
+    assert named == ["mlx-lm", "paged, block_size 16", "paged, block_size 64"]
 
 
-def test_equal_results_differ_in_nothing(runs, capsys):
+def test_equal_results_show_no_difference(runs, capsys):
     assert main(["compare", str(runs[0]), str(runs[0])]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == ["", "4 of 4 figures are equal"]
 
 
 def test_rows_that_differ_only_in_their_seed_are_repeats():
-    rows = pd.DataFrame(
-        [row("paged", value, param_seed=seed) for seed, value in enumerate((1.0, 2.0, 9.0))]
-    )
-    found = report.summary(rows).loc[("paged", 16, "output_throughput")]
+    rows = [row("paged", value, param_seed=seed) for seed, value in enumerate((1.0, 2.0, 9.0))]
+    found = report.summary(pd.DataFrame(rows)).loc[("paged", 16, "output_throughput")]
     assert (found["value"], found["low"], found["high"]) == (2.0, 1.0, 9.0)
 
 
@@ -123,75 +92,100 @@ class Links(HTMLParser):
         self.found += [value for name, value in attributes if name in ("src", "href")]
 
 
-def test_a_report_is_one_page_that_needs_nothing_else(runs, capsys):
-    picture = runs[0] / "memory.png"
-    picture.write_bytes(
-        (Path(__file__).parent.parent / "results" / "reference" / "memory.png").read_bytes()
-    )
+def test_a_report_is_one_page_that_needs_no_other_file(runs, capsys):
+    picture = Path(__file__).parent.parent / "results" / "reference" / "memory.png"
+    (runs[0] / "memory.png").write_bytes(picture.read_bytes())
     assert main(["report", "a", "--out", str(runs[0].parent)]) == 0
     page = (runs[0] / "report.html").read_text()
     assert str(runs[0] / "report.html") in capsys.readouterr().out
     links = Links()
     links.feed(page)
     assert len(links.found) == 1 and links.found[0].startswith("data:image/png;base64,")
-    assert (
-        "cortexlab bench --model tiny --seed 1 --no-ignore-eos" in page
-        and "mlx_version" in page
-        and "10 [9, 11]" in page
-    )
+    command = "cortexlab bench --model tiny --seed 1 --no-ignore-eos"
+    for words in (command, "mlx_version", "10 [9, 11]"):
+        assert words in page
 
 
-def test_a_report_begins_with_the_answer_and_tells_once_what_all_rows_share(tmp_path):
+def test_a_report_begins_with_the_recommendation_and_names_common_parameters_once(tmp_path):
     rows = [row("paged", rate, param_rate=rate, param_pool="60%") for rate in (1.0, 2.0)]
     folder = write_run(tmp_path / "a", rows, {"recommendation": "Use <paged>."})
     page = report.write(folder).read_text()
     assert page.index("Use &lt;paged&gt;.") < page.index("<h2>")
-    assert (
-        "the same in all rows: block_size 16, pool 60%" in page
-        and "<th>rate</th>" in page
-        and "<th>pool</th>" not in page
-    )
+    assert "the same in all rows: block_size 16, pool 60%" in page
+    assert "<th>rate</th>" in page and "<th>pool</th>" not in page
 
 
-def test_a_sweep_is_reproduced_by_its_file(tmp_path):
+def test_a_sweeps_report_shows_the_sweep_file(tmp_path):
     spec = {"function": "replay", "parameters": {"num_blocks": "3000"}, "grid": {"seed": [1, 2]}}
     text = report.command({"command": "sweep", "spec": spec})
     assert yaml.safe_load(text.partition("\n\n")[2]) == spec
 
 
-def test_a_sweeps_rows_come_with_what_the_wall_clock_said(tmp_path):
-    folder = write_run(
-        tmp_path / "a",
-        [
-            {"point": "x", "row": 0, "token_share": 0.5},
-            {"point": "y", "row": 0, "token_share": 0.6},
-        ],
-    )
-    pd.DataFrame({"point": ["y", "x"], "row": 0, "output_throughput": [2.0, 1.0]}).to_parquet(
-        folder / "timings.parquet"
-    )
+def test_a_sweeps_rows_are_read_with_their_timings(tmp_path):
+    first = {"point": "x", "row": 0, "token_share": 0.5}
+    folder = write_run(tmp_path / "a", [first, first | {"point": "y", "token_share": 0.6}])
+    timings = pd.DataFrame({"point": ["y", "x"], "row": 0, "output_throughput": [2.0, 1.0]})
+    timings.to_parquet(folder / "timings.parquet")
     assert list(results.read(folder)["rows"]["output_throughput"]) == [1.0, 2.0]
 
 
 def test_all_runs_of_an_experiment_are_one_table(runs):
     rows = results.read_rows(runs[0].parent)
-    assert list(rows["run"]) == ["a", "a", "b", "b"] and list(rows["strategy"]) == [
-        "paged",
-        "static",
-        "paged",
-        "runs",
-    ]
+    assert list(rows["run"]) == ["a", "a", "b", "b"]
+    assert list(rows["strategy"]) == ["paged", "static", "paged", "runs"]
 
 
 @pytest.mark.parametrize("command", [["compare", "a", "nowhere"], ["report", "nowhere"]])
-def test_what_is_no_result_is_refused_by_name(runs, command, capsys):
+def test_a_folder_without_a_result_is_refused_by_name(runs, command, capsys):
     assert main([*command, "--out", str(runs[0].parent)]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
-def test_results_that_are_named_by_other_things_cannot_be_compared(runs, tmp_path, capsys):
+def test_results_whose_rows_differ_in_parameters_cannot_be_compared(runs, tmp_path, capsys):
     swept = write_run(tmp_path / "c", [row("paged", 1.0, param_rate=1)])
     assert main(["compare", str(runs[0]), str(swept)]) == 2
     assert "param_rate" in capsys.readouterr().err
+
+
+def test_a_missing_folder_has_no_rows_to_read(tmp_path):
     with pytest.raises(results.BadInput, match="no result"):
         results.read_rows(tmp_path / "a" / "nothing")
+
+
+# --- columns --------------------------------------------------------------------------------------
+
+
+def test_a_bench_stores_an_interval_of_each_latency_and_throughput():
+    expected = {"duration", "request_throughput", "output_throughput"}
+    for statistic in ("mean", "median", "p99"):
+        expected |= {f"{statistic}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")}
+    assert {name for name, column in COLUMNS.items() if column.interval} == expected
+
+
+def test_a_column_has_words_for_pages_axes_and_printed_tables():
+    column = COLUMNS["mean_ttft_ms"]
+    assert report.MEASURES["mean_ttft_ms"] == column.label == "TTFT, mean (ms)"
+    assert SWEEP_WORDS["mean_ttft_ms"] == "mean time to first token (ms)"
+    assert (column.heading, column.text(16_123.0)) == ("mean TTFT s", "16.1")
+    assert column.text(1_234_567.0) == "1,235" and column.text(None) == "-"
+
+
+def test_pages_and_tables_show_the_most_important_measures_first():
+    assert list(report.MEASURES)[:3] == ["output_throughput", "request_throughput", "mean_ttft_ms"]
+    for columns in (BENCH_COLUMNS, REPLAY_COLUMNS):
+        assert columns[0].name == "strategy" and not columns[0].drop
+        assert all(column.heading for column in columns)
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["bench", "replay"])
+def test_figures_that_depend_on_the_real_clock_are_in_a_table_of_their_own(measured):
+    """The clock of a replay is virtual; seconds of the wall clock alone are real there."""
+    of_bench = {"output_throughput", "output_throughput_low", "token_share", "num_holes"}
+    timings = of_bench if measured else set()
+    names = ["output_throughput", "output_throughput_low", "token_share", "num_holes"]
+    names += ["copied_bytes", "prefix_hit_rate", "param_duration", "seconds", "point_seconds"]
+    rows = pd.DataFrame([{"point": "x", "row": 0} | dict.fromkeys(names, 1)])
+    tables = sweep._by_clock(rows.assign(repeats=1) if measured else rows)
+    named = {"point", "row", "param_duration"}
+    assert set(tables["timings"]) == named | timings | {"seconds", "point_seconds"}
+    assert set(tables["timings"]) & set(tables["rows"]) == named

@@ -1,6 +1,4 @@
-"""Continuous batching as bookkeeping: the scheduler driven by hand, with no model and no MLX behind
-it.
-"""
+"""Continuous batching as bookkeeping: the scheduler driven by hand, without a model and MLX."""
 
 from dataclasses import dataclass, field
 
@@ -10,8 +8,10 @@ from hypothesis import strategies as st
 
 from cortexlab import Request, RequestState
 from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit, strategy_of
+from cortexlab.options import OOM_POLICIES
 from cortexlab.scheduler.block_manager import BlockManager
-from cortexlab.scheduler.scheduler import OOM_POLICIES, Schedule, Scheduler
+from cortexlab.scheduler.block_table import Need
+from cortexlab.scheduler.scheduler import Schedule, Scheduler
 
 
 def request(name: str, prompt: int, max_tokens: int) -> Request:
@@ -20,8 +20,8 @@ def request(name: str, prompt: int, max_tokens: int) -> Request:
 
 @dataclass
 class Simulation:
-    """What an engine does with a schedule, without a model: compute the chunks, sample a dummy
-    token, end what is done.
+    """An engine without a model: computes the chunks of a schedule, samples dummy tokens, ends
+    requests.
     """
 
     scheduler: Scheduler
@@ -34,7 +34,7 @@ class Simulation:
             self.scheduler.add(each)
 
     def step(self) -> Schedule:
-        """One step; the schedule's chunks as ``(id, start, stop)`` are kept in ``last``."""
+        """Run one step; ``last`` keeps the schedule's chunks as ``(id, start, stop)``."""
         self.num_steps += 1
         step = self.scheduler.schedule(now=float(self.num_steps))
         self.last = [(chunk.request.id, chunk.start, chunk.stop) for chunk in step.chunks]
@@ -42,11 +42,9 @@ class Simulation:
         self.failed += step.failed
         for failed in step.failed:
             failed.state = RequestState.FAILED
-        self.scheduler.blocks.moves.clear()  # made
+        self.scheduler.blocks.moves.clear()  # an engine makes them here
         for chunk in step.chunks:
-            samples = chunk.samples
-            chunk.request.num_computed = chunk.stop
-            if samples:
+            if chunk.samples:
                 chunk.request.output_tokens.append(0)
                 chunk.request.state = RequestState.DECODING
                 if len(chunk.request.output_tokens) == chunk.request.max_tokens:
@@ -55,7 +53,7 @@ class Simulation:
         return step
 
     def check(self, step: Schedule) -> None:
-        """What holds of every step."""
+        """Assert what holds for every step."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         blocks.check()
         assert len(scheduler.running) <= scheduler.max_batch_size
@@ -63,27 +61,20 @@ class Simulation:
         scheduled = [chunk.request for chunk in step.chunks]
         assert len(set(scheduled)) == len(scheduled) and set(scheduled) <= set(scheduler.running)
         assert not set(scheduler.running) & set(scheduler.waiting)
-        assert {each.id for each in scheduler.running} == set(blocks.tables), (
-            "who runs holds blocks, and nobody else does"
-        )
+        assert [each.table for each in scheduler.running if each.table not in blocks.tables] == []
+        assert len(blocks.tables) == len(scheduler.running), "running requests alone hold blocks"
         for chunk in step.chunks:
-            assert (
-                chunk.request.num_computed == chunk.start < chunk.stop <= chunk.request.num_tokens
-            )
-            assert (
-                blocks.tables[chunk.request.id].num_tokens
-                == chunk.stop
-                <= blocks.tables[chunk.request.id].capacity
-            )
+            assert chunk.start < chunk.stop <= chunk.request.num_tokens
+            assert chunk.request.num_computed == chunk.stop <= chunk.request.table.capacity
         if step.unusable_blocks:
             assert step.unusable_blocks == blocks.allocator.stats().free_blocks
-            if not step.failed:  # else who was refused is not in the queue any more
+            if not step.failed:  # a refused request that failed has left the queue
                 head = scheduler.waiting[0]
-                assert step.unusable_blocks >= blocks.blocks_wanted(head.num_tokens, head.max_slots)
+                assert step.unusable_blocks >= blocks.blocks_wanted(head.need)
 
     def run(self, limit: int = 1000) -> None:
         while self.scheduler.running or self.scheduler.waiting:
-            assert self.num_steps < limit, "no end in sight"
+            assert self.num_steps < limit, "the load does not end"
             self.step()
 
 
@@ -96,7 +87,8 @@ def simulation(
     **options,
 ) -> Simulation:
     blocks = BlockManager(strategy_of(strategy, growth), num_blocks, block_size, max_seq_len)
-    return Simulation(Scheduler(blocks, **{"max_batch_size": 4, "max_step_tokens": 64} | options))
+    limits = {"max_batch_size": 4, "max_step_tokens": 64} | options
+    return Simulation(Scheduler(blocks, **limits))
 
 
 def names(requests) -> list[str]:
@@ -110,7 +102,7 @@ def test_a_request_joins_as_soon_as_another_leaves():
     sim = simulation(max_batch_size=2)
     sim.add(request("a", 3, 2), request("b", 2, 4), request("c", 2, 1))
     sim.step()
-    assert sim.last == [("a", 0, 3), ("b", 0, 2)]  # both prompts whole, in one step
+    assert sim.last == [("a", 0, 3), ("b", 0, 2)]  # two whole prompts in one step
     sim.step()
     assert sim.last == [("a", 3, 4), ("b", 2, 3)]
     assert names(sim.finished) == ["a"]
@@ -133,12 +125,11 @@ def test_a_long_prompt_is_computed_in_chunks_beside_a_decoding_request():
         [("short", 3, 4), ("long", 5, 8)],
         [("short", 4, 5), ("long", 8, 9)],
     ]
-    assert (len(short.output_tokens), len(long.output_tokens)) == (4, 1), (
-        "only the chunk that ends the prompt samples"
-    )
+    num_sampled = len(short.output_tokens), len(long.output_tokens)
+    assert num_sampled == (4, 1), "only the chunk that ends a prompt samples"
 
 
-def test_first_come_first_served_even_when_a_later_one_would_fit():
+def test_a_request_is_not_admitted_before_an_earlier_one_that_does_not_fit():
     sim = simulation("cortexstream", num_blocks=4)
     sim.add(request("a", 2, 1), request("large", 4, 1), request("small", 1, 1))
     sim.step()
@@ -167,78 +158,80 @@ def test_wait_leaves_the_request_in_the_queue_until_there_is_room():
     assert (sim.failed, sim.scheduler.num_preemptions) == ([], 0)
 
 
-def test_wait_lets_a_running_request_that_cannot_grow_sit_out_while_others_finish():
+def test_wait_stalls_a_running_request_that_cannot_grow_while_others_finish():
     sim = simulation(num_blocks=5, oom_policy="wait")
     a, b = request("a", 2, 2), request("b", 2, 3)
     sim.add(a, b)
     sim.step()  # a a b b .
     sim.step()
-    assert sim.last == [("a", 2, 3)]  # a took the last block; b keeps what it has
+    assert sim.last == [("a", 2, 3)]  # a took the last block; b keeps its two
     assert names(sim.scheduler.running) == ["b"]
     sim.run()
     assert b.num_preemptions == 0
 
 
-def test_wait_sends_the_youngest_back_only_when_all_wait_for_each_other():
+def test_wait_preempts_the_youngest_only_when_all_running_requests_stall():
     sim = simulation(num_blocks=4, oom_policy="wait")
     a, b = request("a", 2, 3), request("b", 2, 3)
     sim.add(a, b)
     sim.step()  # a a b b: full
     sim.step()
     assert sim.last == [("a", 2, 3)]
-    assert (b.state, b.num_computed, names(sim.scheduler.waiting)) == (
-        RequestState.PREEMPTED,
-        0,
-        ["b"],
-    )
+    assert (b.state, b.num_computed) == (RequestState.PREEMPTED, 0)
+    assert names(sim.scheduler.waiting) == ["b"]
     sim.run()
     assert (names(sim.finished), b.num_preemptions) == (["a", "b"], 1)
 
 
-def test_fail_ends_a_queued_request_at_once_and_goes_on_with_the_next():
+def test_a_request_that_stalls_alone_gives_way_and_is_admitted_again_in_that_step():
+    """x a a a .   x ends, a fills the last block, and only all five blocks would hold a's next."""
+    sim = simulation("best_fit", num_blocks=5)
+    sim.add(request("x", 1, 1), request("a", 3, 3))
+    sim.step()
+    sim.step()
+    assert sim.last == [("a", 3, 4)]
+    step = sim.step()
+    assert (names(step.preempted), sim.last, step.unusable_blocks) == (["a"], [("a", 0, 5)], 0)
+
+
+def test_fail_ends_a_queued_request_at_once_and_admits_the_next():
     sim = simulation("cortexstream", num_blocks=4, oom_policy="fail")
     sim.add(request("a", 3, 1), request("b", 2, 1), request("c", 1, 1))
     sim.step()
     assert names(sim.failed) == ["b"]
-    assert (
-        "'b'" in sim.failed[0].error
-        and "2 blocks" in sim.failed[0].error
-        and "1 are free" in sim.failed[0].error
-    )
-    assert names(sim.finished) == ["a", "c"]
+    error = sim.failed[0].error
+    assert "'b'" in error and "2 blocks" in error and "1 are free" in error
+    assert names(sim.finished) == ["c", "a"], "chunks of one row stand first"
 
 
-def test_fail_ends_a_running_request_that_cannot_grow_and_takes_its_blocks_back():
+def test_fail_ends_a_running_request_that_cannot_grow_and_frees_its_blocks():
     sim = simulation(num_blocks=3, oom_policy="fail")
     a, b = request("a", 2, 2), request("b", 1, 3)
     sim.add(a, b)
     sim.run()
-    assert names(sim.failed) == ["a"]  # the older one asked first
+    assert names(sim.failed) == ["a"]  # the older request asks first
     assert names(sim.finished) == ["b"]
     assert sim.scheduler.blocks.allocator.stats().free_blocks == 3
 
 
-def test_preempt_makes_the_youngest_give_way_and_compute_its_tokens_again():
+def test_preempt_takes_the_blocks_of_the_youngest_which_computes_its_tokens_again():
     sim = simulation(num_blocks=5, oom_policy="preempt")
     a, b = request("a", 2, 4), request("b", 2, 2)
     sim.add(a, b)
     sim.step()  # a a b b .
-    sim.step()  # a takes the last block; b asks in vain and is itself the youngest
+    sim.step()  # a takes the last block; b finds none and is itself the youngest
     assert sim.last == [("a", 2, 3)]
     assert (b.state, b.num_computed, b.output_tokens) == (RequestState.PREEMPTED, 0, [0])
     sim.step()
     assert sim.last == [("a", 3, 4)]
     sim.step()
     sim.step()
-    assert sim.last == [("b", 0, 3)]  # the prompt and the token it had sampled, in one chunk
-    assert (names(sim.finished), b.output_tokens, sim.scheduler.num_preemptions) == (
-        ["a", "b"],
-        [0, 0],
-        1,
-    )
+    assert sim.last == [("b", 0, 3)]  # b's prompt and its sampled token, in one chunk
+    assert (names(sim.finished), b.output_tokens) == (["a", "b"], [0, 0])
+    assert sim.scheduler.num_preemptions == 1
 
 
-def test_a_preempted_request_comes_before_those_that_never_ran():
+def test_a_preempted_request_waits_before_requests_that_never_ran():
     sim = simulation(num_blocks=5, max_batch_size=2, oom_policy="preempt")
     sim.add(request("a", 2, 4), request("b", 2, 2), request("c", 1, 1))
     sim.step()
@@ -246,7 +239,7 @@ def test_a_preempted_request_comes_before_those_that_never_ran():
     assert names(sim.scheduler.waiting) == ["b", "c"]
 
 
-def test_a_cancelled_request_leaves_queue_or_batch():
+def test_a_removed_request_leaves_queue_or_batch():
     sim = simulation(max_batch_size=1)
     a, b = request("a", 2, 5), request("b", 2, 5)
     sim.add(a, b)
@@ -261,22 +254,22 @@ def test_a_cancelled_request_leaves_queue_or_batch():
 
 
 def fragmented() -> Simulation:
-    """Six blocks, the middle two held: . . b b . ."""
+    """A pool of six blocks, the middle two held: . . b b . ."""
     sim = simulation("cortexstream", num_blocks=6)
     sim.add(request("a", 2, 1), request("b", 2, 1), request("c", 2, 1))
     blocks, (a, b, c) = sim.scheduler.blocks, list(sim.scheduler.waiting)
     for each in (a, b, c):
-        assert blocks.allocate(each.id, 2, 2)
+        each.table = blocks.allocate(Need(2, 2))
     sim.scheduler.waiting.clear()
     sim.scheduler.running.append(b)
     b.max_tokens = 99
-    blocks.free("a")
-    blocks.free("c")
+    blocks.free(a.table)
+    blocks.free(c.table)
     return sim
 
 
 @pytest.mark.parametrize(("wanted", "unusable"), [(3, 4), (4, 4), (5, 0), (6, 0)])
-def test_free_blocks_are_unusable_only_when_there_are_enough_of_them(wanted, unusable):
+def test_free_blocks_are_unusable_only_if_they_are_as_many_as_wanted(wanted, unusable):
     sim = fragmented()
     sim.add(request("d", wanted, 1))
     assert sim.scheduler.schedule(0.0).unusable_blocks == unusable
@@ -295,7 +288,7 @@ def test_paged_blocks_are_never_unusable():
     assert names(sim.finished) == ["a"]
 
 
-def test_a_full_batch_is_no_reason_to_call_blocks_unusable():
+def test_blocks_are_not_unusable_because_the_batch_is_full():
     sim = simulation("cortexstream", num_blocks=8, max_batch_size=1)
     sim.add(request("a", 1, 3), request("b", 1, 1))
     assert sim.step().unusable_blocks == 0
@@ -306,8 +299,8 @@ def test_a_full_batch_is_no_reason_to_call_blocks_unusable():
 
 @st.composite
 def loads(draw):
-    """A small pool, limits, and requests that could each be served alone, some of them coming
-    later.
+    """A simulation with a small pool, requests that each fit the empty pool, and the steps between
+    two arrivals.
     """
     batch = draw(st.integers(1, 4))
     sim = simulation(
@@ -331,19 +324,16 @@ def loads(draw):
 def test_every_request_ends_and_every_block_comes_back(load):
     sim, coming, gap = load
     requests, idle = list(coming), 0
-    limit = (
-        20
-        + (gap + 1) * len(coming)
-        + (len(coming) + 1) * sum(each.max_slots + 1 for each in coming)
-    )
+    num_slots = sum(each.max_slots + 1 for each in coming)
+    limit = 20 + (gap + 1) * len(coming) + (len(coming) + 1) * num_slots
     while coming or sim.scheduler.running or sim.scheduler.waiting:
         if coming and (gap == 0 or sim.num_steps % gap == 0):
             sim.add(coming.pop(0))
         busy = bool(sim.scheduler.running or sim.scheduler.waiting)
         step = sim.step()
         idle = 0 if step.chunks or step.failed or not busy else idle + 1
-        assert idle <= 1, "a step that does nothing makes room for the next"
-        assert sim.num_steps < limit, "no end in sight"
+        assert idle <= 1, "two steps in a row did nothing"
+        assert sim.num_steps < limit, "the load does not end"
     assert sorted(names([*sim.finished, *sim.failed])) == sorted(names(requests))
     assert all(len(each.output_tokens) == each.max_tokens for each in sim.finished)
     assert not sim.failed or sim.scheduler.oom_policy == "fail"
@@ -352,7 +342,7 @@ def test_every_request_ends_and_every_block_comes_back(load):
 
 @given(loads())
 @settings(max_examples=200, deadline=None)
-def test_requests_first_run_in_the_order_they_came(load):
+def test_requests_first_run_in_order_of_arrival(load):
     sim, coming, _ = load
     sim.add(*coming)
     sim.run(limit=2000)
@@ -360,38 +350,29 @@ def test_requests_first_run_in_the_order_they_came(load):
     assert ran == sorted(ran)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_batch_size": 0},
-        {"max_step_tokens": 0},
-        {"oom_policy": "'hope'"},
-        {"max_step_tokens": 3},
-    ],
-)
-def test_limits_that_make_no_sense_are_refused_by_name_and_value(options):
-    ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"{name}.*{value}"):
-        simulation(**{name: value.strip("'") if isinstance(value, str) else value})
+LIMITS = [("max_batch_size", 0), ("max_step_tokens", 0), ("max_step_tokens", 3)]
 
 
-def test_blocks_that_are_free_but_not_together_count_as_unusable_under_every_policy():
-    """Two holes of three, and a request for five."""
+@pytest.mark.parametrize(("name", "value"), [*LIMITS, ("oom_policy", "hope")])
+def test_a_limit_out_of_range_is_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*{value!r}"):
+        simulation(**{name: value})
+
+
+def test_free_blocks_in_holes_too_small_are_unusable_under_every_policy():
+    """Two holes of three blocks, and a request for five."""
     for policy in OOM_POLICIES:
         blocks = BlockManager(strategy_of("cortexstream"), num_blocks=9, block_size=1)
         scheduler = Scheduler(blocks, max_batch_size=4, max_step_tokens=16, oom_policy=policy)
-        for name in "abc":
-            blocks.allocate(name, 3, 3)
-        blocks.free("a")
-        blocks.free("c")
+        a, _, c = (blocks.allocate(Need(3, 3)) for _ in range(3))
+        blocks.free(a)
+        blocks.free(c)
         scheduler.add(Request("wide", (0,) * 5, 1))
         assert scheduler.schedule(0.0).unusable_blocks == 6, policy
 
 
 def test_a_request_that_an_empty_pool_refuses_fails_instead_of_waiting_for_ever():
-    """A strategy of one's own that never hands out anything twice."""
-
-    class Miser(FirstFit):
+    class Miser(FirstFit):  # hands out nothing after the first free
         def free(self, extents):
             super().free(extents)
             self.allocate = lambda num_blocks: None
@@ -401,5 +382,5 @@ def test_a_request_that_an_empty_pool_refuses_fails_instead_of_waiting_for_ever(
     for name in "ab":
         sim.scheduler.add(request(name, 2, 1))
     sim.run(limit=10)
-    assert [each.id for each in sim.finished] == ["a"] and [each.id for each in sim.failed] == ["b"]
+    assert (names(sim.finished), names(sim.failed)) == (["a"], ["b"])
     assert "the allocator refused" in sim.failed[0].error

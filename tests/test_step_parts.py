@@ -1,4 +1,4 @@
-"""Where a step's time goes, and what pieces cost: measured on toys, drawn as measured."""
+"""Where a step's time goes, and what extents cost: measured on toys, drawn as measured."""
 
 import matplotlib
 import mlx.core as mx
@@ -8,6 +8,8 @@ import pytest
 matplotlib.use("Agg")
 
 from cortexlab.bench import doctor
+from cortexlab.bench.environment import environment
+from cortexlab.bench.measure import in_turn
 from cortexlab.bench.step_profile import (
     ACTIVATION,
     ATTENTION,
@@ -26,7 +28,7 @@ from cortexlab.bench.step_profile import _neighbours as neighbours
 from cortexlab.engine.arena import LayerShape
 from cortexlab.engine.attention import METHODS
 from cortexlab.engine.mlx_lm_hook import LayerCache
-from cortexlab.engine.model_runner import Driver
+from cortexlab.engine.model_runner import ModelRunner
 from cortexlab.errors import BadInput
 from cortexlab.plots import engine as plots_engine
 
@@ -37,12 +39,19 @@ def close():
     matplotlib.pyplot.close("all")
 
 
-def test_a_step_is_written_down_call_by_call_and_the_model_is_as_it_was(tiny):
-    driver, before = Driver(tiny), LayerCache.attend
-    arena = filled_arena(driver.layers, driver.dtype, 64, 0)
-    calls = record_step(driver, tiny, neighbours(3, 5, 1), arena)
+def test_works_take_turns_after_one_turn_that_is_not_counted():
+    done = []
+    seconds = in_turn({name: lambda name=name: done.append(name) for name in "ab"}, 2)
+    assert "".join(done) == "ababab"
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_step_is_recorded_call_by_call_and_the_model_unchanged_afterwards(tiny):
+    runner, before = ModelRunner(tiny), LayerCache.attend
+    arena = filled_arena(runner.layers, runner.dtype, 64, 0)
+    calls = record_step(runner, tiny, neighbours(3, 5, 1), arena)
     counts = {part: sum(call.part == part for call in calls) for part in PARTS}
-    layers = len(driver.layers)
+    layers = len(runner.layers)
     assert counts[PRODUCTS] == 7 * layers + 1, "q, k, v, o, gate, up, down, and the head"
     assert (
         counts[ATTENTION] == counts[WRITES] == counts[ACTIVATION] == layers
@@ -52,7 +61,7 @@ def test_a_step_is_written_down_call_by_call_and_the_model_is_as_it_was(tiny):
     shapes = [call.args[1].shape for call in calls if call.part == PRODUCTS]
     assert all(shape[0] == 3 or shape[1] == 3 for shape in shapes), "three rows"
     assert LayerCache.attend is before
-    assert record_step(driver, tiny, neighbours(1, 0, 4), arena), "and again"
+    assert record_step(runner, tiny, neighbours(1, 0, 4), arena), "a model can be recorded twice"
 
 
 def test_parts_and_the_rest_add_up_to_the_step(tiny):
@@ -119,4 +128,4 @@ def test_doctor_prints_what_each_way_of_attention_takes_here(monkeypatch):
     assert [float(word) for word in lines[2].split()[-len(METHODS) :]] == [
         round(row["ms"], 2) for row in measured[len(METHODS) :]
     ]
-    assert mx.default_device() == mx.cpu or doctor.environment()["attention"]["streams"] == 1
+    assert mx.default_device() == mx.cpu or environment()["attention"]["streams"] == 1

@@ -1,5 +1,5 @@
-"""The explorer without a browser: every control changes the picture, the maps are the block tables,
-and errors show in the page.
+"""The explorer without a browser: every control changes the picture, block maps are the block
+tables, and errors show in the page.
 """
 
 import io
@@ -23,7 +23,7 @@ def runs():
     )
 
 
-def test_the_maps_are_what_the_live_sequences_hold(runs):
+def test_a_block_map_is_what_the_live_sequences_hold(runs):
     for run in runs:
         assert len(run.moments) == len(run.samples) > 20
         for moment in run.moments:
@@ -37,7 +37,7 @@ def test_the_maps_are_what_the_live_sequences_hold(runs):
             )
 
 
-def test_recording_changes_nothing(runs):
+def test_recording_a_replay_changes_no_result(runs):
     (plain,) = widgets.replay(
         make_workload("lognormal", 60, seed=1, request_rate=10.0),
         ["paged"],
@@ -86,9 +86,7 @@ def test_every_control_changes_the_picture_and_an_error_shows(monkeypatch):
     assert "ZeroDivisionError" in message.value
 
 
-def test_a_trace_on_this_machine_can_be_chosen_and_one_that_is_not_is_not_offered(
-    tmp_path, monkeypatch
-):
+def test_the_explorer_offers_the_traces_on_this_machine_and_no_other(tmp_path, monkeypatch):
     monkeypatch.setenv("CORTEXLAB_CACHE", str(tmp_path / "nothing"))
     monkeypatch.setenv("CORTEXLAB_TRACES", str(tmp_path))
     workload = widgets.explorer(num_requests=20).children[0].children[0]

@@ -1,4 +1,4 @@
-"""Workloads and traces: seeded, bounded, and refused with file and line when they are broken."""
+"""Workloads are seeded and bounded; a broken trace is refused with its file and line."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from cortexlab.workloads.synthetic import (
 )
 from cortexlab.workloads.traces import MOONCAKE_BUCKET_S, load_trace
 
-BOUNDS = {  # shortest and longest prompt and output, as interface.md has them
+BOUNDS = {  # shortest and longest prompt, shortest and longest output (interface.md)
     "lognormal": (8, 600, 4, 200),
     "heavy-tail": (8, 2000, 16, 200),
     "shared-prefix": (SHARED_PREFIX_TOKENS + 8, SHARED_PREFIX_TOKENS + 600, 4, 200),
@@ -36,7 +36,7 @@ every_workload = pytest.mark.parametrize("name", sorted(LENGTHS))
 
 
 @every_workload
-def test_a_seed_is_a_workload(name):
+def test_equal_seeds_give_equal_workloads(name):
     assert make_workload(name, 20, seed=3, request_rate=2.0) == make_workload(
         name, 20, seed=3, request_rate=2.0
     )
@@ -51,33 +51,33 @@ def test_lengths_stay_inside_their_bounds(name):
         low <= item.prompt_tokens <= high and out_low <= item.output_tokens <= out_high
         for item in items
     )
-    assert max(item.prompt_tokens for item in items) > high / 2, "the tail is there"
+    assert max(item.prompt_tokens for item in items) > high / 2, "the tail is missing"
 
 
 @pytest.mark.parametrize(
     ("name", "prompt", "output"),
     [("lognormal", 100, 40), ("heavy-tail", 120, 60), ("chat", 1020, 129)],
 )
-def test_medians_are_the_published_ones(name, prompt, output):
+def test_lengths_have_the_published_medians(name, prompt, output):
     items = make_workload(name, 5000, seed=1)
     assert np.median([item.prompt_tokens for item in items]) == pytest.approx(prompt, rel=0.1)
     assert np.median([item.output_tokens for item in items]) == pytest.approx(output, rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "sigma"), [("lognormal", 0.8), ("heavy-tail", 1.1)])
-def test_prompts_spread_by_the_published_sigma(name, sigma):
+def test_prompt_lengths_have_the_published_sigma(name, sigma):
     logs = np.log([item.prompt_tokens for item in make_workload(name, 5000, seed=1)])
     quartiles = np.quantile(logs, [0.25, 0.75])
     assert quartiles[1] - quartiles[0] == pytest.approx(2 * 0.6745 * sigma, rel=0.1)
 
 
-def test_a_turn_of_a_conversation_begins_with_all_that_was_said_before():
+def test_a_turns_prompt_begins_with_the_conversation_so_far():
     items = conversations(6, 3, 48, request_rate=1.0, unit=16, seed=2)
     assert items == conversations(6, 3, 48, request_rate=1.0, unit=16, seed=2) and len(items) == 18
     assert [item.arrived_at for item in items] == sorted(item.arrived_at for item in items)
     by_conversation = {}
     for item in items:
-        assert item.prefix_ids[:3] == (0, 1, 2), "the system prompt"
+        assert item.prefix_ids[:3] == (0, 1, 2), "a prompt begins with the system prompt"
         assert len(item.prefix_ids) == math.ceil(item.prompt_tokens / 16)
         by_conversation.setdefault(item.prefix_ids[3], []).append(item)
     assert len(by_conversation) == 6
@@ -89,7 +89,7 @@ def test_a_turn_of_a_conversation_begins_with_all_that_was_said_before():
                 turn.prefix_ids[: before.prompt_tokens // 16]
                 == before.prefix_ids[: before.prompt_tokens // 16]
             )
-    with pytest.raises(CortexLabError, match="turns"):
+    with pytest.raises(CortexLabError, match="num_turns"):
         conversations(6, 0, 48, request_rate=1.0)
 
 
@@ -106,6 +106,8 @@ def test_the_longest_possible_request_fits_every_context(name, monkeypatch):
 
 
 def always(length: int):
+    """A distribution with one length."""
+
     def draw(rng, n):
         return np.full(n, length)
 
@@ -113,7 +115,7 @@ def always(length: int):
     return draw
 
 
-def test_a_context_that_is_large_enough_changes_nothing():
+def test_a_context_longer_than_every_request_changes_nothing():
     assert make_workload("lognormal", 20, context=800) == make_workload("lognormal", 20)
 
 
@@ -139,8 +141,8 @@ def test_scaling_shrinks_the_shared_prefix_too():
 
 
 @pytest.mark.parametrize("factor", [0, -1, math.nan, math.inf, "2", None])
-def test_a_scale_that_is_no_positive_number_is_refused_by_its_value(factor):
-    with pytest.raises(ValueError, match=f"scale-lengths.*{factor}"):
+def test_a_scale_that_is_no_positive_number_is_refused_by_name_and_value(factor):
+    with pytest.raises(ValueError, match=f"scale_lengths.*{factor}"):
         scale([WorkItem(0.0, 1, 1)], factor)
 
 
@@ -148,18 +150,18 @@ def test_a_scale_that_is_no_positive_number_is_refused_by_its_value(factor):
     ("options", "named"),
     [
         ({"name": "holiday"}, r"'holiday'.*chat.*heavy-tail.*lognormal.*shared-prefix"),
-        ({"num_requests": 0}, "requests.*0"),
-        ({"num_requests": -4}, "requests.*-4"),
-        ({"request_rate": 0}, "request-rate.*0"),
-        ({"request_rate": -2.0}, "request-rate.*-2"),
-        ({"request_rate": math.nan}, "request-rate.*nan"),
+        ({"num_requests": 0}, "num_requests.*0"),
+        ({"num_requests": -4}, "num_requests.*-4"),
+        ({"request_rate": 0}, "request_rate.*0"),
+        ({"request_rate": -2.0}, "request_rate.*-2"),
+        ({"request_rate": math.nan}, "request_rate.*nan"),
         ({"request_rate": 1.0, "burstiness": 0}, "burstiness.*0"),
         ({"request_rate": 1.0, "burstiness": math.inf}, "burstiness.*inf"),
         ({"burstiness": math.nan}, "burstiness.*nan"),
         ({"seed": -1}, "seed.*-1"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused_by_name_and_value(options, named):
+def test_wrong_arguments_of_a_workload_are_refused_by_name_and_value(options, named):
     with pytest.raises(ValueError, match=named) as caught:
         make_workload(**{"name": "lognormal", "num_requests": 3} | options)
     assert isinstance(caught.value, CortexLabError)
@@ -168,17 +170,17 @@ def test_arguments_that_make_no_sense_are_refused_by_name_and_value(options, nam
 # --- arrivals -------------------------------------------------------------------------------------
 
 
-def test_by_default_all_arrive_at_time_zero():
+def test_by_default_all_requests_arrive_at_time_zero():
     assert {item.arrived_at for item in make_workload("chat", 10)} == {0.0}
 
 
-def test_the_first_arrives_at_zero_and_the_others_in_order():
+def test_the_first_request_arrives_at_zero_and_the_others_in_order():
     times = [item.arrived_at for item in make_workload("chat", 50, request_rate=4.0)]
     assert times[0] == 0 and times == sorted(times) and len(set(times)) == 50
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
-def test_gaps_have_the_mean_of_the_rate_and_the_spread_of_the_burstiness(burstiness):
+def test_arrival_gaps_have_the_mean_of_the_rate_and_the_spread_of_the_burstiness(burstiness):
     items = with_arrivals(
         [WorkItem(0.0, 1, 1)] * 20_000, request_rate=5.0, burstiness=burstiness, seed=0
     )
@@ -199,7 +201,7 @@ def test_new_arrivals_keep_the_lengths():
 
 
 @every_workload
-def test_prompts_have_their_length_and_only_tokens(name):
+def test_a_prompt_has_its_length_and_tokens_of_the_vocabulary(name):
     items = make_workload(name, 8, seed=1)
     prompts = prompt_tokens(items, vocabulary=50, seed=1)
     assert [len(prompt) for prompt in prompts] == [item.prompt_tokens for item in items]
@@ -212,7 +214,7 @@ def test_prompts_have_their_length_and_only_tokens(name):
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.1])
-def test_a_shared_prefix_is_shared_token_for_token_and_the_rest_is_not(factor):
+def test_prompts_of_shared_prefix_differ_only_behind_the_prefix(factor):
     items = make_workload("shared-prefix", 6, scale_lengths=factor)
     prompts, shared = (
         prompt_tokens(items, vocabulary=1000),
@@ -222,7 +224,7 @@ def test_a_shared_prefix_is_shared_token_for_token_and_the_rest_is_not(factor):
     assert len({tuple(prompt[shared : shared + 2]) for prompt in prompts}) == 6
 
 
-def test_equal_prefix_ids_mean_equal_tokens_block_by_block():
+def test_equal_prefix_ids_give_equal_tokens_block_by_block():
     items = [
         WorkItem(0, 10, 1, (1, 2, 3), 4),
         WorkItem(0, 12, 1, (1, 2, 4), 4),
@@ -231,7 +233,7 @@ def test_equal_prefix_ids_mean_equal_tokens_block_by_block():
     a, b, c = prompt_tokens(items, vocabulary=1000)
     assert a[:8] == b[:8] and a[8:] != b[8:10]
     assert c[:4] != a[:4] and c[4:8] == a[4:8]
-    assert a[8:9] == c[8:9], "the last block is cut, not drawn anew"
+    assert a[8:9] == c[8:9], "a partial last block has the first tokens of the whole one"
 
 
 # --- traces: good files ---------------------------------------------------------------------------
@@ -241,6 +243,7 @@ AZURE_ROW = "2023-11-16 18:15:46.6805900,374,44\n"
 
 
 def mooncake(**changes) -> str:
+    """A line of a Mooncake trace; a column changed to None is left out."""
     row = {
         "timestamp": 27_000,
         "input_length": 600,
@@ -251,12 +254,13 @@ def mooncake(**changes) -> str:
 
 
 def saved(folder: Path, name: str, content: str | bytes) -> str:
+    """Path of a new file with ``content``."""
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
-def test_azure_times_count_from_the_first_row_to_100_ns(tmp_path):
+def test_azure_times_count_from_the_first_row_in_steps_of_100_ns(tmp_path):
     items = load_trace(
         saved(tmp_path, "a.csv", AZURE + AZURE_ROW + "2023-11-16 18:16:50.9951690,396,109\n")
     )
@@ -265,7 +269,7 @@ def test_azure_times_count_from_the_first_row_to_100_ns(tmp_path):
     assert items[1].arrived_at == pytest.approx(64.3145790, abs=1e-6)
 
 
-def test_azure_columns_may_stand_in_any_order_with_others_among_them(tmp_path):
+def test_azure_columns_may_stand_in_any_order_among_others(tmp_path):
     text = (
         "GeneratedTokens,Region,TIMESTAMP,ContextTokens\n44,west,2023-11-16 18:15:46.6805900,374\n"
     )
@@ -273,7 +277,7 @@ def test_azure_columns_may_stand_in_any_order_with_others_among_them(tmp_path):
     assert (item.prompt_tokens, item.output_tokens) == (374, 44)
 
 
-def test_windows_line_ends_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path):
+def test_windows_line_ends_a_byte_order_mark_and_blank_lines_are_accepted(tmp_path):
     text = "\ufeff" + (AZURE + AZURE_ROW + "\n" + AZURE_ROW + "\n").replace("\n", "\r\n")
     assert len(load_trace(saved(tmp_path, "a.csv", text))) == 2
 
@@ -303,14 +307,16 @@ def test_mooncake_hashes_become_prefix_ids_of_512_tokens(tmp_path):
 
 
 def with_second(row: str) -> str:
+    """An Azure trace of a good row and ``row``."""
     return AZURE + AZURE_ROW + row
 
 
 def at(count: str) -> str:
+    """An Azure trace whose second row has ``count`` prompt tokens."""
     return with_second(f"2023-11-16 18:15:47.0,{count},44\n")
 
 
-BAD_AZURE = {  # what is wrong: (content, line, what the message says besides)
+BAD_AZURE = {  # fault -> (content, line of the fault, pattern of the message)
     "missing column": (
         "TIMESTAMP,ContextTokens\n2023-11-16 18:15:46.0,374\n",
         1,
@@ -341,7 +347,7 @@ BAD_AZURE = {  # what is wrong: (content, line, what the message says besides)
     ),
     "an endless field": (at("x" * 200_000), 3, ""),
 }
-BAD_MOONCAKE = {
+BAD_MOONCAKE = {  # fault -> (content, line of the fault, pattern of the message)
     "bad JSON": (mooncake() + '{"timestamp": 3, "inp\n', 2, "JSON"),
     "not an object": (mooncake() + "[1, 2]\n", 2, "timestamp"),
     "a bare number": ("17\n", 1, "timestamp"),
@@ -365,12 +371,13 @@ BAD_MOONCAKE = {
 
 
 def refused(path: str, line: int | None, said: str) -> str:
+    """Assert that a trace is refused in one line with its path; returns the message."""
     with pytest.raises(CortexLabError, match=said or None) as caught:
         load_trace(path)
     message = str(caught.value)
     assert isinstance(caught.value, ValueError)
     assert path in message and "\n" not in message
-    assert len(message) < 1000 + len(path), "one line that can be read"
+    assert len(message) < 1000 + len(path), "the message is too long to read"
     if line is not None:
         assert f"line {line}:" in message
     return message
@@ -405,7 +412,7 @@ def test_a_missing_file_is_refused_by_name(name, tmp_path):
     refused(str(tmp_path / name), None, "does not exist")
 
 
-def test_an_unknown_trace_is_named_beside_the_known_ones():
+def test_an_unknown_trace_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match=r"'azure_2030'.*azure_2023_conv.*mooncake_conversation"):
         load_trace("azure_2030")
 
@@ -417,7 +424,7 @@ def test_an_unknown_trace_is_named_beside_the_known_ones():
         ("mooncake_conversation", "kvcache-ai/Mooncake", "conversation_trace.jsonl"),
     ],
 )
-def test_a_known_trace_that_is_not_here_names_where_to_get_it(
+def test_a_known_trace_that_is_missing_is_refused_with_its_public_source(
     name, repository, file, tmp_path, monkeypatch
 ):
     for variable in ("CORTEXLAB_TRACES", "CORTEXLAB_CACHE"):
@@ -428,7 +435,7 @@ def test_a_known_trace_that_is_not_here_names_where_to_get_it(
 
 
 @pytest.mark.parametrize("variable", ["CORTEXLAB_TRACES", "CORTEXLAB_CACHE"])
-def test_a_known_trace_is_found_in_the_folder_of_traces_and_in_the_cache(
+def test_a_known_trace_is_found_in_the_traces_folder_and_in_the_cache(
     variable, tmp_path, monkeypatch
 ):
     (tmp_path / "empty").mkdir()
@@ -439,13 +446,14 @@ def test_a_known_trace_is_found_in_the_folder_of_traces_and_in_the_cache(
     assert len(load_trace("azure_2023_conv")) == 1
 
 
-# --- the real ones --------------------------------------------------------------------------------
+# --- real traces ----------------------------------------------------------------------------------
 
 TRACES = Path(os.environ.get("CORTEXLAB_TRACES") or Path(__file__).parents[2] / "shared" / "traces")
 QUANTILES = [0.5, 0.9, 0.99]
 
 
 def real(name: str, file: str, monkeypatch) -> list[WorkItem]:
+    """Requests of a real trace; skips the test if its file is not here."""
     if not (TRACES / file).is_file():
         pytest.skip(f"{file} is not in {TRACES}: set CORTEXLAB_TRACES to its folder")
     monkeypatch.setenv("CORTEXLAB_TRACES", str(TRACES))
@@ -453,11 +461,12 @@ def real(name: str, file: str, monkeypatch) -> list[WorkItem]:
 
 
 def lengths_of(items, column: str) -> list[int]:
+    """`QUANTILES` and mean of a length, rounded."""
     values = [getattr(item, column) for item in items]
     return [round(v) for v in (*np.quantile(values, QUANTILES), np.mean(values))]
 
 
-def test_the_real_azure_trace_is_what_was_published(monkeypatch):
+def test_the_real_azure_trace_has_the_published_statistics(monkeypatch):
     items = real("azure_2023_conv", "azure_2023_conv.csv", monkeypatch)
     assert len(items) == 19_366
     assert lengths_of(items, "prompt_tokens") == [1020, 2734, 4142, 1155]
@@ -467,7 +476,7 @@ def test_the_real_azure_trace_is_what_was_published(monkeypatch):
     assert gaps.std() / gaps.mean() == pytest.approx(1.09, abs=0.01)
 
 
-def test_the_real_mooncake_trace_is_what_was_published(monkeypatch):
+def test_the_real_mooncake_trace_has_the_published_statistics(monkeypatch):
     items = real("mooncake_conversation", "mooncake_conversation.jsonl", monkeypatch)
     assert len(items) == 12_031
     assert lengths_of(items, "prompt_tokens") == [6909, 27_367, 85_400, 12_035]
@@ -475,4 +484,4 @@ def test_the_real_mooncake_trace_is_what_was_published(monkeypatch):
     assert len(items) / items[-1].arrived_at == pytest.approx(3.40, abs=0.02)
     assert all(len(item.prefix_ids) == math.ceil(item.prompt_tokens / 512) for item in items)
     gaps = np.diff([item.arrived_at for item in items])
-    assert np.mean(gaps == 0) < 0.01, "no bursts that never happened"
+    assert np.mean(gaps == 0) < 0.01, "requests of one bucket arrive in a burst"

@@ -1,9 +1,9 @@
-"""A tiny seeded model of every architecture in the pinned mlx-lm: common dimensions, and what each
-configuration says besides.
+"""A tiny seeded model of every architecture in the pinned mlx-lm: `COMMON` dimensions, and in
+`CONFIGS` each architecture's own settings.
 
-Two to four layers, a sliding window of `WINDOW` tokens where there is one, untied embeddings where
-the architecture knows them (tied ones repeat tokens and hardly test attention), and weights spread
-wide enough to keep attention sharp.
+A model has two to four layers, and a sliding window of `WINDOW` tokens if it has any. Embeddings
+are untied where the architecture allows it: a tiny model with tied embeddings repeats a few tokens
+and hardly tests attention. Weights are spread wide enough to keep attention sharp.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import mlx_lm.models
 from mlx.utils import tree_flatten, tree_unflatten
 
 VOCABULARY, WINDOW = 128, 12
-SPREAD = 0.2
-# parameters: a configuration that leaves a real model's dimension in place is a mistake
+SPREAD = 0.2  # standard deviation of the weights
+# Limit of parameters: a larger model has a dimension that its configuration forgot to shrink.
 TOO_LARGE = 3_000_000
 
 COMMON = dict(
@@ -31,7 +31,7 @@ COMMON = dict(
     max_position_embeddings=512,
     tie_word_embeddings=False,
     rope_theta=10000.0,
-    # scaled down or capped at 30, tiny logits would all be ties
+    # Scaled down or capped at 30, a tiny model's logits would all be ties.
     logit_scale=1.0,
     final_logit_softcapping=1e4,
     rms_norm_eps=1e-5,
@@ -161,8 +161,8 @@ LFM = dict(
     num_dense_layers=1,
 )
 
-# What an architecture's configuration says besides COMMON. "text" is the configuration inside, of
-# the architecture named there. A name may have a variant behind it, in parentheses.
+# Settings of an architecture besides COMMON. "text" is its inner text configuration: a dict, or the
+# name of another architecture. A name in CONFIGS may end with a variant in parentheses.
 CONFIGS: dict[str, dict] = {
     "afm7": dict(hidden_dim=64, num_layers=4, num_kv_reuse_layers=2, num_heads=4, num_kv_heads=2),
     "afmoe": dict(num_dense_layers=1),
@@ -394,11 +394,12 @@ CONFIGS: dict[str, dict] = {
 
 
 def modules() -> list[str]:
-    """The modules of mlx-lm's models, architectures or not."""
+    """Names of all modules in `mlx_lm.models`, architectures or not."""
     return sorted(module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))
 
 
 def config(name: str) -> dict:
+    """The whole configuration of an architecture."""
     module = name.split(" ")[0]
     made = COMMON | {"model_type": module} | CONFIGS.get(name, {})
     text = made.pop("text", None)
@@ -410,7 +411,8 @@ def config(name: str) -> dict:
 
 
 def tiny_model(name: str, seed: int = 0):
-    with contextlib.redirect_stdout(io.StringIO()):  # some complain there before they exit
+    """A seeded model of an architecture; `ValueError` if it has too many parameters."""
+    with contextlib.redirect_stdout(io.StringIO()):  # some modules print before they exit
         module = importlib.import_module(f"mlx_lm.models.{name.split(' ')[0]}")
     model = module.Model(module.ModelArgs.from_dict(config(name)))
     weights = tree_flatten(model.parameters())
@@ -432,8 +434,8 @@ def tiny_model(name: str, seed: int = 0):
 
 
 def _sharp(path: str, weight: mx.array, key: mx.array) -> mx.array:
-    """Random, but for norms and gains (vectors of ones): small ones would leave nothing of
-    attention.
+    """A random weight; norms and gains (vectors of ones) stay, as small ones would make attention
+    vanish.
     """
     is_gain = "norm" in path or (weight.ndim <= 1 and mx.all(weight == 1).item())
     if is_gain or not mx.issubdtype(weight.dtype, mx.floating):

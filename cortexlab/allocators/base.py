@@ -12,17 +12,14 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from ..errors import BadInput, at_least, shown
 
-LETTERS = (
-    string.ascii_lowercase + string.ascii_uppercase
-).encode()  # of a block map, one a sequence
+LETTERS = (string.ascii_lowercase + string.ascii_uppercase).encode()  # of a block map
 
 
 class Extent(NamedTuple):
     """A run of neighbouring blocks: ``[start, start + num_blocks)``.
 
     A named tuple, since hot paths make millions: 0.2 us each, a frozen dataclass takes 0.7. It
-    checks nothing: an extent from outside counts only when an allocator finds it in its table of
-    live ones.
+    checks nothing: an allocator looks every extent from outside up in its table of live ones.
     """
 
     start: int
@@ -33,14 +30,12 @@ class Extent(NamedTuple):
         return self.start + self.num_blocks
 
 
-NEW = (
-    tuple.__new__
-)  # NEW(Extent, (start, num_blocks)) takes half the time of Extent(start, num_blocks)
+NEW = tuple.__new__  # NEW(Extent, (start, num_blocks)): half the time of Extent(start, num_blocks)
 
 
 Moved = tuple[tuple[Extent, ...], tuple[Extent, ...], tuple[tuple[Extent, Extent], ...]]
-"""What compaction did to one allocation: before, after, and the copies ``(source, target)`` in
-order.
+"""One allocation that compaction moved: its extents before and after, and the copies ``(source,
+target)`` in order.
 """
 
 
@@ -58,21 +53,27 @@ class Stats(dict):
 
 @runtime_checkable
 class Allocator(Protocol):
-    """Hands out blocks ``0 .. num_blocks - 1`` of a pool as extents."""
+    """Hands out blocks ``0 .. num_blocks - 1`` of a pool as extents.
+
+    ``num_blocks`` and the five methods are all that is required. `OptionalParts` are the parts that
+    an allocator may have besides.
+    """
 
     num_blocks: int
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
-        """At least ``num_blocks`` blocks, or None when they cannot be had now: never a part."""
+        """At least ``num_blocks`` blocks, or None when they cannot be had now: never a part.
+        `ValueError` below one block, here and in `extend`.
+        """
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
-        """The same allocation with at least ``num_blocks`` more behind it, in place; the old tuple
-        is then void. None: unchanged.
+        """An allocation with at least ``num_blocks`` more blocks behind those it has, which keep
+        their places; the old tuple is then void. None: unchanged.
         """
 
     def free(self, extents: Iterable[Extent]) -> None:
-        """Take an allocation back. Twice, foreign or overlapping: `ValueError`, and nothing
-        changes.
+        """Take allocations back, one or several one behind the other. Twice, foreign or
+        overlapping: `ValueError`, and nothing changes.
         """
 
     def stats(self) -> Stats:
@@ -80,6 +81,32 @@ class Allocator(Protocol):
 
     def check(self) -> None:
         """`AssertionError` unless every block is in exactly one place and the books agree."""
+
+
+class OptionalParts(Protocol):
+    """Parts that an `Allocator` may have. Callers look for each with ``getattr`` and do without it
+    where it is missing.
+    """
+
+    free_blocks: int  # stats()["free_blocks"] at any time, in O(1); all allocators here have it
+
+    def compact(self, num_blocks: int) -> list[Moved]:
+        """Move used blocks so that an allocation of ``num_blocks``, asked for next, is scattered
+        less.
+
+        Returns the moves, perhaps none; the caller makes their copies, in order, before anything is
+        written. An allocation keeps its first block and its size; its old tuple is then void.
+        """
+
+    def split(
+        self, extents: tuple[Extent, ...], num_blocks: int
+    ) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
+        """Make the first ``num_blocks`` blocks of an allocation allocations of one block each, in
+        place, so that a prefix cache can free them one by one.
+
+        Returns the single blocks in order, and the rest, perhaps ``()``, as one allocation. The old
+        tuple is then void. `ValueError` when the allocation has fewer blocks; nothing changes.
+        """
 
 
 def pool_stats(num_blocks: int, free_blocks: int, largest_free_run: int, num_holes: int) -> Stats:
@@ -96,7 +123,7 @@ def pool_stats(num_blocks: int, free_blocks: int, largest_free_run: int, num_hol
 
 
 def merged(extents: Iterable[Extent]) -> tuple[Extent, ...]:
-    """The same blocks in the same order, with neighbours that follow each other joined."""
+    """The blocks of ``extents`` in their order, with extents that follow each other joined."""
     joined: list[Extent] = []
     for extent in extents:
         if joined and joined[-1].end == extent.start:
@@ -105,25 +132,33 @@ def merged(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     return tuple(joined)
 
 
-# --- what an allocator has handed out: a table from an allocation's first block to its extents, as
+def assert_tiles(pieces: Iterable[tuple[int, int]], num_blocks: int) -> None:
+    """`AssertionError` unless each of ``num_blocks`` blocks is in exactly one of ``pieces`` (first
+    block, blocks).
+    """
+    at = 0
+    for start, size in sorted(pieces):
+        assert start == at, f"block {min(start, at)} is lost or held twice"
+        at += size
+    assert at == num_blocks, f"blocks behind {at} are lost"
 
-Live = dict[int, tuple[Extent, ...]]
+
+# --- what an allocator has handed out -------------------------------------------------------------
+
+Live = dict[int, tuple[Extent, ...]]  # first block of an allocation -> its extents
 
 
 def allocations_in(live: Live, extents: Iterable[Extent]) -> list[tuple[Extent, ...]]:
     """The allocations of ``live`` that ``extents`` names: one, or several one behind the other,
     each whole and as it was handed out.
 
-    `BadInput` names the first extent that is foreign, part of an allocation or given twice; so it
-    does when there is none. O(1) for the very tuple that was handed out, else O(extents).
+    `BadInput` names the first extent that is foreign, part of an allocation or given twice, or says
+    that there is none. O(1) for the very tuple that was handed out, else O(extents).
     """
     try:
         if live.get(extents[0][0]) is extents:
             return [extents]
-    except (
-        TypeError,
-        LookupError,
-    ):  # no sequence, or empty, or of no extents: the long way says what is wrong
+    except (TypeError, LookupError):  # no sequence of extents: the code below says what is wrong
         pass
     given = _as_tuple(extents)
     found: Live = {}
@@ -149,7 +184,7 @@ def allocations_in(live: Live, extents: Iterable[Extent]) -> list[tuple[Extent, 
 
 
 def allocation_in(live: Live, extents: Iterable[Extent]) -> tuple[Extent, ...]:
-    """The one allocation that ``extents`` is; `BadInput` for several, and as `allocations_in`."""
+    """The one allocation that ``extents`` names; `BadInput` otherwise, as `allocations_in`."""
     try:
         if live.get(extents[0][0]) is extents:
             return extents
@@ -167,13 +202,7 @@ def allocation_in(live: Live, extents: Iterable[Extent]) -> tuple[Extent, ...]:
 def split_off(
     live: Live, extents: Iterable[Extent], num_blocks: int
 ) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
-    """Make the first ``num_blocks`` blocks of an allocation in ``live`` allocations of one block
-    each; they, and what is left.
-
-    This is what an allocator's ``split`` promises: prefix caching frees the blocks of a prompt one
-    by one. What is left, perhaps nothing, stays one allocation. `BadInput` when there are fewer
-    blocks.
-    """
+    """`OptionalParts.split` of an allocation in ``live``."""
     whole = allocation_in(live, extents)
     blocks = sum(size for _, size in whole)
     at_least("num_blocks", num_blocks, 1, blocks)
@@ -200,7 +229,7 @@ def _as_tuple(extents: object) -> tuple:
 def _live_at(live: Live, extent: object) -> tuple[Extent, ...]:
     try:
         return live.get(extent.start, ())
-    except (AttributeError, TypeError):  # no extent, or one of no number
+    except (AttributeError, TypeError):  # no extent, or its start is no number
         return ()
 
 
@@ -209,10 +238,10 @@ def _live_at(live: Live, extent: object) -> tuple[Extent, ...]:
 
 def block_map(owners: Mapping[Hashable, Iterable[Extent]], num_blocks: int, width: int = 64) -> str:
     """The pool as text: `.` a free block, a letter a sequence in the order of ``owners``, `+` a
-    block that several hold.
+    block that several sequences hold.
 
-    Rows of ``width`` blocks, each behind the number of its first; the 53rd sequence is `a` again.
-    `BadInput` for an extent outside the pool.
+    Rows of ``width`` blocks, each behind the number of its first block; the 53rd sequence is `a`
+    again. `BadInput` for an extent outside the pool.
 
         0 aaa.bb..
         8 a.
@@ -221,7 +250,7 @@ def block_map(owners: Mapping[Hashable, Iterable[Extent]], num_blocks: int, widt
     at_least("width", width, 1)
     blocks = bytearray(b".") * num_blocks
     for number, extents in enumerate(owners.values()):
-        mark = bytearray(b"+") * 256  # what a byte of the map becomes
+        mark = bytearray(b"+") * 256  # old byte of the map -> new byte
         mark[ord(".")] = LETTERS[number % len(LETTERS)]
         for extent in extents:
             if not 0 <= extent.start < extent.end <= num_blocks:
@@ -235,8 +264,8 @@ def block_map(owners: Mapping[Hashable, Iterable[Extent]], num_blocks: int, widt
 
 
 def never_extended(live: Live, extents: Iterable[Extent], num_blocks: int) -> None:
-    """`Allocator.extend` of what has its full size from the start: None for whatever makes sense,
-    else as the others.
+    """`Allocator.extend` of an allocator that never grows an allocation: checks its arguments,
+    returns None.
     """
     allocation_in(live, extents)
     at_least("num_blocks", num_blocks, 1)

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from heapq import heappop, heappush
 
 from ..errors import at_least
-from .base import Extent, Live, Stats, allocations_in, never_extended
+from .base import Extent, Live, Stats, allocations_in, assert_tiles, never_extended
 from .free_map import FREE, USED, FreeMap
 
 
@@ -35,12 +35,15 @@ class CortexStreamBuddy:
 
     def __init__(self, num_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
-        self._pieces = [
-            Pieces() for _ in range(num_blocks.bit_length())
-        ]  # k -> the free ones of 2^k blocks
+        # order k -> the free pieces of 2^k blocks
+        self._pieces = [Pieces() for _ in range(num_blocks.bit_length())]
         self._pieces[-1].add(0)
         self._live: Live = {}
         self._map = FreeMap(num_blocks)
+
+    @property
+    def free_blocks(self) -> int:
+        return self._map.free_blocks
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
         order = (at_least("num_blocks", num_blocks, 1) - 1).bit_length()
@@ -49,7 +52,7 @@ class CortexStreamBuddy:
             return None
         start = self._pieces[found].take_lowest()
         if found > order:
-            found -= 1  # once, however small the request
+            found -= 1  # split once, however small the request
             self._pieces[found].add(start + (1 << found))
         self._live[start] = extents = (Extent(start, 1 << found),)
         self._map.mark(extents, USED)
@@ -74,22 +77,19 @@ class CortexStreamBuddy:
         return self._map.stats()
 
     def check(self) -> None:
-        free = sorted(
+        free = [
             (start, 1 << order)
             for order, pieces in enumerate(self._pieces)
             for start in pieces.starts
-        )
-        at = 0
-        for start, size in sorted([*free, *(extents[0] for extents in self._live.values())]):
-            assert start == at, f"block {at} is lost or held twice"
-            at += size
-        assert at == 1 << self.num_blocks.bit_length() - 1, f"blocks behind {at} are lost"
+        ]
+        end = 1 << self.num_blocks.bit_length() - 1
+        assert_tiles([*free, *(extent for (extent,) in self._live.values())], end)
         for order, pieces in enumerate(self._pieces):
             assert pieces.starts <= set(pieces.heap), "a free piece cannot be found"
             assert not any(start + (1 << order) in pieces.starts for start in pieces.starts), (
                 "two free neighbours were not joined"
             )
-        self._map.check([*free, (at, self.num_blocks - at)])
+        self._map.check([*free, (end, self.num_blocks - end)])
 
     def _neighbour(self, start: int, order: int) -> int | None:
         starts, size = self._pieces[order].starts, 1 << order
@@ -97,15 +97,15 @@ class CortexStreamBuddy:
 
 
 class Pieces:
-    """First blocks of free pieces of one size: a set, and a heap that finds the lowest. What was
-    joined leaves the heap late.
+    """First blocks of free pieces of one size: a set, and a heap that finds the lowest. A joined
+    piece leaves the heap late.
     """
 
     __slots__ = ("heap", "starts")
 
     def __init__(self):
         self.starts: set[int] = set()
-        self.heap: list[int] = []  # at least `starts`; some twice
+        self.heap: list[int] = []  # all of `starts`, some twice, and starts of joined pieces
 
     def add(self, start: int) -> None:
         self.starts.add(start)

@@ -1,5 +1,5 @@
-"""Paging: any free block serves, so nothing is ever too fragmented; what it costs is the number of
-extents a sequence ends up in.
+"""Paging: any free block serves, so no request fails for fragmentation. The cost is the number of
+extents of a sequence.
 """
 
 from bisect import bisect_left
@@ -8,7 +8,7 @@ from itertools import accumulate, compress, count, islice
 from operator import add, eq, itemgetter
 
 from ..errors import at_least
-from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, split_off
+from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, assert_tiles, split_off
 from .free_map import FREE, USED, FreeMap
 
 START, SIZE = itemgetter(0), itemgetter(1)
@@ -18,21 +18,22 @@ class Paged:
     """A stack of free blocks, the last one freed handed out first, as in vLLM's first block
     allocator. O(blocks moved).
 
-    vLLM's present queue hands out the one freed the longest ago; under load the sequences end up in
-    as many pieces (experiments/LOG.md).
+    vLLM's present queue hands out the block freed the longest ago; under load it leaves sequences
+    in as many extents (experiments/LOG.md).
 
-    Blocks that happen to follow each other are reported as one extent: attention then reads them in
-    one piece.
+    Blocks that happen to follow each other are one extent, which attention reads in one piece.
     """
 
     def __init__(self, num_blocks: int):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
-        self._stack: list[Extent] = []  # given back; the last one goes first, from its front
-        self._fresh = (
-            0  # this block and those behind it were never handed out: they lie under the stack
-        )
+        self._stack: list[Extent] = []  # freed extents: the last one is handed out first
+        self._fresh = 0  # first block never handed out: from here on blocks lie under the stack
         self._live: Live = {}
         self._map = FreeMap(num_blocks)
+
+    @property
+    def free_blocks(self) -> int:
+        return self._map.free_blocks
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
         extents = self._take(at_least("num_blocks", num_blocks, 1))
@@ -41,12 +42,10 @@ class Paged:
         return extents
 
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
-        """Chain any free blocks behind ``extents``; they join the last one only when they happen to
-        follow it.
+        """Chain any free blocks behind ``extents``; only blocks that happen to follow the last
+        extent join it.
         """
-        if (
-            num_blocks.__class__ is not int or num_blocks < 1
-        ):  # in here, since the call takes a tenth of the whole
+        if num_blocks.__class__ is not int or num_blocks < 1:  # saves a call, a tenth of the time
             at_least("num_blocks", num_blocks, 1)
         extents = allocation_in(self._live, extents)
         more = self._take(num_blocks)
@@ -70,27 +69,18 @@ class Paged:
     def split(
         self, extents: tuple[Extent, ...], num_blocks: int
     ) -> tuple[list[tuple[Extent, ...]], tuple[Extent, ...]]:
-        """As `split_off`."""
+        """As `OptionalParts.split`."""
         return split_off(self._live, extents, num_blocks)
 
     def stats(self) -> Stats:
         return self._map.stats()
 
     def check(self) -> None:
-        free = [
-            *self._stack,
-            *(
-                [Extent(self._fresh, self.num_blocks - self._fresh)]
-                if self._fresh < self.num_blocks
-                else []
-            ),
-        ]
+        free = [*self._stack]
+        if self._fresh < self.num_blocks:
+            free.append(Extent(self._fresh, self.num_blocks - self._fresh))
         held = [extent for extents in self._live.values() for extent in extents]
-        at = 0
-        for start, size in sorted(free + held):
-            assert start == at, f"block {min(start, at)} is lost or held twice"
-            at += size
-        assert at == self.num_blocks, f"blocks behind {at} are lost"
+        assert_tiles([*free, *held], self.num_blocks)
         assert all(extents[0].start == first for first, extents in self._live.items())
         self._map.check(free)
 
@@ -104,7 +94,7 @@ class Paged:
             self._map.mark_one(extents[0][0], USED)
             return extents
         top = stack[: -num_blocks - 1 : -1]
-        reached = list(accumulate(map(SIZE, top)))  # blocks in it and above it
+        reached = list(accumulate(map(SIZE, top)))  # blocks of an extent and of those above it
         if reached and reached[-1] >= num_blocks:
             last = bisect_left(reached, num_blocks)
             del top[last + 1 :], stack[-last - 1 :]
@@ -123,9 +113,7 @@ class Paged:
 
 
 def joined(extents: list[Extent]) -> tuple[Extent, ...]:
-    """``extents``, at least one, in their order, those that follow each other as one. The searching
-    is done by C functions.
-    """
+    """`merged` of at least one extent, in C functions: most extents do not follow each other."""
     starts, ends = (
         map(START, islice(extents, 1, None)),
         map(add, map(START, extents), map(SIZE, extents)),

@@ -1,0 +1,1 @@
+"""Measurements by the real clock. Never draws."""

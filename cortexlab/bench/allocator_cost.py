@@ -1,33 +1,33 @@
 """What bookkeeping costs: microseconds for allocate + free, extend and stats under each strategy,
 beside vllm-mlx's block pool.
 
-Why: a strategy that saves memory is of no use if deciding takes as long as computing. So its cost
-must be small, and must stay what it is as the pool grows. How:
+Why: a strategy that saves memory is of no use if deciding takes as long as computing. Its cost must
+be small, and must not grow with the pool. How:
 
 - *Aged pools.* A pool is filled until a request does not fit, with lognormal sizes (median
   ``request_blocks``), and emptied at random; it is then filled again, emptied to the occupancy and
-  churned: half of its requests leave and others of their sizes come, two by two, and those that
-  find no room wait. All of it scales with the pool, so one of any size is equally old. Where the
-  request to be measured finds no room, others leave until it does. ``pools`` says how full each
+  churned: half of its requests leave and others of equal sizes come, two by two, and those that
+  find no room wait. All of it scales with the pool, so pools of all sizes are equally old. Where
+  the measured request finds no room, others leave until it does. ``pools`` says how full each
   really was (the median of the rounds); one that does not come near the occupancy gives nulls.
 - *Batches of about a millisecond*, so that the clock costs nothing. A row has the median and the
   99th percentile over batches of the time an operation took; the latter is null below 100 batches,
-  of what is slow. The loop's and the clock's own time is subtracted.
-- *Rounds.* Sizes, occupancies and strategies take turns, so a noisy neighbour hits all of them, and
-  every round fills, empties and churns anew, so no figure hangs on one state of the free list.
-  Python's garbage collector is off.
+  as slow operations have. The time of the loop and of the clock is subtracted.
+- *Rounds.* Sizes, occupancies and strategies take turns, so noise hits all alike, and every round
+  fills, empties and churns anew, so no figure hangs on one state of the free list. Python's garbage
+  collector is off.
 - ``allocate+free``: one request comes and goes, again and again, alone. That is the warm case: most
   strategies hand out again what was freed last, and one may keep it at hand, while the peer's queue
   walks on through its pool.
 - ``extend``: the clock runs over one extension by a block, between allocate and free. Places
-  without room behind them are held out of the way. Null where there is no other, and for strategies
-  that never extend.
-- ``stats``: allocate, stats, free, stats, less the pair timed beside it, halved: what is put off
-  until somebody asks is counted too.
-- ``turnover`` (in ``pools``): two requests leave at random, two of their sizes come, the larger
+  without room behind them are held out of the way. Null where all are such places, and for
+  strategies that never extend.
+- ``stats``: allocate, stats, free, stats, less the pair timed beside it, halved: work put off until
+  stats are asked for is counted too.
+- ``turnover`` (in ``pools``): two requests leave at random, two of equal sizes come, the larger
   first, which fits wherever free blocks are found and joined; the time a request. That is the cold
   case, and nearer to serving. It scrambles small pools more than large ones, so ``paged``, whose
-  cost is the number of pieces, is dearest in small ones.
+  cost is the number of extents, is dearest in small ones.
 
 The peer is `PagedCacheManager` of vllm-mlx where that is installed. ``vllm-mlx`` calls the batched
 functions that it documents, the fastest there are (`get_new_blocks`, `free_block_batch`),
@@ -35,108 +35,238 @@ functions that it documents, the fastest there are (`get_new_blocks`, `free_bloc
 Nothing is in its prefix cache, so it evicts nothing.
 """
 
-import argparse
 import gc
-import json
+import importlib.util
 import math
 import sys
-import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
-from importlib import metadata
+from dataclasses import dataclass, field
 from itertools import product, repeat
+from pathlib import Path
+from random import Random
 from statistics import median
 from time import perf_counter_ns
 from types import ModuleType
 
-from tqdm import tqdm
-
-from ..allocators import STRATEGIES, Allocator, strategy_of
-from ..errors import BadInput, at_least, blamed_on, one_of, shown
-from . import doctor
-from .pools import PEERS, Pool, find_peer, peer_pool, pool_of
+from ..allocators import STRATEGIES, Allocator, make_allocator
+from ..errors import BadInput, blamed_on
 
 OPERATIONS = PAIR, EXTEND, STATS = "allocate+free", "extend", "stats"
 TURNOVER = "turnover"
-LARGEST_POOL = 1 << 22  # the peer takes half a kilobyte a block
+PEERS = ("vllm-mlx", "vllm-mlx-block")  # batched functions, one function a block
+SIGMA = 0.6  # of the lognormal sizes
+# For a place that can be extended: places tried; successes in a row that are needed, since an
+# allocator may put off joining what was freed.
+PLACES_TRIED, IN_A_ROW = 4096, 8
 AGEING = 1  # times that a pool is filled and emptied before the first round
 ROUNDS, BATCHES = 5, 21  # of each operation, pool and occupancy: 105 batches
-BATCH_NS, ROUND_NS = (
-    1_000_000,
-    150_000_000,
-)  # what a batch should take; what the batches of one round may
-FEWEST_FOR_P99 = 100
+BATCH_NS = 1_000_000  # target of one batch
+ROUND_NS = 150_000_000  # limit of all batches of an operation in one round
+FEWEST_FOR_P99 = 100  # batches
 NEAR = 0.8  # of the occupancy asked for: what a pool must reach
-WIDTH = 80
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    names = ", ".join((*STRATEGIES, *PEERS))
-    add(
-        "--strategies",
-        help=(
-            f"comma-separated: {names}, or module:Factory of your own (default: all, the peer "
-            "where installed)"
-        ),
-    )
-    add("--num-blocks", default="2048,32768,1048576", help="comma-separated pool sizes, in blocks")
-    add("--occupancy", default="0,0.5,0.9", help="comma-separated shares of the pool in use")
-    add(
-        "--request-blocks",
-        type=int,
-        default=32,
-        help="blocks of the request that is measured, and median of the others",
-    )
-    add("--seed", type=int, default=0, help="of sizes and of what is freed")
-    add("--json", action="store_true", help="print one JSON document and nothing else")
+# --- a pool in use --------------------------------------------------------------------------------
 
 
-def run(
-    args: argparse.Namespace, resolve: Callable[[str], Callable[[int], Allocator]] | None = None
-) -> int:
-    """Measure and print; the exit code. ``resolve`` gives the factory that a name
-    ``module:Factory`` stands for.
+@dataclass(slots=True)
+class Pool:
+    """An allocator, ours or the peer's, as plain functions, so that nothing is added to what is
+    timed, and the requests that live in it.
     """
-    peer = find_peer()
-    strategies = _strategies(args.strategies, peer, resolve)
-    sizes = [
-        at_least("num-blocks", n, 1, LARGEST_POOL)
-        for n in _numbers("num-blocks", args.num_blocks, int)
-    ]
-    at_least("request-blocks", args.request_blocks, 1, min(sizes))
-    at_least("seed", args.seed, 0)
-    occupancies = _numbers("occupancy", args.occupancy, float)
-    if wrong := [share for share in occupancies if not 0 <= share < 1]:
-        raise BadInput(f"occupancy must be numbers of at least 0 and below 1, not {wrong[0]}")
-    total = len(sizes) * len(occupancies) * len(strategies) * ROUNDS
-    with (
-        tqdm(total=total, unit="round", file=sys.stderr, disable=None, leave=False) as bar,
-        _no_collector(),
-    ):
-        rows, pools = measure(
-            strategies, sizes, occupancies, args.request_blocks, args.seed, bar.update
-        )
-    document = {
-        "environment": environment(peer),
-        "rows": rows,
-        "ratios": ratios(rows),
-        "pools": pools,
-    }
-    print(
-        json.dumps(document, allow_nan=False) if args.json else report(document),
-        file=getattr(args, "stdout", sys.stdout),
+
+    num_blocks: int
+    allocate: Callable  # timed; called only where there is room
+    ask: Callable  # `allocate`, but None where there is no room
+    extend: Callable
+    free: Callable
+    stats: Callable
+    free_blocks: Callable[[], int]
+    check: Callable[[], None]
+    size: Callable[[object], int]  # number of blocks in an allocation
+    rng: Random = field(default_factory=Random)
+    live: list[tuple[object, int]] = field(default_factory=list)  # allocation, blocks asked for
+    waiting: list[int] = field(default_factory=list)  # blocks asked for, of requests without room
+    used: int = 0  # blocks
+    num_usable: int = field(init=False)  # blocks free in a new pool
+
+    def __post_init__(self) -> None:
+        self.num_usable = self.free_blocks()
+
+    def fill(self, request_blocks: int) -> None:
+        """Requests of random sizes until one does not fit; none is larger than an eighth of the
+        pool, the region of static.
+        """
+        largest = max(1, self.num_blocks // 8)
+        asked = 0
+        while self.used < self.num_blocks and (asked == 0 or self._come(asked)):
+            asked = min(
+                largest, math.ceil(self.rng.lognormvariate(math.log(request_blocks), SIGMA))
+            )
+
+    def thin(self, occupancy: float) -> None:
+        """Requests leave at random until at most ``occupancy`` is in use."""
+        self.waiting.clear()
+        while self.used > occupancy * self.num_blocks:
+            self._leave()
+
+    def churn(self) -> None:
+        """Half of the requests leave, others of equal sizes come."""
+        for _ in range(len(self.live) // 4):
+            self.waiting += [self._leave() for _ in range(min(2, len(self.live)))]
+            self.rng.shuffle(self.waiting)
+            self.waiting = [asked for asked in self.waiting if not self._come(asked)]
+
+    def make_room(self, request_blocks: int) -> bool:
+        """Free until a request fits; False when it does not fit an empty pool."""
+        while (held := self.ask(request_blocks)) is None:
+            if not self.live:
+                return False
+            self._leave()
+        self.free(held)
+        return True
+
+    @contextmanager
+    def extensible(self, request_blocks: int) -> Iterator[bool]:
+        """Whether requests find places with a free block behind, again and again. Places without
+        one are held until the context ends.
+        """
+        held, in_a_row = [], 0
+        while (
+            in_a_row < IN_A_ROW
+            and len(held) < PLACES_TRIED
+            and (place := self.ask(request_blocks)) is not None
+        ):
+            if (grown := self.extend(place, 1)) is None:
+                held.append(place)
+                in_a_row = 0
+            else:
+                self.free(grown)
+                in_a_row += 1
+        yield in_a_row == IN_A_ROW
+        for place in reversed(held):
+            self.free(place)
+
+    def _come(self, asked: int) -> bool:
+        held = self.ask(asked)
+        if held is None:
+            return False
+        if (size := self.size(held)) < asked:
+            raise ValueError(f"{size} blocks handed out where {asked} were asked for")
+        self.live.append((held, asked))
+        self.used += size
+        return True
+
+    def _leave(self) -> int:
+        at = self.rng.randrange(len(self.live))
+        self.live[at], self.live[-1] = self.live[-1], self.live[at]
+        held, asked = self.live.pop()
+        self.used -= self.size(held)
+        self.free(held)
+        return asked
+
+
+def pool_of(strategy: str | Callable[[int], Allocator], num_blocks: int) -> Pool:
+    a = make_allocator(strategy, num_blocks)
+    return Pool(
+        num_blocks=num_blocks,
+        allocate=a.allocate,
+        ask=a.allocate,
+        extend=a.extend,
+        free=a.free,
+        stats=a.stats,
+        free_blocks=lambda: a.stats()["free_blocks"],
+        check=a.check,
+        size=lambda extents: sum(extent.num_blocks for extent in extents),
     )
-    return 0
+
+
+# --- the peer -----------------------------------------------------------------------------------
+
+
+def find_peer() -> ModuleType | None:
+    """`vllm_mlx.paged_cache`, this one file alone: the rest of its package needs a model server's
+    dependencies. None where it is not installed.
+    """
+    spec = importlib.util.find_spec("vllm_mlx")
+    folders = (spec and spec.submodule_search_locations) or ()
+    file = next(
+        (file for folder in folders if (file := Path(folder, "paged_cache.py")).is_file()), None
+    )
+    if file is None:
+        return None
+    spec = importlib.util.spec_from_file_location("vllm_mlx_paged_cache", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its data classes look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception:  # another version may lack anything: what cannot be imported is not there
+        return None
+    return module
+
+
+def peer_pool(peer: ModuleType, name: str, num_blocks: int) -> Pool:
+    """The peer with ``num_blocks`` to hand out, and one that it keeps for itself."""
+    manager = peer.PagedCacheManager(max_blocks=num_blocks + 1)
+    allocate_block, free_block = manager.allocate_block, manager.free_block
+    one_by_one = name != PEERS[0]
+
+    def allocate_each(n: int) -> list:
+        return [allocate_block() for _ in range(n)]
+
+    def free_each(blocks: Iterable) -> None:
+        for block in blocks:
+            free_block(block.block_id)
+
+    allocate = allocate_each if one_by_one else manager.get_new_blocks
+
+    def extend(blocks: list, n: int) -> list | None:
+        if manager.free_blocks < n:
+            return None
+        blocks += allocate(n)
+        return blocks
+
+    return Pool(
+        num_blocks=num_blocks,
+        allocate=allocate,
+        ask=lambda n: allocate(n) if manager.free_blocks >= n else None,
+        extend=extend,
+        free=free_each if one_by_one else manager.free_block_batch,
+        stats=manager.get_stats,
+        free_blocks=lambda: manager.free_blocks,
+        check=lambda: None,  # the peer has no check
+        size=len,
+    )
 
 
 # --- measuring ------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class _State:
+    """What all rounds found in one pool at one occupancy."""
+
+    shares: list[float] = field(default_factory=list)  # of the pool in use
+    figures: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # us
+
+    def add(self, share: float, figures: Mapping[str, list[float]]) -> None:
+        self.shares.append(share)
+        for operation, microseconds in figures.items():
+            self.figures[operation] += microseconds
+
+    def summaries(self, occupancy: float) -> dict[str, dict]:
+        """By operation; nothing measured where the pool did not come near ``occupancy``."""
+        reached = median(self.shares) >= NEAR * occupancy
+        return {
+            operation: _summary(self.figures[operation] if reached else [])
+            for operation in (*OPERATIONS, TURNOVER)
+        }
+
+
 def measure(
-    makers: dict[str, Callable[[int], Pool]],
+    makers: Mapping[str, Callable[[int], Pool]],
     sizes: Sequence[int],
     occupancies: Sequence[float],
     request_blocks: int,
@@ -144,67 +274,75 @@ def measure(
     progress: Callable[[], object] = lambda: None,
 ) -> tuple[list[dict], list[dict]]:
     """Rows and ``pools``. `BadInput` names a strategy that raises or loses blocks."""
-    pools, new, samples, used = {}, {}, defaultdict(list), defaultdict(list)
-    for num_blocks, name in product(sizes, makers):
-        with _blamed_on(name):
-            pool = pools[num_blocks, name] = makers[name](num_blocks)
-            new[num_blocks, name] = pool.free_blocks()
-            pool.rng.seed(seed)
-            for _ in range(AGEING):
-                pool.fill(request_blocks)
-                pool.thin(0)
-    for index in range(ROUNDS):
-        turn = index % len(pools)
-        for num_blocks, name in [*pools, *pools][turn : turn + len(pools)]:
-            pool = pools[num_blocks, name]
-            with _blamed_on(name):
-                pool.fill(request_blocks)
-                for occupancy in sorted(occupancies, reverse=True):
-                    pool.thin(occupancy)
-                    pool.churn()
-                    fits = pool.make_room(request_blocks)
-                    used[name, num_blocks, occupancy].append(pool.used / num_blocks)
-                    for operation, figures in (
-                        _round(pool, request_blocks) if fits else {}
-                    ).items():
-                        samples[name, num_blocks, occupancy, operation] += figures
-                    progress()
-                pool.thin(0)
-                free = pool.free_blocks()
-                pool.check()
-            if free != new[num_blocks, name]:
-                raise BadInput(
-                    f"strategy {name!r} loses blocks: {new[num_blocks, name]} were free, {free} "
-                    "are when all are given back"
-                )
-    rows, states = [], []
-    for num_blocks, name, occupancy in product(sizes, makers, occupancies):
-        key = name, num_blocks, occupancy
-        if (share := median(used[key])) < NEAR * occupancy:  # not the state that was asked for
-            for operation in (*OPERATIONS, TURNOVER):
-                samples[*key, operation].clear()
-        where = {"strategy": name, "num_blocks": num_blocks, "occupancy": occupancy}
-        for operation in OPERATIONS:
-            rows.append(
-                where
-                | {"request_blocks": request_blocks, "operation": operation}
-                | _summary(samples[*key, operation])
-            )
-        turnover = {
-            f"{TURNOVER}_{name}": value for name, value in _summary(samples[*key, TURNOVER]).items()
+    with _no_collector():
+        pools = {
+            (num_blocks, name): _aged(name, makers[name], num_blocks, request_blocks, seed)
+            for num_blocks, name in product(sizes, makers)
         }
-        states.append(where | {"used_share": share} | turnover)
-    return rows, states
+        states = defaultdict(_State)
+        for index in range(ROUNDS):
+            turn = index % len(pools)
+            for num_blocks, name in [*pools, *pools][turn : turn + len(pools)]:
+                pool = pools[num_blocks, name]
+                for occupancy, *found in _round(name, pool, occupancies, request_blocks):
+                    states[num_blocks, name, occupancy].add(*found)
+                    progress()
+    rows, used = [], []
+    for num_blocks, name, occupancy in product(sizes, makers, occupancies):
+        state = states[num_blocks, name, occupancy]
+        where = {"strategy": name, "num_blocks": num_blocks, "occupancy": occupancy}
+        found = state.summaries(occupancy)
+        rows += [
+            where | {"request_blocks": request_blocks, "operation": operation} | found[operation]
+            for operation in OPERATIONS
+        ]
+        turnover = {f"{TURNOVER}_{key}": value for key, value in found[TURNOVER].items()}
+        used.append(where | {"used_share": median(state.shares)} | turnover)
+    return rows, used
+
+
+def _aged(
+    name: str, make: Callable[[int], Pool], num_blocks: int, request_blocks: int, seed: int
+) -> Pool:
+    with _blamed_on(name):
+        pool = make(num_blocks)
+        pool.rng.seed(seed)
+        for _ in range(AGEING):
+            pool.fill(request_blocks)
+            pool.thin(0)
+    return pool
+
+
+def _round(
+    name: str, pool: Pool, occupancies: Sequence[float], request_blocks: int
+) -> Iterator[tuple[float, float, dict[str, list[float]]]]:
+    """Each occupancy, from the fullest down: the share in use and the figures, none where the
+    request does not fit.
+    """
+    with _blamed_on(name):
+        pool.fill(request_blocks)
+        for occupancy in sorted(occupancies, reverse=True):
+            pool.thin(occupancy)
+            pool.churn()
+            fits = pool.make_room(request_blocks)
+            share = pool.used / pool.num_blocks
+            yield occupancy, share, _figures(pool, request_blocks) if fits else {}
+        pool.thin(0)
+        free = pool.free_blocks()
+        pool.check()
+    if free != pool.num_usable:
+        raise BadInput(
+            f"strategy {name!r} loses blocks: {pool.num_usable} were free, {free} are when all are "
+            "given back"
+        )
 
 
 class NoRoom(Exception):
-    """An extension found no room behind it, or a strategy none for two requests where two of their
-    sizes had just left.
-    """
+    """No room to extend, or none for two requests where two of equal sizes had just left."""
 
 
-def _round(pool: Pool, request_blocks: int) -> dict[str, list[float]]:
-    """Microseconds an operation, one figure a batch, of a pool in which the request fits."""
+def _figures(pool: Pool, request_blocks: int) -> dict[str, list[float]]:
+    """Microseconds an operation, one figure a batch. The request must fit."""
     pair, asked = (
         _batch(_pairs, pool, request_blocks),
         _batch(_pairs_with_stats, pool, request_blocks),
@@ -224,7 +362,7 @@ def _round(pool: Pool, request_blocks: int) -> dict[str, list[float]]:
 
 
 def _turns() -> Iterator[None]:
-    """`BATCHES` of them, or fewer when they take longer than `ROUND_NS`; one at least."""
+    """`BATCHES` turns, or as many as begin within `ROUND_NS`."""
     until = perf_counter_ns() + ROUND_NS
     for _ in range(BATCHES):
         yield
@@ -235,8 +373,8 @@ def _turns() -> Iterator[None]:
 def _batch(
     work: Callable[[Pool, int, int], int], pool: Pool, request_blocks: int
 ) -> Callable[[], float]:
-    """``work`` as many times as take `BATCH_NS`, doubled until that is near, which warms up too; it
-    gives microseconds a time.
+    """A function that runs ``work`` as many times as take `BATCH_NS`, and returns microseconds a
+    time. Finding how many warms up.
     """
     times = 1
     while True:
@@ -311,7 +449,7 @@ def _empty_loop(times: int) -> int:
 
 
 def _summary(samples: list[float]) -> dict:
-    """Median and p99; None for what was not measured, or is too little to tell from the noise."""
+    """Median and p99; None where nothing was measured, or too little to tell from noise."""
     middle = median(samples) if samples else 0
     if middle <= 0:
         return {"median_us": None, "p99_us": None}
@@ -325,8 +463,8 @@ def _summary(samples: list[float]) -> dict:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Python's garbage collector off: it would run inside a batch. The peer's linked blocks need it
-    afterwards.
+    """Python's garbage collector off, which would run inside a batch. It runs afterwards, for the
+    peer's linked blocks.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -340,188 +478,3 @@ def _no_collector() -> Iterator[None]:
 
 def _blamed_on(name: str):
     return nullcontext() if name in STRATEGIES or name in PEERS else blamed_on(name)
-
-
-# --- input and output -----------------------------------------------------------------------------
-
-
-def _strategies(
-    names: str | None, peer: ModuleType | None, resolve
-) -> dict[str, Callable[[int], Pool]]:
-    """Name -> what makes its pool of so many blocks."""
-    makers = {}
-    for name in (
-        map(str.strip, names.split(","))
-        if names is not None
-        else (*STRATEGIES, *(PEERS if peer else ()))
-    ):
-        if ":" in name and resolve:
-            strategy = resolve(name)
-            name, make = strategy_of(strategy).name, partial(pool_of, strategy)
-        elif name in PEERS:
-            if peer is None:
-                raise BadInput(
-                    f"strategy {name!r} needs the package vllm-mlx, which is not installed here"
-                )
-            make = partial(peer_pool, peer, name)
-        else:
-            one_of("strategy", name, (*STRATEGIES, *PEERS))
-            make = partial(pool_of, name)
-        if name in makers:
-            raise BadInput(
-                f"strategy {name!r} is named twice: each may stand once, and a factory needs a "
-                "name of its own"
-            )
-        makers[name] = make
-    return makers
-
-
-def _numbers(option: str, text: str, number: type) -> list:
-    """``text`` as the numbers it lists, each once."""
-    found = []
-    for part in text.split(","):
-        try:
-            found.append(number(part))
-        except ValueError:
-            kind = "whole numbers" if number is int else "numbers"
-            raise BadInput(
-                f"{option} must be {kind} with commas between, not {shown(text)}"
-            ) from None
-    return list(dict.fromkeys(found))
-
-
-def environment(peer: ModuleType | None) -> dict:
-    """Where and with what this was measured."""
-    return doctor.machine() | {"vllm_mlx_version": _peer_version() if peer else None}
-
-
-def _peer_version() -> str | None:
-    try:
-        return metadata.version("vllm-mlx")
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def ratios(rows: Sequence[dict]) -> list[dict]:
-    """Each row's median over its own in the smallest pool, and over the peer's in the same pool."""
-    at = {
-        tuple(row[key] for key in ("strategy", "num_blocks", "occupancy", "operation")): row[
-            "median_us"
-        ]
-        for row in rows
-    }
-    smallest = min(row["num_blocks"] for row in rows)
-    return [
-        {"strategy": name, "num_blocks": num_blocks, "occupancy": occupancy, "operation": operation}
-        | {"to_smallest_pool": _over(value, at[name, smallest, occupancy, operation])}
-        | {
-            f"to_{peer}": _over(value, at.get((peer, num_blocks, occupancy, operation)))
-            for peer in PEERS
-        }
-        for (name, num_blocks, occupancy, operation), value in at.items()
-    ]
-
-
-def report(document: dict) -> str:
-    """A block an operation: strategies down, occupancies across, each in the smallest and the
-    largest pool and as their ratio.
-    """
-    rows, pools, where = document["rows"], document["pools"], document["environment"]
-    at = {
-        (row["strategy"], row["num_blocks"], row["occupancy"], row["operation"]): row["median_us"]
-        for row in rows
-    }
-    at |= {
-        (pool["strategy"], pool["num_blocks"], pool["occupancy"], TURNOVER): pool[
-            f"{TURNOVER}_median_us"
-        ]
-        for pool in pools
-    }
-    names, sizes, occupancies = (
-        list(dict.fromkeys(row[key] for row in rows))
-        for key in ("strategy", "num_blocks", "occupancy")
-    )
-    small, large = min(sizes), max(sizes)
-    lines = [
-        textwrap.shorten(
-            f"Medians in microseconds; {where['cores']} cores of {where['processor']}, Python "
-            f"{where['python_version']}",
-            WIDTH,
-        ),
-        f"Requests of {rows[0]['request_blocks']} blocks; turnover, a request: two of many sizes "
-        "leave, two come.",
-    ]
-    for operation, first in product((*OPERATIONS, TURNOVER), range(0, len(occupancies), 3)):
-        columns = occupancies[first : first + 3]
-        lines += [
-            "",
-            f"{operation:<18}"
-            + "".join(f"{f'{100 * share:.4g} % in use':>20}" for share in columns),
-        ]
-        lines.append(
-            " " * 18
-            + (f"{small:>7}{large:>8}{'x':>5}" if small != large else f"{small:>20}") * len(columns)
-        )
-        for name in names:
-            cells = [f"{name if len(name) <= 18 else name[:17] + '…':<18}"]
-            for share in columns:
-                low, high = at[name, small, share, operation], at[name, large, share, operation]
-                both = f"{_short(low):>7}{_short(high):>8}{_short(_over(high, low)):>5}"
-                cells.append(both if small != large else f"{_short(low):>20}")
-            lines.append("".join(cells))
-    return "\n".join(
-        [*lines, "", *(textwrap.fill(line, WIDTH) for line in _findings(document, small, large))]
-    )
-
-
-def _findings(document: dict, small: int, large: int) -> Iterator[str]:
-    """How ours relate to the peer and to the small pool, and how much the figures scatter."""
-    ours = [
-        r
-        for r in document["ratios"]
-        if r["num_blocks"] == large and r["operation"] == PAIR and r["strategy"] not in PEERS
-    ]
-
-    def spread(key: str) -> str | None:
-        found = sorted((ratio[key], ratio["strategy"]) for ratio in ours if ratio[key] is not None)
-        return (
-            f"{_short(found[0][0])} ({found[0][1]}) to {_short(found[-1][0])} ({found[-1][1]})"
-            if found
-            else None
-        )
-
-    parts = [f"{span} of the time of {peer}" for peer in PEERS if (span := spread(f"to_{peer}"))]
-    if small != large and (span := spread("to_smallest_pool")):
-        parts.append(f"{span} times what they take at {small}")
-    if parts:
-        yield f"At {large} blocks allocate + free of ours take {'; '.join(parts)}."
-    if not document["environment"]["vllm_mlx_version"]:
-        yield "vllm-mlx is not installed, so it is not compared."
-    scatter = sorted(
-        row["p99_us"] / row["median_us"]
-        for row in document["rows"]
-        if row["operation"] == PAIR and row["p99_us"]
-    )
-    if scatter:
-        middle, worst = _short(median(scatter)), _short(scatter[-1])
-        yield (
-            f"The 99th percentile of batches of allocate + free is {middle} times the median, at "
-            f"worst {worst} times."
-        )
-    yield "-: never extends, occupancy out of reach, or too little to measure."
-
-
-def _over(value: float | None, base: float | None) -> float | None:
-    return None if value is None or base is None else value / base
-
-
-def _short(value: float | None) -> str:
-    return (
-        "-"
-        if value is None
-        else f"{value:.2f}"
-        if value < 9.995
-        else f"{value:.1f}"
-        if value < 99.95
-        else f"{value:.0f}"
-    )

@@ -1,5 +1,5 @@
-"""mlx-lm as it is, measured with the same clock and the same words: `BatchGenerator`, and
-`generate_step` one after the other.
+"""mlx-lm unchanged, measured with this package's clock and metrics: `BatchGenerator`, and
+`generate_step` for one request after the other.
 """
 
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.generate import BatchGenerator, StopSequences, generate_step
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 from ..scheduler.request import Request, RequestState
@@ -48,62 +48,72 @@ def run_batch_generator(
     ``shared_tokens``: how many of a request's first tokens other requests have too. They are
     computed once, when the first needs them, and then come from mlx-lm's own `LRUPromptCache`.
     """
-    prompts_cache = PromptCache(model, len(requests)) if shared_tokens is not None else None
-    generator = BatchGenerator(
-        model, completion_batch_size=batch_size, prefill_batch_size=min(8, batch_size)
-    )
-    coming, live, in_cache = list(requests)[::-1], {}, {}
+    prefixes = SharedPrefixes(model, len(requests), shared_tokens or {})
+    batch = _Batch(model, batch_size, prefixes)
+    coming = list(requests)[::-1]
     try:
-        while coming or live:
+        while coming or batch.live:
             started_at = clock()
-            while coming and coming[-1].arrived_at <= started_at and len(live) < batch_size:
-                request = coming.pop()
-                stops = [[token] for token in sorted(request.stop_token_ids)]
-                options = {"stop_sequences": [_stop_sequences(stops)]} if stops else {}
-                prompt = list(request.prompt)
-                if prompts_cache:
-                    num_shared = request.cached_tokens = min(
-                        shared_tokens.get(request.id, 0), len(prompt) - 1
-                    )
-                    prompt, options["caches"] = (
-                        prompt[num_shared:],
-                        [prompts_cache.behind(prompt[:num_shared])],
-                    )
-                (uid,) = generator.insert([prompt], max_tokens=[request.max_tokens], **options)
-                live[uid] = request
-            if not live:
+            while coming and coming[-1].arrived_at <= started_at and len(batch.live) < batch_size:
+                batch.insert(coming.pop())
+            if not batch.live:
                 time.sleep(max(0.0, coming[-1].arrived_at - clock()))
                 continue
-            prompts, generated = generator.next()
+            progressed = batch.generator.next()
             now = clock()
-            ended = []
-            for progress in prompts:
-                request = live[progress.uid]
-                in_cache[progress.uid] = request.cached_tokens + progress.progress[0]
-                if request.state is RequestState.PENDING:
-                    request.state, request.scheduled_at = RequestState.PREFILLING, started_at
-            for response in generated:
-                request = live[response.uid]
-                request.state = RequestState.DECODING
-                request.output_tokens.append(response.token)
-                request.token_times.append(now)
-                in_cache[response.uid] = request.num_tokens
-                if response.finish_reason:
-                    request.state, request.finish_reason, request.finished_at = (
-                        RequestState.FINISHED,
-                        response.finish_reason,
-                        now,
-                    )
-                    ended.append(request)
-                    del live[response.uid], in_cache[response.uid]
-            waiting = sum(request.arrived_at <= now for request in coming)
-            nbytes = generator.prompt_cache_nbytes + (prompts_cache.nbytes if prompts_cache else 0)
-            on_step(
-                CacheUse(started_at, now, len(in_cache), waiting, nbytes, sum(in_cache.values()))
-            )
+            ended = batch.record(*progressed, started_at, now)
+            num_waiting = sum(request.arrived_at <= now for request in coming)
+            on_step(batch.use(started_at, now, num_waiting))
             yield from ended
     finally:
-        generator.close()
+        batch.generator.close()
+
+
+class _Batch:
+    """A `BatchGenerator` and the requests in it."""
+
+    def __init__(self, model: nn.Module, batch_size: int, prefixes: "SharedPrefixes"):
+        self.generator = BatchGenerator(
+            model, completion_batch_size=batch_size, prefill_batch_size=min(8, batch_size)
+        )
+        self.prefixes = prefixes
+        self.live: dict[int, Request] = {}  # by mlx-lm's number of it
+        self.in_cache: dict[int, int] = {}  # tokens in the cache, of each that has begun
+
+    def insert(self, request: Request) -> None:
+        prompt, cache = self.prefixes.begin(request)
+        (uid,) = self.generator.insert(
+            [prompt],
+            max_tokens=[request.max_tokens],
+            caches=[cache],
+            stop_sequences=[StopSequences([[token] for token in sorted(request.stop_token_ids)])],
+        )
+        self.live[uid] = request
+
+    def record(self, prompts, responses, started_at: float, now: float) -> list[Request]:
+        """Write a step's progress into the requests; those that ended."""
+        ended = []
+        for progress in prompts:
+            request = self.live[progress.uid]
+            self.in_cache[progress.uid] = request.cached_tokens + progress.progress[0]
+            if request.state is RequestState.PENDING:
+                request.state, request.scheduled_at = RequestState.PREFILLING, started_at
+        for response in responses:
+            request = self.live[response.uid]
+            request.state = RequestState.DECODING
+            request.output_tokens.append(response.token)
+            request.token_times.append(now)
+            self.in_cache[response.uid] = request.num_tokens
+            if response.finish_reason:
+                _finish(request, response.finish_reason)
+                ended.append(request)
+                del self.live[response.uid], self.in_cache[response.uid]
+        return ended
+
+    def use(self, started_at: float, ended_at: float, num_waiting: int) -> CacheUse:
+        nbytes = self.generator.prompt_cache_nbytes + self.prefixes.nbytes
+        num_tokens = sum(self.in_cache.values())
+        return CacheUse(started_at, ended_at, len(self.in_cache), num_waiting, nbytes, num_tokens)
 
 
 def run_one_by_one(
@@ -114,18 +124,13 @@ def run_one_by_one(
     shared_tokens: Mapping[str, int] | None = None,
 ) -> Iterator[Request]:
     """Serve ``requests`` one after the other with `generate_step`; yield each that ends.
-    ``shared_tokens`` as above.
+    ``shared_tokens``: as for `run_batch_generator`.
     """
-    prompts_cache = PromptCache(model, len(requests)) if shared_tokens is not None else None
+    prefixes = SharedPrefixes(model, len(requests), shared_tokens or {})
     for index, request in enumerate(requests):
         time.sleep(max(0.0, request.arrived_at - clock()))
         started_at = request.scheduled_at = clock()
-        prompt, cache = list(request.prompt), None
-        if prompts_cache:
-            num_shared = request.cached_tokens = min(
-                shared_tokens.get(request.id, 0), len(prompt) - 1
-            )
-            prompt, cache = prompt[num_shared:], prompts_cache.behind(prompt[:num_shared])
+        prompt, cache = prefixes.begin(request)
         cache = cache or make_prompt_cache(model)
         for token, _ in generate_step(
             mx.array(prompt), model, max_tokens=request.max_tokens, prompt_cache=cache
@@ -141,25 +146,38 @@ def run_one_by_one(
             if int(token) in request.stop_token_ids:
                 break
         stopped = request.output_tokens[-1] in request.stop_token_ids
-        request.state, request.finish_reason = (
-            RequestState.FINISHED,
-            "stop" if stopped else "length",
-        )
-        request.finished_at = request.token_times[-1]
+        _finish(request, "stop" if stopped else "length")
         yield request
 
 
-class PromptCache:
-    """mlx-lm's `LRUPromptCache`, filled as prefixes are asked for."""
+def _finish(request: Request, reason: str) -> None:
+    request.state, request.finish_reason = RequestState.FINISHED, reason
+    request.finished_at = request.token_times[-1]
 
-    def __init__(self, model: nn.Module, max_size: int):
-        self._model, self._kept = model, LRUPromptCache(max_size=max_size)
+
+class SharedPrefixes:
+    """mlx-lm's `LRUPromptCache` of the first tokens that requests share, filled when a request
+    needs them. ``shared_tokens``: their number, by request id.
+    """
+
+    def __init__(self, model: nn.Module, max_size: int, shared_tokens: Mapping[str, int]):
+        self._model, self._shared_tokens = model, shared_tokens
+        self._kept = LRUPromptCache(max_size=max_size)
 
     @property
     def nbytes(self) -> int:
         return self._kept.nbytes
 
-    def behind(self, tokens: list[int]) -> list | None:
+    def begin(self, request: Request) -> tuple[list[int], list | None]:
+        """The rest of the prompt, to be computed, and a cache of the shared tokens before it; None
+        where none are shared. Sets ``cached_tokens``.
+        """
+        prompt = list(request.prompt)
+        num_shared = min(self._shared_tokens.get(request.id, 0), len(prompt) - 1)
+        request.cached_tokens = num_shared
+        return prompt[num_shared:], self._behind(prompt[:num_shared])
+
+    def _behind(self, tokens: list[int]) -> list | None:
         """A copy of the cache behind ``tokens``; None for no tokens."""
         if not tokens:
             return None
@@ -180,8 +198,8 @@ def _prefill(model: nn.Module, tokens: Sequence[int], cache: list) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where an output parts from the reference: the gap of the reference's two best logits, and up
-    to which gap that is a tie.
+    """Where an output parts from the reference: the gap between the reference's two best logits,
+    and the largest gap that counts as a tie.
     """
 
     position: int
@@ -196,12 +214,12 @@ class Difference:
 def first_difference(
     model: nn.Module, prompt: Sequence[int], output: Sequence[int]
 ) -> Difference | None:
-    """Where greedy decoding of the unmodified model first chooses otherwise than ``output``; None
-    when it never does.
+    """Where greedy decoding of the unmodified model first differs from ``output``; None where it
+    never does.
 
     The model reads prompt and output in one forward over mlx-lm's own cache ("teacher forcing"), so
-    up to the first difference it decides on the very tokens that step-by-step generation would have
-    fed it. A tie is a gap of at most 1e-3 in float32, of ``2 * eps * max|logit|`` in 16-bit types.
+    up to the first difference it decides on the tokens that step-by-step generation feeds it. A tie
+    is a gap of at most 1e-3 in float32, of ``2 * eps * max|logit|`` in 16-bit types.
     """
     cache = make_prompt_cache(model)
     _prefill(model, prompt[:-1], cache)
@@ -219,9 +237,3 @@ def first_difference(
             )
             return Difference(position, high - low, limit)
     return None
-
-
-def _stop_sequences(stops: list[list[int]]):
-    from mlx_lm.generate import StopSequences
-
-    return StopSequences(stops)

@@ -1,12 +1,12 @@
 """Where a step's time goes: the step of a real model over an arena, beside its parts run alone, and
 attention by length of extents.
 
-A part is measured by doing again what a step did: while one step runs, the model's modules and the
-cache's two calls write down what they were called with; afterwards all calls of one part are run in
-a row, through all layers, on arrays of the same shapes. Nothing is left out between them, so a
-part's time has its share of building the graph and of starting kernels, as in the step. What no
-part accounts for is the rest: residuals, the embedding, the plan, and whatever a cold cache costs
-that a part alone does not pay.
+A part is measured by repeating what a step did: while one step runs, the calls of the model's
+modules and of the cache are recorded; afterwards all calls of one part run in a row, through all
+layers, on arrays of equal shapes. Nothing is left out between them, so a part's time has its share
+of building the graph and of starting kernels, as in the step. What no part accounts for is the
+rest: residuals, the embedding, the plan, and misses of the processor's cache that a part alone does
+not have.
 
 The matrix products are the bound: the model's own layers at this many rows, at the BLAS's speed. No
 engine that computes the same tokens takes less, so a step is read as a multiple of them.
@@ -14,8 +14,7 @@ engine that computes the same tokens takes less, so a step is read as a multiple
 
 import contextlib
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -28,19 +27,14 @@ import pandas as pd
 from ..engine.arena import Arena, LayerShape
 from ..engine.attention import METHODS, Plan, RowRun
 from ..engine.mlx_lm_hook import SWIGLU, LayerCache
-from ..engine.model_runner import Driver
+from ..engine.model_runner import ModelRunner
 from ..errors import ModelError, at_least
 from ..host import fast_math
 from ..metrics import PARTS, REST
+from .measure import in_turn
 
 PRODUCTS, ATTENTION, ACTIVATION, ROPE, NORMS, WRITES = PARTS
-ACTIVATIONS = (
-    SWIGLU,
-    "silu",
-    "gelu",
-    "gelu_approx",
-    "relu2",
-)  # functions that models call by these names
+ACTIVATIONS = SWIGLU, "silu", "gelu", "gelu_approx", "relu2"  # names of functions in models
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +72,13 @@ def measure_steps(
         for n in decode_rows
     }
     steps |= {f"prefill, {n} rows": _neighbours(1, 0, n) for n in prefill_rows}
-    driver = Driver(model)
+    runner = ModelRunner(model)
     arena = filled_arena(
-        driver.layers, driver.dtype, max(rows[-1].runs[-1][1] for rows in steps.values()), seed
+        runner.layers, runner.dtype, max(rows[-1].runs[-1][1] for rows in steps.values()), seed
     )
     return pd.DataFrame(
         [
-            {"step": name} | _measure_step(driver, model, rows, arena, repeats)
+            {"step": name} | _measure_step(runner, model, rows, arena, repeats)
             for name, rows in steps.items()
         ]
     )
@@ -104,9 +98,9 @@ def measure_extents(
     """A row a length of extents and method: ms of one layer's decode attention, over
     ``num_sequences`` of ``context`` tokens.
 
-    The tokens are the same everywhere; only in how many pieces they lie differs. Measured over all
-    layers in a row, as in a step, so that no layer's K and V are left in the processor's cache by
-    the one before; the plan is shared among them and counted.
+    The tokens are equal everywhere; only the number of extents differs. Measured over all layers in
+    a row, as in a step, so that no layer finds its K and V in the processor's cache; the plan is
+    made once for all layers, and counted.
     """
     num_slots = at_least("sequences", num_sequences, 1) * at_least("context", context, 1)
     rows = {
@@ -126,12 +120,12 @@ def measure_extents(
             "method": method,
             "ms": median(seconds) / len(layers) * 1000,
         }
-        for (each, method), seconds in time_in_turn(works, repeats).items()
+        for (each, method), seconds in in_turn(works, repeats).items()
     )
 
 
 def attend(rows: Sequence[RowRun], arena: Arena, num_heads: int, method: str) -> None:
-    """One step's attention, of every layer, with any queries."""
+    """One step's attention, of every layer, with constant queries."""
     plan, chain = Plan(rows, arena, method), mx.array(0)
     for layer, shape in enumerate(arena.layers):
         queries = mx.full((plan.num_rows, num_heads, shape.key_dim), 0.1, arena.dtype)
@@ -139,34 +133,19 @@ def attend(rows: Sequence[RowRun], arena: Arena, num_heads: int, method: str) ->
     mx.eval(chain)
 
 
-def time_in_turn(works: Mapping, repeats: int) -> dict:
-    """Seconds of each of ``works``, ``repeats`` times in turn behind one that is not counted: what
-    else runs here hits all alike.
-    """
-    for work in works.values():
-        work()
-    times: dict = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            started_at = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - started_at)
-    return times
-
-
 # --- a step and its parts -------------------------------------------------------------------------
 
 
 def _measure_step(
-    driver: Driver, model: nn.Module, rows: list[RowRun], arena: Arena, repeats: int
+    runner: ModelRunner, model: nn.Module, rows: list[RowRun], arena: Arena, repeats: int
 ) -> dict:
-    calls = record_step(driver, model, rows, arena)
-    works = {"step": lambda: _run_step(driver, rows, arena)}
+    calls = record_step(runner, model, rows, arena)
+    works = {"step": lambda: _run_step(runner, rows, arena)}
     works |= {
         part: lambda part=part: _run_calls([call for call in calls if call.part == part], arena)
         for part in PARTS
     }
-    times = time_in_turn(works, repeats)
+    times = in_turn(works, repeats)
     ms = {name: median(seconds) * 1000 for name, seconds in times.items()}
     ratios = [
         step / products for step, products in zip(times["step"], times[PRODUCTS], strict=True)
@@ -181,16 +160,16 @@ def _measure_step(
     }
 
 
-def _run_step(driver: Driver, rows: list[RowRun], arena: Arena) -> None:
+def _run_step(runner: ModelRunner, rows: list[RowRun], arena: Arena) -> None:
     """A step as the engine runs it, to its tokens."""
     ends = (np.cumsum([run.num_rows for run in rows]) - 1).tolist()
-    logits = driver.logits(rows, mx.zeros(ends[-1] + 1, mx.uint32), ends, arena, "auto")
+    logits = runner.logits(rows, mx.zeros(ends[-1] + 1, mx.uint32), ends, arena, "auto")
     mx.eval(mx.argmax(logits, axis=-1), arena.arrays())
 
 
 def _run_calls(calls: Sequence[Call], arena: Arena) -> None:
-    """Each result is let go once it is there, as in a step: it hangs in a chain, of which only the
-    end is held.
+    """Run ``calls`` in a chain of which only the end is held, so that each result is freed once it
+    is computed, as in a step.
     """
     chain = mx.array(0)
     for call in calls:
@@ -198,80 +177,79 @@ def _run_calls(calls: Sequence[Call], arena: Arena) -> None:
     mx.eval(chain, arena.arrays())
 
 
-def record_step(driver: Driver, model: nn.Module, rows: list[RowRun], arena: Arena) -> list[Call]:
-    """The calls that one step of ``rows`` makes, in order. `ModelError` for a model whose attention
-    is its own.
+def record_step(
+    runner: ModelRunner, model: nn.Module, rows: list[RowRun], arena: Arena
+) -> list[Call]:
+    """The calls that one step of ``rows`` makes, in order. `ModelError` for a model that brings its
+    own attention.
     """
-    if not driver.batched:
+    if not runner.batched:
         raise ModelError(
             "this model takes its sequences one by one: its attention cannot be told from the rest "
             "of it"
         )
     with _recorder(model) as calls:
-        _run_step(driver, rows, arena)
+        _run_step(runner, rows, arena)
     return calls
 
 
 @contextlib.contextmanager
 def _recorder(model: nn.Module) -> Iterator[list[Call]]:
-    """Within it, calls of the parts are written down, the outermost where one makes another.
-    Afterwards all is as it was.
-    """
-    calls: list[Call] = []
-    stand_ins: dict[tuple, mx.array] = {}
-    depth = 0
-
-    def stand_in(value):
-        if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
-            return value
-        key = value.shape, value.dtype
-        if key not in stand_ins:
-            stand_ins[key] = mx.random.normal(value.shape, dtype=value.dtype, key=mx.random.key(0))
-        return stand_ins[key]
-
-    def recording(part: str, original: Callable, is_method: bool) -> Callable:
-        def call(*args, **kwargs):
-            nonlocal depth
-            depth += 1
-            try:
-                result = original(*args, **kwargs)
-            finally:
-                depth -= 1
-            if not depth:
-                given = args[:is_method] + tuple(map(stand_in, args[is_method:]))
-                flops = 2 * result.size * args[1].shape[-1] if part == PRODUCTS else 0
-                calls.append(
-                    Call(
-                        part,
-                        original,
-                        given,
-                        {name: stand_in(value) for name, value in kwargs.items()},
-                        flops,
-                    )
-                )
-            return result
-
-        return call
-
+    """Records calls of the parts into the list it gives; the model is itself again afterwards."""
+    recorder = _Recorder()
     with contextlib.ExitStack() as stack:
         for owner, name, part in _targets(model):
             original = vars(owner)[name]
             stack.callback(setattr, owner, name, original)
-            setattr(owner, name, recording(part, original, isinstance(owner, type)))
-        yield calls
-    mx.eval(list(stand_ins.values()))
+            setattr(owner, name, recorder.recording(part, original, isinstance(owner, type)))
+        yield recorder.calls
+    mx.eval(list(recorder.stand_ins.values()))
+
+
+class _Recorder:
+    """The calls of a step, the outermost where one part calls another."""
+
+    def __init__(self):
+        self.calls: list[Call] = []
+        self.stand_ins: dict[tuple, mx.array] = {}  # random numbers by shape and type
+        self.depth = 0  # of calls under way
+
+    def recording(self, part: str, original: Callable, is_method: bool) -> Callable:
+        """``original``, whose calls are recorded."""
+
+        def call(*args, **kwargs):
+            self.depth += 1
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                self.depth -= 1
+            if not self.depth:
+                given = args[:is_method] + tuple(map(self._stand_in, args[is_method:]))
+                named = {name: self._stand_in(value) for name, value in kwargs.items()}
+                flops = 2 * result.size * args[1].shape[-1] if part == PRODUCTS else 0
+                self.calls.append(Call(part, original, given, named, flops))
+            return result
+
+        return call
+
+    def _stand_in(self, value):
+        """Random numbers in place of an array of floats, so that no array of the step is kept."""
+        if not isinstance(value, mx.array) or not mx.issubdtype(value.dtype, mx.floating):
+            return value
+        key = value.shape, value.dtype
+        if key not in self.stand_ins:
+            self.stand_ins[key] = mx.random.normal(*key, key=mx.random.key(0))
+        return self.stand_ins[key]
 
 
 def _targets(model: nn.Module) -> Iterator[tuple[object, str, str]]:
-    """What of the model's code belongs to which part: ``(class or module, attribute, part)``, each
+    """The functions of each part in the model's code: ``(class or module, attribute, part)``, each
     once.
     """
     yield LayerCache, "attend", ATTENTION
     yield LayerCache, "update_and_fetch", WRITES
     found, names = set(), ACTIVATIONS
-    if (
-        fast_math.wanted()
-    ):  # the hook then puts its own in place of each ``swiglu`` that is mlx-lm's
+    if fast_math.wanted():  # the hook then replaces each ``swiglu`` of mlx-lm by its own
         names = [name for name in ACTIVATIONS if name != SWIGLU]
         yield fast_math, SWIGLU, ACTIVATION
     for module in model.modules():
@@ -295,7 +273,7 @@ def _targets(model: nn.Module) -> Iterator[tuple[object, str, str]]:
 
 
 def part_of(kind: type) -> str | None:
-    """Which part a class of modules is, going by its name as mlx and mlx-lm give names."""
+    """The part that a class of modules is, by the names that mlx and mlx-lm use."""
     if kind.__module__ == "mlx.nn.layers.activations":
         return ACTIVATION
     words = {"Linear": PRODUCTS, "Norm": NORMS, "RoPE": ROPE, "Rotary": ROPE}
@@ -333,10 +311,10 @@ def _scattered(num_sequences: int, context: int, extent_slots: int, seed: int) -
 
 
 def filled_arena(layers: Sequence[LayerShape], dtype: mx.Dtype, num_slots: int, seed: int) -> Arena:
-    """Random K and V, every layer's the same numbers in memory of its own: zeros would be pages
-    that nobody has touched.
+    """Random K and V, equal numbers in every layer but memory of its own. Not zeros: untouched
+    pages would be read faster.
     """
-    arena = Arena(len(layers), 1, 1, num_slots, dtype, layers)
+    arena = Arena(layers, num_slots, dtype)
     numbers: dict[tuple, mx.array] = {}
     for arrays in (arena.keys, arena.values):
         for layer, array in enumerate(arrays):

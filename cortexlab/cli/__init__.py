@@ -1,0 +1,1 @@
+"""The commands. Never computes, never renames what is saved."""

@@ -26,53 +26,25 @@ class LayerShape(NamedTuple):
 
 
 class Arena:
-    """K and V of ``num_slots`` tokens in ``num_layers`` layers. ``copied_bytes`` counts what moved
-    besides first writes.
+    """K and V of ``num_slots`` tokens, by layer. ``copied_bytes``: all moves but first writes."""
 
-    ``layers``: the shape of every layer, where they are not all ``(num_kv_heads, head_dim,
-    head_dim)``.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_slots: int,
-        dtype: mx.Dtype = mx.float32,
-        layers: Sequence[LayerShape] | None = None,
-    ):
-        self.num_layers = at_least("num_layers", num_layers, 1)
-        self.num_kv_heads = at_least("num_kv_heads", num_kv_heads, 1)
-        self.head_dim = at_least("head_dim", head_dim, 1)
+    def __init__(self, layers: Sequence[LayerShape], num_slots: int, dtype: mx.Dtype = mx.float32):
+        self.layers = list(layers)
         self.num_slots = at_least("num_slots", num_slots, 1)
-        self.layers = (
-            [LayerShape(num_kv_heads, head_dim, head_dim)] * num_layers
-            if layers is None
-            else list(layers)
-        )
         self.dtype = dtype
         self.copied_bytes = 0
         self.clear()
 
     def clear(self) -> None:
         """Start over with zeros in every slot."""
-        self.keys = [
-            mx.zeros((layer.num_kv_heads, self.num_slots, layer.key_dim), self.dtype)
-            for layer in self.layers
-        ]
-        self.values = [
-            mx.zeros((layer.num_kv_heads, self.num_slots, layer.value_dim), self.dtype)
-            for layer in self.layers
-        ]
+        slots = self.num_slots
+        self.keys = [mx.zeros((heads, slots, dim), self.dtype) for heads, dim, _ in self.layers]
+        self.values = [mx.zeros((heads, slots, dim), self.dtype) for heads, _, dim in self.layers]
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one token's K and V in every layer."""
-        return (
-            sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
-            * self.dtype.size
-        )
+        return slot_bytes(self.layers, self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -86,26 +58,19 @@ class Arena:
         mx.eval(self.arrays())
 
     def write(self, layer: int, slots: "Slots", keys: mx.array, values: mx.array) -> None:
-        """Put a layer's K and V, ``[num_kv_heads, n, key_dim or value_dim]``, into ``slots``. Lazy,
-        and in place when it runs.
-        """
+        """Put a layer's K and V, ``[num_kv_heads, n, dim]``, into ``slots``: lazy, and in place."""
         if slots.run is not None:
             start, stop = slots.run
             self.keys[layer][:, start:stop] = keys
             self.values[layer][:, start:stop] = values
-        else:
-            # put_along_axis takes a quarter of the time of indexed assignment (a scatter) on MLX's
-            # CPU build.
-            for arrays, new in ((self.keys, keys), (self.values, values)):
-                index = mx.broadcast_to(slots.index, new.shape)
-                arrays[layer] = mx.put_along_axis(
-                    arrays[layer], index, new.astype(self.dtype), axis=1
-                )
+            return
+        # On MLX's CPU build put_along_axis takes a quarter of the time of a scatter.
+        for arrays, new in ((self.keys, keys), (self.values, values)):
+            index = mx.broadcast_to(slots.index, new.shape)
+            arrays[layer] = mx.put_along_axis(arrays[layer], index, new.astype(self.dtype), axis=1)
 
     def read(self, layer: int, slots: "Slots") -> tuple[mx.array, mx.array]:
-        """A layer's K and V in ``slots``: views of one run; several runs are copied together, and
-        their bytes counted.
-        """
+        """A layer's K and V in ``slots``: views of one run; several are copied, and counted."""
         if slots.run is not None:
             return slots.views(self.keys[layer])[0], slots.views(self.values[layer])[0]
         keys, values = slots.gather(self.keys[layer]), slots.gather(self.values[layer])
@@ -114,17 +79,18 @@ class Arena:
 
     def copy(self, source: "Slots", target: "Slots") -> None:
         """Copy tokens between slots in every layer, and count their bytes."""
-        for layer in range(self.num_layers):
+        for layer in range(len(self.layers)):
             keys, values = source.gather(self.keys[layer]), source.gather(self.values[layer])
-            mx.eval(
-                keys,
-                values,
-                # or they would hold the arena while it is written, and the write would copy all of
-                # it
-            )
+            # Evaluated now: lazy, they would hold the arena, and the write would copy all of it.
+            mx.eval(keys, values)
             self.write(layer, target, keys, values)
         mx.eval(self.arrays())
         self.copied_bytes += source.count * self.slot_bytes
+
+
+def slot_bytes(layers: Sequence[LayerShape], dtype: mx.Dtype) -> int:
+    """Bytes of one token's K and V in every layer."""
+    return sum(heads * (key + value) for heads, key, value in layers) * dtype.size
 
 
 class Slots:
@@ -146,8 +112,8 @@ class Slots:
     @cached_property
     def index(self) -> mx.array:
         """Slot numbers ``[1, n, 1]``."""
-        flat = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in self.runs])
-        return mx.array(flat)[None, :, None]
+        flat = [np.arange(start, stop, dtype=np.int32) for start, stop in self.runs]
+        return mx.array(np.concatenate(flat))[None, :, None]
 
     def views(self, array: mx.array) -> list[mx.array]:
         """These slots of ``[num_kv_heads, num_slots, head_dim]``, one view a run."""

@@ -6,9 +6,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 class TextStream:
-    """Detokenizes one request's output. What may yet become a ``stop`` string is held back until it
-    cannot.
-    """
+    """Detokenizes one request's output; a possible beginning of a ``stop`` string is held back."""
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()):
         self._detokenizer = wrapped(tokenizer).detokenizer

@@ -1,6 +1,4 @@
-"""Where swapped-out sequences wait: K and V in the host's memory, as NumPy keeps it, laid out as
-the arena.
-"""
+"""K and V of swapped-out sequences in the host's memory: NumPy arrays laid out as the arena."""
 
 import mlx.core as mx
 import numpy as np
@@ -15,13 +13,10 @@ class HostArena:
 
     def __init__(self, like: Arena, num_slots: int):
         self._bits = AS_BITS.get(like.dtype, like.dtype)
-        numpy_type = np.array(mx.zeros((), self._bits)).dtype
+        kind = np.array(mx.zeros((), self._bits)).dtype
         self._pairs = [
-            tuple(
-                np.zeros((layer.num_kv_heads, num_slots, dim), numpy_type)
-                for dim in (layer.key_dim, layer.value_dim)
-            )
-            for layer in like.layers
+            tuple(np.zeros((heads, num_slots, dim), kind) for dim in dims)
+            for heads, *dims in like.layers
         ]
 
     def take(self, arena: Arena, source: Slots, target: Slots) -> None:

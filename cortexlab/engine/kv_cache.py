@@ -1,171 +1,49 @@
-"""KVCache: the logical layer (who holds which blocks) over the physical one (the arena).
-CortexStream's API, in snake case.
-"""
+"""The logical layer over the physical one: block tables over an arena, and the copies they owe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..allocators import Allocator, Extent, Stats, strategy_of
-from ..errors import BadInput, NotContiguous, at_least
-from ..scheduler.block_manager import BlockManager, Way, slot_runs
+from ..allocators import Stats, Strategy, strategy_of
+from ..scheduler.block_manager import BlockManager
+from ..scheduler.block_table import Way, slot_runs
 from .arena import Arena, LayerShape, Slots
 from .host_arena import HostArena
 
-MIB = 1 << 20
-
 
 class KVCache:
-    """K and V of many sequences in one arena of ``max_total_tokens`` slots (rounded up to a block).
-
-    ``strategy`` names a pair of placement and growth, or is a factory ``Callable[[int],
-    Allocator]``; ``growth`` overrides the second half; ``max_seq_len`` is the region of ``static``
-    in tokens (default: an eighth of the pool). float32 unless ``dtype``. ``layers``: the shape of
-    every layer, where they are not all alike. ``prefix_caching``, ``swap_blocks`` (a pool on the
-    host of that many blocks) and ``max_moved_tokens`` (`BlockManager`) are for the engine's
-    scheduler.
+    """K and V of many sequences: a `BlockManager` over an `Arena`. With ``swap_blocks``, ``swap``
+    and ``host`` are such a pair in the host's memory.
     """
 
     def __init__(
         self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_total_tokens: int,
-        block_size: int = 16,
-        strategy: str | Callable[[int], Allocator] = "cortexstream",
+        layers: Sequence[LayerShape],
+        strategy: Strategy,
+        num_blocks: int,
+        block_size: int,
         *,
-        growth: str | None = None,
-        max_seq_len: int | None = None,
         dtype: mx.Dtype = mx.float32,
-        layers: Sequence[LayerShape] | None = None,
+        max_seq_len: int | None = None,
         prefix_caching: bool = False,
         swap_blocks: int = 0,
         max_moved_tokens: int | None = None,
     ):
-        num_blocks = -(
-            -at_least("max_total_tokens", max_total_tokens, 1)
-            // at_least("block_size", block_size, 1)
-        )
         self.blocks = BlockManager(
-            strategy_of(strategy, growth),
-            num_blocks,
-            block_size,
-            max_seq_len,
-            prefix_caching,
-            max_moved_tokens,
+            strategy, num_blocks, block_size, max_seq_len, prefix_caching, max_moved_tokens
         )
-        self.arena = Arena(
-            num_layers, num_kv_heads, head_dim, num_blocks * block_size, dtype, layers
-        )
-        self.swap = (
-            BlockManager(strategy_of("paged"), swap_blocks, block_size)
-            if at_least("swap_blocks", swap_blocks, 0)
-            else None
-        )
-        self.host = HostArena(self.arena, swap_blocks * block_size) if self.swap else None
-
-    # --- sequences --------------------------------------------------------------------------------
-
-    def allocate_for(self, sequence: str, num_tokens: int, max_tokens: int | None = None) -> bool:
-        """Blocks for a sequence of ``num_tokens``, growing to ``max_tokens`` (under ``reserve`` all
-        at once). False without room.
-        """
-        at_least("num_tokens", num_tokens, 1)
-        max_tokens = (
-            num_tokens if max_tokens is None else at_least("max_tokens", max_tokens, num_tokens)
-        )
-        if not self.blocks.allocate(sequence, num_tokens, max_tokens):
-            return False
-        self.make_moves()  # of those who made way for it
-        self.blocks.tables[sequence].num_tokens = num_tokens
-        return True
-
-    def append_token(self, sequence: str) -> bool:
-        """Room for one more token. False at capacity: under ``reserve`` what was reserved, else
-        when the pool has no block left.
-        """
-        table = self._table(sequence)
-        if not self.blocks.grow(sequence, table.num_tokens + 1):
-            return False
-        self.make_moves()
-        table.num_tokens += 1
-        return True
-
-    def write(
-        self, sequence: str, layer: int, keys: mx.array, values: mx.array, start: int
-    ) -> None:
-        """Store a layer's K and V, ``[num_kv_heads, n, head_dim]``, of tokens ``start .. start + n
-        - 1``, which must be allocated.
-        """
-        table = self._table(sequence)
-        self._check_layer(layer)
-        heads, key_dim, value_dim = self.arena.layers[layer]
-        for name, array, dim in (("keys", keys, key_dim), ("values", values, value_dim)):
-            if array.ndim != 3 or array.shape[::2] != (heads, dim) or array.shape[1] < 1:
-                raise BadInput(f"{name} must be [{heads}, n, {dim}], not {list(array.shape)}")
-        stop = at_least("start", start, 0) + keys.shape[1]
-        if values.shape[1] != keys.shape[1] or stop > table.num_tokens:
-            raise BadInput(
-                f"tokens {start}..{stop - 1} of K and V do not fit {sequence!r}, which has "
-                f"{table.num_tokens} tokens"
-            )
-        self.arena.write(layer, Slots(table.runs(start, stop)), keys, values)
-
-    def get_k_view(self, sequence: str, layer: int) -> mx.array:
-        """``[num_kv_heads, used_tokens, head_dim]`` of the arena itself, not a copy.
-        `NotContiguous` when it lies in several extents.
-
-        MLX writes in place only while no view is alive: drop it before the next `write`, or that
-        write copies the arena.
-        """
-        return self._only(self.get_k_views(sequence, layer), sequence)
-
-    def get_v_view(self, sequence: str, layer: int) -> mx.array:
-        """As `get_k_view`, of V."""
-        return self._only(self.get_v_views(sequence, layer), sequence)
-
-    def get_k_views(self, sequence: str, layer: int) -> tuple[mx.array, ...]:
-        """One view an extent, in token order."""
-        return self._views(self.arena.keys, sequence, layer)
-
-    def get_v_views(self, sequence: str, layer: int) -> tuple[mx.array, ...]:
-        """As `get_k_views`, of V."""
-        return self._views(self.arena.values, sequence, layer)
-
-    def used_tokens(self, sequence: str) -> int:
-        """Tokens of the sequence, 0 if unknown."""
-        table = self.blocks.tables.get(sequence)
-        return table.num_tokens if table else 0
-
-    def get_token_offset_in_block(self, sequence: str) -> int:
-        """Where in its block the next token goes, -1 if unknown."""
-        return (
-            self.used_tokens(sequence) % self.blocks.block_size
-            if sequence in self.blocks.tables
-            else -1
-        )
-
-    def free_for(self, sequence: str) -> None:
-        """Give the sequence's blocks back. Safe to repeat."""
-        if sequence in self.blocks.tables:
-            self.blocks.free(sequence)
-
-    def extents(self, sequence: str) -> tuple[Extent, ...]:
-        """Where the sequence lies, in blocks."""
-        return self._table(sequence).extents
+        self.arena = Arena(layers, num_blocks * block_size, dtype)
+        self.swap = self.host = None
+        if swap_blocks:
+            self.swap = BlockManager(strategy_of("paged"), swap_blocks, block_size)
+            self.host = HostArena(self.arena, swap_blocks * block_size)
 
     def make_moves(self) -> None:
-        """Make the copies that are owed, in order: one may land where an earlier one left. Before
-        the next write.
-        """
+        """Make the copies owed, in order: one may land where an earlier one left."""
         for move in self.blocks.moves:
-            source, target = (
-                Slots(
-                    list(slot_runs(extents, self.blocks.block_size, move.skipped, move.num_tokens))
-                )
-                for extents in (move.source, move.target)
-            )
+            size, skipped, count = self.blocks.block_size, move.skipped, move.num_tokens
+            source = Slots(list(slot_runs(move.source, size, skipped, count)))
+            target = Slots(list(slot_runs(move.target, size, skipped, count)))
             if move.way is Way.WITHIN:
                 self.arena.copy(source, target)
             elif move.way is Way.OUT:
@@ -174,100 +52,22 @@ class KVCache:
                 self.host.give(self.arena, source, target)
         self.blocks.moves_made()
 
-    # --- the pool ---------------------------------------------------------------------------------
-
-    def get_total_allocated(self) -> int:
-        """Bytes of K and V in blocks that sequences hold, over all layers."""
-        return self.stats().used_blocks * self.block_bytes
-
-    def get_total_free(self) -> int:
-        """Bytes of K and V in free blocks, over all layers."""
-        return self.stats().free_blocks * self.block_bytes
-
-    def get_num_allocated_sequences(self) -> int:
-        return len(self.blocks.tables)
-
-    def is_full(self) -> bool:
-        """Whether no block is free."""
-        return self.stats().free_blocks == 0
-
-    def get_fragmentation(self) -> float:
-        """External fragmentation: 1 - largest free run / free blocks."""
-        return self.stats().external_fragmentation
-
     def warmup(self) -> None:
-        """Touch every page of the arena."""
         self.arena.warmup()
 
-    @property
-    def block_bytes(self) -> int:
-        return self.blocks.block_size * self.arena.slot_bytes
-
     def stats(self) -> Stats:
-        """The allocator's statistics, and ``num_blocks, block_size, num_sequences, cached_blocks,
-        arena_bytes, copied_bytes``.
-
-        Cached blocks that no sequence holds are free; the largest run and the holes are the
-        allocator's, which they are in the way of.
+        """The allocator's statistics, and those of cache and arena. Idle cached blocks are free in
+        ``free_blocks``, but used in ``largest_free_run`` and ``num_holes``.
         """
+        blocks = self.blocks
         return Stats(
-            self.blocks.stats(),
-            free_blocks=self.blocks.free_blocks,
-            used_blocks=self.blocks.num_held,
-            cached_blocks=self.blocks.prefix.num_idle if self.blocks.prefix is not None else 0,
-            num_blocks=self.blocks.num_blocks,
-            block_size=self.blocks.block_size,
-            num_sequences=len(self.blocks.tables),
+            blocks.stats(),
+            free_blocks=blocks.free_blocks,
+            used_blocks=blocks.num_held,
+            cached_blocks=blocks.prefix.num_idle if blocks.prefix is not None else 0,
+            num_blocks=blocks.num_blocks,
+            block_size=blocks.block_size,
+            num_sequences=len(blocks.tables),
             arena_bytes=self.arena.nbytes,
             copied_bytes=self.arena.copied_bytes,
         )
-
-    def dump_cache_stats(self) -> str:
-        """Configuration, allocation state, and one line a sequence: ``id: used/max tokens, blocks
-        [start, +n]``.
-        """
-        arena, blocks = self.arena, self.blocks
-        lines = [
-            "=== KVCache Statistics ===",
-            "Configuration:",
-            f"  Layers: {arena.num_layers}, Heads: {arena.num_kv_heads}, HeadDim: {arena.head_dim}",
-            f"  BlockSize: {blocks.block_size}, TotalBlocks: {blocks.num_blocks}, Strategy: "
-            f"{blocks.strategy.name}",
-            "",
-            "Allocation State:",
-            f"  Allocated sequences: {len(blocks.tables)}",
-            f"  Total allocated: {self.get_total_allocated() / MIB:.2f} MB",
-            f"  Total free: {self.get_total_free() / MIB:.2f} MB",
-            f"  Fragmentation: {self.get_fragmentation():.2f}",
-            "",
-            "Sequences:",
-        ]
-        for sequence, table in blocks.tables.items():
-            where = " ".join(f"[{extent.start}, +{extent.num_blocks}]" for extent in table.extents)
-            lines.append(
-                f"  {sequence}: {table.num_tokens}/{table.capacity} tokens, blocks {where}"
-            )
-        return "\n".join(lines)
-
-    # --- helpers ----------------------------------------------------------------------------------
-
-    def _table(self, sequence: str):
-        if sequence not in self.blocks.tables:
-            raise BadInput(f"unknown sequence {sequence!r}: allocate_for it first")
-        return self.blocks.tables[sequence]
-
-    def _check_layer(self, layer: int) -> None:
-        if at_least("layer", layer, 0) >= self.arena.num_layers:
-            raise BadInput(f"layer must be below {self.arena.num_layers}, not {layer}")
-
-    def _views(self, arrays: list[mx.array], sequence: str, layer: int) -> tuple[mx.array, ...]:
-        table = self._table(sequence)
-        self._check_layer(layer)
-        return tuple(Slots(table.runs(0, table.num_tokens)).views(arrays[layer]))
-
-    def _only(self, views: tuple[mx.array, ...], sequence: str) -> mx.array:
-        if len(views) != 1:
-            raise NotContiguous(
-                f"sequence {sequence!r} lies in {len(views)} extents: use get_k_views / get_v_views"
-            )
-        return views[0]

@@ -1,13 +1,11 @@
-"""The one place that reaches into mlx-lm: how an unmodified model's attention comes to read the
-arena. There are two ways.
+"""The one place that reaches into mlx-lm: how an unmodified model's attention reads the arena.
 
 In rows     A model's layers call ``cache.update_and_fetch(k, v)`` and then their module's
-            ``scaled_dot_product_attention``. Our `LayerCache` returns an `ArenaArray` there, and
-            while a step runs, that function is wrapped: it looks at the type of ``keys`` and hands
-            ours to the plan, everything else to the original. All sequences of a step run at once.
-One by one  `WholeCache` and `WindowCache` are mlx-lm's own caches, with K and V that lie in the
-            arena. The model gets them whole and does what it likes; they are copied together where
-            a sequence lies in several runs. Sequences take turns.
+            ``scaled_dot_product_attention``. Our `LayerCache` returns an `ArenaArray`, and while a
+            step runs, that function is wrapped: an `ArenaArray` goes to the plan, other arrays to
+            the original. All sequences of a step run at once.
+One by one  `WholeCache` and `WindowCache` are mlx-lm's own caches over the arena. Sequences take
+            turns; K and V in several runs are copied together.
 
 Afterwards, and after an exception, the modules are as they were.
 """
@@ -29,13 +27,12 @@ from .arena import Slots
 from .attention import Plan, tail
 
 ATTENTION, SWIGLU = "scaled_dot_product_attention", "swiglu"
+INNER = ("language_model", "model", "transformer")  # names of a model's inner model
 _lock = threading.RLock()
 
 
 class ArenaArray(mx.array):
-    """Stands for a layer's K or V in the arena. It is an array only because some models ask one for
-    its ``dtype``.
-    """
+    """Stands for a layer's K or V in the arena: an array, since some models ask for its dtype."""
 
     layer_cache: "LayerCache"
 
@@ -44,9 +41,7 @@ class ArenaArray(mx.array):
 
 
 class LayerCache:
-    """mlx-lm's cache protocol for one layer and one step: writes the step's rows, then stands for
-    what attention reads.
-    """
+    """mlx-lm's cache protocol for one layer and one step."""
 
     def __init__(self, plan: Plan, layer: int, window: int | None):
         self.plan, self.layer, self.window = plan, layer, window
@@ -57,9 +52,7 @@ class LayerCache:
         _check_window(self.layer, window_size, self.window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[ArenaArray, ArenaArray]:
-        """Write ``[rows, kv_heads, 1, head_dim]`` (one sequence: ``[1, kv_heads, rows, head_dim]``)
-        K and V.
-        """
+        """Write ``[rows, kv_heads, 1, dim]`` (one sequence: ``[1, kv_heads, rows, dim]``)."""
         k, v = (x[0] if self.plan.single else x[:, :, 0].swapaxes(0, 1) for x in (keys, values))
         self.plan.arena.write(self.layer, self.plan.write_slots, k, v)
         handle = ArenaArray(mx.zeros((1,), keys.dtype))
@@ -67,12 +60,11 @@ class LayerCache:
         return handle, handle
 
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
-        """Queries as the model shapes them, and back in the same shape."""
-        if self.plan.single:
-            return self.plan.attend(
-                queries[0].swapaxes(0, 1), self.layer, scale, self.window, sinks
-            ).swapaxes(0, 1)[None]
-        return self.plan.attend(queries[:, :, 0], self.layer, scale, self.window, sinks)[:, :, None]
+        """Attention over the arena, in the model's shape of ``queries``."""
+        single = self.plan.single
+        rows = queries[0].swapaxes(0, 1) if single else queries[:, :, 0]
+        out = self.plan.attend(rows, self.layer, scale, self.window, sinks)
+        return out.swapaxes(0, 1)[None] if single else out[:, :, None]
 
 
 class _InArena:
@@ -89,15 +81,12 @@ class _InArena:
         return super().make_mask(*args, window_size=window_size, **kwargs)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write ``[1, kv_heads, rows, dim]`` K and V; the sequence's whole, or what of it the rows
-        see through the window.
-        """
+        """Write ``[1, kv_heads, rows, dim]`` K and V; return all that the rows see of both."""
         arena, row = self._plan.arena, self._row
         arena.write(self._layer, self._plan.write_slots, keys[0], values[0])
         seen = row.stop if self.window is None else row.num_rows + min(row.start, self.window - 1)
-        self.keys, self.values = (
-            x[None] for x in arena.read(self._layer, Slots(tail(row.runs, seen)))
-        )
+        k, v = arena.read(self._layer, Slots(tail(row.runs, seen)))
+        self.keys, self.values = k[None], v[None]
         self.offset = row.stop
         return self.keys, self.values
 
@@ -111,7 +100,7 @@ class WholeCache(_InArena, KVCache):
 
 
 class WindowCache(_InArena, RotatingKVCache):
-    """The last ``window`` tokens, in their order. The arena keeps those before them, too."""
+    """The last ``window`` tokens, in their order; the arena keeps earlier ones too."""
 
     def __init__(self, plan: Plan, layer: int, window: int):
         super().__init__(max_size=window)
@@ -120,9 +109,7 @@ class WindowCache(_InArena, RotatingKVCache):
 
 
 def _check_window(layer: int, asked: int | None, window: int | None) -> None:
-    """mlx-lm applies a mask that is wider or narrower than its cache to some chunks and not to
-    others: nothing to be equal to.
-    """
+    """`ModelError` for a mask unlike the cache: mlx-lm applies it to some chunks alone."""
     if asked not in (None, window):
         cache = "KVCache" if window is None else f"RotatingKVCache of {window}"
         raise ModelError(
@@ -139,35 +126,21 @@ def attention_modules(model: nn.Module) -> list[ModuleType]:
 
 @contextlib.contextmanager
 def attention_over_extents(modules: list[ModuleType]):
-    """Within it, attention on an `ArenaArray` goes to its plan, and SwiGLU where `fast_math` is
-    wanted. One thread at a time.
-    """
-    with _lock:
-        originals = [
-            (module, ATTENTION, getattr(module, ATTENTION), _dispatching) for module in modules
-        ]
-        if fast_math.wanted():
-            originals += [
-                (module, SWIGLU, swiglu, _in_float32)
-                for module in modules
-                if getattr(module, SWIGLU, None) is swiglu
-            ]
-        try:
-            for module, name, original, wrapped in originals:
-                setattr(module, name, wrapped(original))
-            yield
-        finally:
-            for module, name, original, _ in originals:
-                setattr(module, name, original)
+    """Within it an `ArenaArray` goes to its plan, SwiGLU to `fast_math`; one thread at a time."""
+    with _lock, contextlib.ExitStack() as stack:
+        for module in modules:
+            originals = {ATTENTION: getattr(module, ATTENTION)}
+            setattr(module, ATTENTION, _dispatching(originals[ATTENTION]))
+            if fast_math.wanted() and getattr(module, SWIGLU, None) is swiglu:
+                originals[SWIGLU] = swiglu
+                setattr(module, SWIGLU, _swiglu)
+            stack.callback(vars(module).update, originals)
+        yield
 
 
-def _in_float32(original):
-    def swiglu(gate, x):
-        return (
-            fast_math.swiglu(gate, x) if gate.dtype == x.dtype == mx.float32 else original(gate, x)
-        )
-
-    return swiglu
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    is_float32 = gate.dtype == x.dtype == mx.float32
+    return fast_math.swiglu(gate, x) if is_float32 else swiglu(gate, x)
 
 
 def _dispatching(original):
@@ -175,16 +148,8 @@ def _dispatching(original):
         queries, keys, values, cache=None, scale=1.0, mask=None, sinks=None, **more
     ):
         if not isinstance(keys, ArenaArray):
-            return original(
-                queries,
-                keys,
-                values,
-                cache,
-                scale=scale,
-                mask=mask,
-                **({"sinks": sinks} if sinks is not None else {}),
-                **more,
-            )
+            more |= {"sinks": sinks} if sinks is not None else {}
+            return original(queries, keys, values, cache, scale=scale, mask=mask, **more)
         if mask is not None or more:
             raise ModelError(
                 "this model's attention has a mask of its own, which extents do not support"
@@ -195,9 +160,7 @@ def _dispatching(original):
 
 
 class LastRows:
-    """A language model's inner model, handing on only the ``rows`` behind which a token is sampled:
-    only they want the head.
-    """
+    """A language model's inner model, handing on to the head only ``rows`` that are sampled."""
 
     def __init__(self, inner: nn.Module):
         self._inner = inner
@@ -212,22 +175,13 @@ class LastRows:
 
 
 def with_last_rows(model: nn.Module) -> tuple[nn.Module, LastRows | None]:
-    """A shallow copy of ``model`` whose inner model is a `LastRows`, sharing every weight; the
-    model itself stays as it is.
-
-    None in the second place when the model has no inner model of its own to wrap: its head then
-    runs on every row.
+    """A shallow copy of ``model`` whose inner model is a `LastRows`, sharing every weight. None in
+    the second place where there is no inner model to wrap: the head then runs on every row.
     """
-    name = next(
-        (
-            name
-            for name in ("language_model", "model", "transformer")
-            if isinstance(model.get(name), nn.Module)
-        ),
-        None,
-    )
-    if name is None:
+    names = [name for name in INNER if isinstance(model.get(name), nn.Module)]
+    if not names:
         return model, None
+    name = names[0]
     if name == "language_model":
         inner, last_rows = with_last_rows(model[name])
     else:

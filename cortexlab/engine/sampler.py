@@ -1,31 +1,27 @@
 """From logits to a token: mlx-lm's samplers and logits processors, one random state a request."""
 
-import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ..errors import BadInput, at_least, shown
-from ..scheduler.request import SamplingParams
+from ..options import SamplingParams
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-PENALTIES = ("repetition", "presence", "frequency")
 MAX_SEED = 2**63 - 1
 
 
 class Chooser:
-    """How one request's tokens are chosen: processors, then a sampler, under a random state of the
-    request's own.
+    """How one request's tokens are chosen: processors, then a sampler, under its own random state.
 
-    With the same ``seed`` a request is given the tokens that `mlx_lm.generate.generate_step` gives
-    behind ``mx.random.seed(seed)``, whatever else is in its batch. ``sampling`` may be a sampler of
-    mlx-lm's kind: log-probabilities ``[1, vocabulary]`` to a token ``[1]``. ``num_logprobs``: how
-    many of the best are told beside the sampled one; None: none at all.
+    With ``seed`` the tokens are those of `mlx_lm.generate.generate_step` behind
+    ``mx.random.seed(seed)``, in any batch. ``sampling`` may be a sampler of mlx-lm's kind:
+    log-probabilities ``[1, vocabulary]`` to a token ``[1]``. ``num_logprobs``: best ones to tell
+    beside the sampled one; None: none at all.
     """
 
     def __init__(
@@ -36,37 +32,34 @@ class Chooser:
         num_logprobs: int | None,
         vocabulary: int,
     ):
-        self.foreign = callable(sampling) or bool(
-            processors
-        )  # code of the user's own: what it does is its request's affair alone
-        self._vocabulary = vocabulary
-        self.num_logprobs = num_logprobs
+        own_sampler = callable(sampling)
         if num_logprobs is not None:
             at_least("logprobs", num_logprobs, 0, vocabulary - 1)
         if any(not callable(processor) for processor in processors):
             raise BadInput(
                 f"logits_processors must be functions of (tokens, logits), not {shown(processors)}"
             )
-        params = SamplingParams() if callable(sampling) else checked(sampling, vocabulary)
-        self._sampler = sampling if callable(sampling) else _sampler(params)
+        params = SamplingParams() if own_sampler else checked(sampling, vocabulary)
+        self._sampler = sampling if own_sampler else _sampler(params)
         self._processors = [*_processors(params), *processors]
-        self.greedy = not callable(sampling) and params.temperature == 0
-        self.plain = (
-            self.greedy and not self._processors and num_logprobs is None
-        )  # nothing but the largest logit
+        self._vocabulary = vocabulary
+        self._num_logprobs = num_logprobs
+        # Code of the user's own is run at once: an exception in it ends its request alone.
+        self._foreign = own_sampler or bool(processors)
+        self.greedy = not own_sampler and params.temperature == 0
         self.wants_tokens = bool(self._processors)
+        # Plain: nothing but the largest logit.
+        self.plain = self.greedy and not self._processors and num_logprobs is None
         seed = secrets.randbelow(MAX_SEED) if seed is None else at_least("seed", seed, 0, MAX_SEED)
         self.state = None if self.greedy else mx.random.key(seed)
 
     def __call__(
         self, tokens: mx.array | None, logits: mx.array, state: mx.array | None
     ) -> "Choice":
-        """Behind ``tokens`` (prompt and output; None unless it ``wants_tokens``), from logits ``[1,
-        vocabulary]``. Lazy.
-
-        A sampler or processor of the user's own is computed at once; `BadInput` says what is wrong
-        with what it returned. ``state`` is where the random state stands: this chooser's, once the
-        token before is delivered, else that one's `Choice.state`.
+        """Choose behind ``tokens`` (prompt and output; None unless it ``wants_tokens``), from
+        logits ``[1, vocabulary]``. Lazy, but for functions of the user's own; `BadInput` for what
+        they return. ``state``: random key before this token, of the token in flight if there is
+        one, else the stored one.
         """
         shape = logits.shape
         for processor in self._processors:
@@ -82,24 +75,19 @@ class Chooser:
             with random_state(state) as after:
                 token = self._sampler(logprobs)
             (state,) = after
-        if self.foreign:
+        if self._foreign:
             self._check(token)
         token = token.reshape(1).astype(mx.uint32)
-        if self.num_logprobs is None:
+        if self._num_logprobs is None:
             return Choice(token, state, [])
-        best = mx.argsort(-logprobs[0])[: self.num_logprobs]
+        best = mx.argsort(-logprobs[0])[: self._num_logprobs]
         named = mx.concatenate([token.astype(best.dtype), best])
         return Choice(token, state, [named, logprobs[0, named]])
 
     def _check(self, token) -> None:
-        """Compute it now: what raises here is its own affair, and no other token than the model
-        knows may reach the next step.
-        """
-        if (
-            not isinstance(token, mx.array)
-            or token.size != 1
-            or not mx.issubdtype(token.dtype, mx.integer)
-        ):
+        """`BadInput` unless a sampler of the user's own returned a token of the vocabulary."""
+        is_array = isinstance(token, mx.array) and token.size == 1
+        if not is_array or not mx.issubdtype(token.dtype, mx.integer):
             raise BadInput(f"its sampler must return one token id, not {_kind(token)}")
         if not 0 <= token.item() < self._vocabulary:
             raise BadInput(
@@ -109,8 +97,8 @@ class Chooser:
 
 
 class Choice:
-    """A token that is sampled, but perhaps not computed yet: ``[1]``, the random state behind it,
-    and the log-probabilities wanted.
+    """A sampled token ``[1]``, perhaps not computed yet, the random state behind it, and the
+    log-probabilities wanted.
     """
 
     def __init__(self, token: mx.array, state: mx.array | None, named: list[mx.array]):
@@ -130,11 +118,9 @@ class Choice:
 @contextmanager
 def random_state(state: mx.array):
     """Within it MLX draws from ``state``; the list it yields holds the state behind that
-    afterwards. MLX's own is as it was.
+    afterwards. MLX's own state is restored.
     """
-    current = mx.random.state[
-        0
-    ]  # the array itself: assigning to its elements is what sets the state
+    current = mx.random.state[0]  # assigning to the array's elements is what sets the state
     before, after = mx.array(current), []
     current[...] = state
     try:
@@ -146,79 +132,36 @@ def random_state(state: mx.array):
 
 def _kind(value: object) -> str:
     """What something returned is, in a few words."""
-    return (
-        f"an array {list(value.shape)} of {value.dtype}"
-        if isinstance(value, mx.array)
-        else shown(value)
-    )
+    if isinstance(value, mx.array):
+        return f"an array {list(value.shape)} of {value.dtype}"
+    return shown(value)
 
 
 def checked(sampling: SamplingParams | Mapping | None, vocabulary: int) -> SamplingParams:
-    """`BadInput` naming the first value that makes no sense."""
-    if sampling is None:
-        return SamplingParams()
-    if isinstance(sampling, Mapping):
-        known = {each.name for each in fields(SamplingParams)}
-        if unknown := [name for name in sampling if name not in known]:
-            raise BadInput(
-                f"sampling has {shown(unknown[0])}, but knows only {', '.join(sorted(known))}"
-            )
-        sampling = SamplingParams(**sampling)
-    if not isinstance(sampling, SamplingParams):
-        raise BadInput(
-            "sampling must be a SamplingParams, a dict of its fields or a sampler, not "
-            f"{shown(sampling)}"
-        )
-    for name, low, high in (
-        ("temperature", 0, math.inf),
-        ("top_p", 0, 1),
-        ("min_p", 0, 1),
-        ("xtc_probability", 0, 1),
-        ("xtc_threshold", 0, 0.5),
-        ("repetition_penalty", 0, math.inf),
-        ("presence_penalty", -math.inf, math.inf),
-        ("frequency_penalty", -math.inf, math.inf),
-    ):
-        value = getattr(sampling, name)
-        if value is None and name.endswith("penalty"):
-            continue
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not low <= value <= high
-            or not math.isfinite(value)
-        ):
-            raise BadInput(f"{name} must be a number from {low} to {high}, not {shown(value)}")
-    if sampling.repetition_penalty == 0:
-        raise BadInput("repetition_penalty must be above 0: it divides")
-    at_least("top_k", sampling.top_k, 0, vocabulary - 1)
-    at_least("min_tokens_to_keep", sampling.min_tokens_to_keep, 1, vocabulary)
-    at_least("penalty_context", sampling.penalty_context, 1)
-    if sampling.logit_bias is not None and not isinstance(sampling.logit_bias, Mapping):
-        raise BadInput(
-            f"logit_bias must be a dict of token -> number, not {shown(sampling.logit_bias)}"
-        )
-    for token, bias in (sampling.logit_bias or {}).items():
+    """`BadInput` naming the first value that makes no sense for this vocabulary."""
+    params = SamplingParams.of(sampling)
+    at_least("top_k", params.top_k, 0, vocabulary - 1)
+    at_least("min_tokens_to_keep", params.min_tokens_to_keep, 1, vocabulary)
+    for token in params.logit_bias or ():
         at_least("token of logit_bias", token, 0, vocabulary - 1)
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias):
-            raise BadInput(f"logit_bias of token {token} must be a number, not {shown(bias)}")
-    return sampling
+    return params
 
 
 def _sampler(params: SamplingParams) -> Sampler:
     return make_sampler(
-        params.temperature,
-        params.top_p,
-        params.min_p,
-        params.min_tokens_to_keep,
-        params.top_k,
-        params.xtc_probability,
-        params.xtc_threshold,
+        temp=params.temperature,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        min_tokens_to_keep=params.min_tokens_to_keep,
+        top_k=params.top_k,
+        xtc_probability=params.xtc_probability,
+        xtc_threshold=params.xtc_threshold,
     )
 
 
 def _processors(params: SamplingParams) -> list[LogitsProcessor]:
-    given = asdict(params)
-    options = {f"{name}_penalty": given[f"{name}_penalty"] for name in PENALTIES}
-    options |= {f"{name}_context_size": params.penalty_context for name in PENALTIES}
+    options = {}
+    for name in ("repetition", "presence", "frequency"):
+        options[f"{name}_penalty"] = getattr(params, f"{name}_penalty")
+        options[f"{name}_context_size"] = params.penalty_context
     return make_logits_processors(dict(params.logit_bias) if params.logit_bias else None, **options)

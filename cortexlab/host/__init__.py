@@ -1,0 +1,1 @@
+"""This machine: BLAS, fast functions, models, folders. Knows no request."""

@@ -2,12 +2,12 @@
 
 MLX's Linux CPU wheel links the reference BLAS: 2 GFLOP/s where OpenBLAS or MKL give 100 and more.
 The dynamic linker resolves ``cblas_sgemm`` to the first library in the global scope that has it, so
-a BLAS opened with ``RTLD_GLOBAL`` *before* ``import mlx.core`` takes its place. macOS (Accelerate,
-Metal) and CUDA builds need none of this.
+a BLAS opened with ``RTLD_GLOBAL`` *before* ``import mlx.core`` replaces the reference BLAS. macOS
+(Accelerate, Metal) and CUDA builds need no other BLAS.
 
-MKL's threads go to sleep after 1 ms without work, instead of spinning for 200: what is between two
-products then has the cores (``KMP_BLOCKTIME``, unless it is set already). A decode step of 32 rows
-takes five sixths of the time.
+``KMP_BLOCKTIME``, unless it is set already, becomes 1: MKL's threads then sleep after 1 ms without
+work instead of spinning for 200, and MLX's own operations between two matrix products get the
+cores. A decode step of 32 rows takes five sixths of the time.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-PATTERNS = ("libopenblas.so*", "libmkl_rt.so*")  # in this order, in every folder looked at
+PATTERNS = ("libopenblas.so*", "libmkl_rt.so*")  # file names, the preferred library first
 SYSTEM_FOLDERS = (
     "/usr/lib",
     "/usr/lib64",
@@ -31,7 +31,7 @@ SYSTEM_FOLDERS = (
 
 @dataclass(frozen=True, slots=True)
 class Blas:
-    """Which BLAS serves MLX here. ``path`` is None when none was loaded; ``note`` then says why."""
+    """The BLAS that MLX uses. ``path`` is None when no library was loaded; ``note`` says why."""
 
     name: str
     path: str | None = None
@@ -39,15 +39,15 @@ class Blas:
 
 
 def needed() -> bool:
-    """Whether MLX runs on its own CPU build for Linux here."""
+    """Whether this machine runs MLX's Linux CPU build."""
     if sys.platform != "linux":
         return False
     return not any(_installed(name) for name in ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13"))
 
 
 def candidates() -> list[Path]:
-    """BLAS libraries in order of preference: ``$CORTEXLAB_BLAS`` alone if set, else system, conda,
-    the package ``mkl``.
+    """BLAS libraries in order of preference: ``$CORTEXLAB_BLAS`` alone if set, else those of the
+    system, of conda, and of the package ``mkl``.
     """
     chosen = os.environ.get("CORTEXLAB_BLAS")
     if chosen:
@@ -69,7 +69,7 @@ def candidates() -> list[Path]:
 
 def load() -> Blas:
     """Load the first candidate that opens and has ``cblas_sgemm``. Never raises: `cortexlab doctor`
-    reports what it found.
+    reports the result.
     """
     if not needed():
         return Blas("Accelerate" if sys.platform == "darwin" else "the GPU backend's own")
@@ -106,8 +106,8 @@ def _installed(package: str) -> bool:
 
 
 def _from_package(package: str, prefix: str) -> list[Path]:
-    """Files of an installed Python package whose name starts with ``prefix`` (user installs put
-    them outside ``sys.prefix``).
+    """Files of an installed Python package whose file name starts with ``prefix``, wherever pip put
+    them (a user install lies outside ``sys.prefix``).
     """
     try:
         files = metadata.files(package) or []

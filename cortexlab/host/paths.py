@@ -1,4 +1,4 @@
-"""Where files live: what was fetched, and what came with the package."""
+"""Folders of fetched files and of files shipped with the package."""
 
 import os
 from importlib import metadata
@@ -6,18 +6,18 @@ from pathlib import Path
 
 import platformdirs
 
-# under the environment's prefix, where a wheel puts notebooks and experiments (pyproject.toml)
+# Folder under the environment's prefix for a wheel's notebooks and experiments (pyproject.toml).
 SHARED = "share/cortexlab"
 
 
 def cache_folder() -> Path:
-    """``$CORTEXLAB_CACHE``, else the platform's user cache."""
+    """The cache folder: ``$CORTEXLAB_CACHE``, else the platform's user cache."""
     return Path(os.environ.get("CORTEXLAB_CACHE") or platformdirs.user_cache_dir("cortexlab"))
 
 
 def shipped(folder: str) -> Path:
-    """``notebooks`` or ``experiments`` as they came with the package: from its wheel, else from the
-    checkout it runs from.
+    """The folder ``notebooks`` or ``experiments`` shipped with the package: the installed wheel's,
+    else the source checkout's.
     """
     for file in metadata.files("cortexlab") or []:
         if file.as_posix().endswith(f"{SHARED}/{folder}/{file.name}"):

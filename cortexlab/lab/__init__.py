@@ -1,0 +1,1 @@
+"""Theory, conformance, claims, CortexStream's API: not needed to serve."""

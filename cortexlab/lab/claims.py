@@ -1,44 +1,37 @@
-"""What CortexStream's documents claim of its KV cache, each claim measured here. Its verdict is
+"""What CortexStream's documents claim of its KV cache. Each claim is measured, and its verdict
 computed from the measurement.
 
 Source: github.com/pythongiant/CortexStream at f8c8b1f, or at the commit a source names. A claim is
-tried in several cases; it `holds` when it does in all of them, `does not hold` when in none, else
-it `holds only with` those in which it does.
+tried in several cases. The verdict is `holds` where all cases hold, `does not hold` where none
+does, else `holds only with` the cases that hold.
 """
 
-import heapq
-import math
 import random
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, median
+from statistics import median
 
+import mlx.core as mx
+import numpy as np
 import pandas as pd
 
-from ..allocators import STRATEGIES, Allocator, make_allocator, strategy_of
-from ..bench import allocator_cost as allocbench
-from ..bench.pools import pool_of
-from ..replay.simulation import replay
+from ..allocators import STRATEGIES, make_allocator
+from ..bench.allocator_cost import TURNOVER, measure, pool_of
+from ..bench.measure import in_turn
+from ..engine.arena import Arena, LayerShape
+from ..replay import replay
 from ..workloads.synthetic import make_workload
+from .cortexstream_cache import KVCache
+from .play import churn
 
-DESIGN, API, BESIDE = (
-    "docs/KV_CACHE_DESIGN.md",
-    "docs/KV_CACHE_API_REFERENCE.md",
-    "KV_CACHE_IMPLEMENTATION.md",
-)
-TRITON, SUMMARY = (
-    "docs/TRITON_COMPARISON.md",
-    "KV_CACHE_EXECUTIVE_SUMMARY.md (e65c742)",
-)  # the commit right after f8c8b1f
-LAYERS, HEADS, HEAD_DIM, TOKENS, BLOCK_SIZE = (
-    32,
-    32,
-    64,
-    32_768,
-    16,
-)  # the "7B model" of those documents
+DESIGN = "docs/KV_CACHE_DESIGN.md"
+API = "docs/KV_CACHE_API_REFERENCE.md"
+IMPLEMENTATION = "KV_CACHE_IMPLEMENTATION.md"
+TRITON = "docs/TRITON_COMPARISON.md"
+SUMMARY = "KV_CACHE_EXECUTIVE_SUMMARY.md (e65c742)"  # the commit after f8c8b1f
+# the "7B model" of those documents
+LAYERS, HEADS, HEAD_DIM, TOKENS, BLOCK_SIZE = 32, 32, 64, 32_768, 16
 BLOCKS, SEQUENCE_BLOCKS = TOKENS // BLOCK_SIZE, 32
 UNITS = {"GB": 1e9, "GiB": 2**30}
 
@@ -69,64 +62,7 @@ def markdown_table(claims: Iterable[Claim]) -> str:
     return "\n".join(lines)
 
 
-# --- requests that come and go --------------------------------------------------------------------
-
-
-def churn(
-    strategy: str | Callable[[int], Allocator],
-    *,
-    num_blocks: int = 256,
-    num_requests: int = 2000,
-    sizes: tuple[int, int] = (1, 64),
-    load: float = 1.0,
-    seed: int = 0,
-) -> dict:
-    """Requests of evenly spread ``sizes`` come one a step and stay for an exponential time; who is
-    refused goes away.
-
-    Their sizes and times are the same for every strategy, and ask for ``load`` times the pool on
-    average. ``refused`` counts those without a place, ``refused_with_room`` those of them for which
-    enough blocks were free, ``partial`` the refusals that changed something; ``spare_share`` is the
-    part of the blocks held that nobody asked for, and ``extents`` the mean number a request got.
-    """
-    rng = random.Random(seed)
-    pool = make_allocator(strategy, num_blocks, region_blocks=1 << (sizes[1] - 1).bit_length())
-    stay = load * num_blocks / fmean(sizes)
-    leaving: list[
-        tuple[float, int, tuple, int]
-    ] = []  # a heap: when, a number that no two share, what it holds, what it asked for
-    refused = with_room = num_partial = asked = held_steps = asked_steps = 0
-    extents = []
-    for number in range(num_requests):
-        wanted, until = rng.randint(*sizes), number + rng.expovariate(1 / stay)
-        while leaving and leaving[0][0] <= number:
-            _, _, held, size = heapq.heappop(leaving)
-            pool.free(held)
-            asked -= size
-        before = pool.stats()
-        held = pool.allocate(wanted)
-        if held is None:
-            refused += 1
-            with_room += before["free_blocks"] >= wanted
-            num_partial += pool.stats() != before
-        else:
-            heapq.heappush(leaving, (until, number, held, wanted))
-            asked += wanted
-            extents.append(len(held))
-        held_steps += pool.stats()["used_blocks"]
-        asked_steps += asked
-    pool.check()
-    return {
-        "strategy": strategy_of(strategy).name,
-        "requests": num_requests,
-        "refused": refused,
-        "refused_share": refused / num_requests,
-        "refused_with_room": with_room,
-        "refused_with_room_share": with_room / num_requests,
-        "partial": num_partial,
-        "spare_share": 1 - asked_steps / held_steps if held_steps else 0.0,
-        "extents": fmean(extents) if extents else math.nan,
-    }
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def no_fragmentation(num_requests: int = 2000, seed: int = 0) -> Claim:
@@ -198,14 +134,14 @@ def concurrent_sequences(
 
 def published_scan(free: Sequence[bool], wanted: int) -> tuple[int | None, int]:
     """``findContiguousFreeRegion`` (src/cache/kv_cache.cpp:50), step by step: the region's first
-    block, and how many it looked at.
+    block, and the number of blocks looked at.
     """
     count, start = 0, None
     for at in range(len(free) + 1):
         if at < len(free) and free[at]:
             start = at if count == 0 else start
             count += 1
-        elif count >= wanted:  # it compares only where a region ends
+        elif count >= wanted:  # the published code compares only where a region ends
             return start, at + 1
         else:
             count, start = 0, None
@@ -248,11 +184,9 @@ def published_view(
     heads: int = 4,
     dim: int = 8,
 ) -> Claim:
-    """``getKView``: where the first block lies and ``[heads, tokens, dim]``, no strides, on
-    ``[blocks, heads, block, dim]``.
+    """``getKView``: the first block's address and the shape ``[heads, tokens, dim]``, without
+    strides, on an arena ``[blocks, heads, block, dim]``.
     """
-    import numpy as np
-
     num_blocks = -(-max(tokens) // BLOCK_SIZE)
     arena = np.arange(num_blocks * heads * BLOCK_SIZE * dim).reshape(
         num_blocks, heads, BLOCK_SIZE, dim
@@ -264,7 +198,7 @@ def published_view(
     }
     return Claim(
         "`getKView()` … O(1) … Pointer arithmetic only",
-        f"{BESIDE}:244",
+        f"{IMPLEMENTATION}:244",
         "values that lie where the view says: "
         + ", ".join(f"{share:.0%} of {n} tokens" for n, share in shares.items()),
         {
@@ -275,11 +209,9 @@ def published_view(
 
 
 def zero_copy(num_blocks: Sequence[int] = (1, 2, 8, 32), heads: int = 4, dim: int = 32) -> Claim:
-    """Read K of a sequence of so many blocks as ``[heads, tokens, dim]`` with MLX, from both
-    layouts: which bytes move?
+    """Bytes that MLX copies to read K of a sequence of ``num_blocks`` blocks as ``[heads, tokens,
+    dim]``, from both layouts.
     """
-    import mlx.core as mx
-
     first, pool = 3, max(num_blocks) + 5
     blocked = mx.zeros((2, pool, heads, BLOCK_SIZE, dim))
     head_major = mx.zeros((heads, pool * BLOCK_SIZE, dim))
@@ -308,12 +240,9 @@ def zero_copy(num_blocks: Sequence[int] = (1, 2, 8, 32), heads: int = 4, dim: in
 
 
 def copied_bytes(read, arena) -> int:
-    """Bytes of ``read`` if it lies outside the memory of ``arena``, of which it was read; 0 for a
-    view.
+    """Bytes of ``read``, which was read from ``arena``, if it lies outside the arena's memory; 0
+    for a view.
     """
-    import mlx.core as mx
-    import numpy as np
-
     mx.eval(read, arena)
     at, start = (
         np.array(array, copy=False).__array_interface__["data"][0] for array in (read, arena)
@@ -325,15 +254,12 @@ def copied_bytes(read, arena) -> int:
 
 
 def total_memory(quote: str, source: str, claimed: str) -> Claim:
-    """``claimed``, such as 17.2, against the arena that this package makes for the same model, by
-    type and unit.
+    """``claimed``, such as "17.2", against the arena of this package for that model, by type and
+    unit.
     """
-    import mlx.core as mx
-
-    from ..engine.arena import Arena
-
+    shape = LayerShape(HEADS, HEAD_DIM, HEAD_DIM)
     sizes = {
-        kind: Arena(LAYERS, HEADS, HEAD_DIM, TOKENS, getattr(mx, kind)).nbytes
+        kind: Arena([shape] * LAYERS, TOKENS, getattr(mx, kind)).nbytes
         for kind in ("float32", "float16")
     }
     digits = len(claimed.partition(".")[2])
@@ -356,7 +282,7 @@ def total_memory(quote: str, source: str, claimed: str) -> Claim:
 
 
 def counted_claims(num_requests: int = 2000, seed: int = 0) -> dict[str, Claim]:
-    """Those that are counted, not timed: the same on every machine."""
+    """The claims that are counted, not timed: equal figures on every machine."""
     return {
         "no fragmentation": no_fragmentation(num_requests, seed),
         "free blocks join": free_blocks_join(),
@@ -369,7 +295,7 @@ def counted_claims(num_requests: int = 2000, seed: int = 0) -> dict[str, Claim]:
         "17.2 GB": total_memory(
             "17.2 GB for K+V combined", f"{API}, Memory Calculation Examples", "17.2"
         ),
-        "16.8 GB": total_memory("Total = 16.8 GB (K+V)", f"{BESIDE}:100", "16.8"),
+        "16.8 GB": total_memory("Total = 16.8 GB (K+V)", f"{IMPLEMENTATION}:100", "16.8"),
     }
 
 
@@ -380,26 +306,25 @@ def allocation_times(
     strategy: str, num_blocks: int = BLOCKS, rounds: int = 200, seed: int = 0
 ) -> tuple[float, float]:
     """Median microseconds of one `allocate` and of one `free` while sequences of 32 blocks fill a
-    pool and leave at random.
+    pool and leave in random order.
     """
-    pool, rng = make_allocator(strategy, num_blocks), random.Random(seed)
-    num_sequences, allocating, freeing = num_blocks // SEQUENCE_BLOCKS, [], []
-    for _ in range(rounds):
-        started = time.perf_counter_ns()
-        held = [pool.allocate(SEQUENCE_BLOCKS) for _ in range(num_sequences)]
-        allocating.append((time.perf_counter_ns() - started) / num_sequences / 1000)
-        rng.shuffle(held)
-        started = time.perf_counter_ns()
-        for extents in held:
-            pool.free(extents)
-        freeing.append((time.perf_counter_ns() - started) / num_sequences / 1000)
-    return median(allocating), median(freeing)
+    pool, rng, live = make_allocator(strategy, num_blocks), random.Random(seed), []
+    num_sequences = num_blocks // SEQUENCE_BLOCKS
+
+    def allocate():
+        live.extend(pool.allocate(SEQUENCE_BLOCKS) for _ in range(num_sequences))
+
+    def free():
+        while live:
+            pool.free(live.pop())
+
+    works = {"allocate": allocate, "shuffle": lambda: rng.shuffle(live), "free": free}
+    seconds = in_turn(works, rounds)
+    return tuple(median(seconds[work]) / num_sequences * 1e6 for work in ("allocate", "free"))
 
 
 def token_time(num_tokens: int = 500) -> float:
     """Median microseconds of `KVCache.append_token` and `get_k_view` of one layer, together."""
-    from ..engine.kv_cache import KVCache
-
     cache = KVCache(
         num_layers=1,
         num_kv_heads=1,
@@ -408,19 +333,19 @@ def token_time(num_tokens: int = 500) -> float:
         block_size=BLOCK_SIZE,
         strategy="cortexstream",
     )
-    cache.allocate_for("a", 1, max_tokens=num_tokens + 1)
-    times = []
-    for _ in range(num_tokens):
-        started = time.perf_counter_ns()
+    cache.allocate_for("a", 1, max_tokens=num_tokens + 2)  # prompt and warm-up: a token each
+
+    def token():
         cache.append_token("a")
         cache.get_k_view("a", 0)
-        times.append((time.perf_counter_ns() - started) / 1000)
-    return median(times)
+
+    (seconds,) = in_turn({"token": token}, num_tokens).values()
+    return median(seconds) * 1e6
 
 
 def timed_claims() -> dict[str, Claim]:
-    """The claims in microseconds, which depend on the machine: theirs are of C++, these figures of
-    Python.
+    """The claims in microseconds, which depend on the machine. CortexStream's are of C++, the
+    figures measured here of Python.
     """
     times = {name: allocation_times(name) for name in ("cortexstream", "buddy", "paged")}
     told = [
@@ -462,17 +387,17 @@ def costs(
     occupancy: float = 0.5,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """`allocbench` of every strategy at one occupancy: its rows, and the cold `turnover` of a
-    request as one more operation.
+    """`allocbench` of every strategy at one occupancy: its rows, and the cold `turnover` as one
+    more operation.
     """
     makers = {name: partial(pool_of, name) for name in STRATEGIES}
-    rows, pools = allocbench.measure(makers, sizes, (occupancy,), request_blocks, seed)
+    rows, pools = measure(makers, sizes, (occupancy,), request_blocks, seed)
     turnover = [
         {key: pool[key] for key in ("strategy", "num_blocks", "occupancy")}
         | {
             "request_blocks": request_blocks,
-            "operation": allocbench.TURNOVER,
-            "median_us": pool[f"{allocbench.TURNOVER}_median_us"],
+            "operation": TURNOVER,
+            "median_us": pool[f"{TURNOVER}_median_us"],
         }
         for pool in pools
     ]

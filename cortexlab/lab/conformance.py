@@ -2,9 +2,9 @@
 is too simple to be wrong.
 
     prove(Mine)                      # AssertionError: "step 17, allocate 3: block 12 is not free"
-    prove(Mine, has_room=has_hole)   # and it must serve whatever a hole is large enough for
+    prove(Mine, has_room=has_hole)   # and must serve each request for which a hole is large enough
 
-No placement rule is assumed unless you name one, so it is for strategies of your own too.
+No placement rule is assumed unless you name one, so strategies of your own can be proved too.
 """
 
 import random
@@ -16,11 +16,8 @@ from ..allocators.base import pool_stats
 from ..errors import BadInput, at_least
 
 STEPS_A_CHECK = 50
-FREE_SHARE, EXTEND_SHARE, MISUSE_SHARE = (
-    0.36,
-    0.15,
-    0.04,
-)  # of the steps; the others allocate, so the pool is full most of the time
+# shares of the steps; the rest allocates, so the pool is full most of the time
+FREE_SHARE, EXTEND_SHARE, MISUSE_SHARE = 0.36, 0.15, 0.04
 
 
 class Bitmap:
@@ -50,12 +47,12 @@ class Bitmap:
 
 
 def has_hole(pool: Bitmap, wanted: int) -> bool:
-    """What a contiguous strategy should serve: one hole is large enough."""
+    """The rule of a contiguous strategy: one hole is large enough."""
     return max(pool.holes, default=0) >= wanted
 
 
 def has_enough(pool: Bitmap, wanted: int) -> bool:
-    """What a strategy that chains should serve: enough blocks are free, wherever."""
+    """The rule of a strategy that chains: enough blocks are free, wherever they lie."""
     return pool.free_blocks >= wanted
 
 
@@ -70,10 +67,10 @@ def prove(
     """Drive an allocator of ``num_blocks`` blocks through ``steps`` seeded random steps, and count
     what was done.
 
-    After each, the blocks handed out must have been free, an extension must keep what there was,
-    the statistics must be those of the bitmap, and misuse (freeing twice, foreign extents) must
-    raise `ValueError` and change nothing; in the end all blocks must come back. ``has_room`` says
-    what must not be refused. Raises `AssertionError` that names the step, whatever went wrong.
+    Blocks handed out must have been free, an extension must keep the blocks there were, statistics
+    must be those of the bitmap after each step, and misuse (freeing twice, foreign extents) must
+    raise `ValueError` and change nothing; in the end all blocks must come back. ``has_room``: which
+    requests must not be refused. Any failure raises `AssertionError` that names the step.
     """
     at_least("num_blocks", num_blocks, 1)
     at_least("steps", steps, 1)
@@ -93,11 +90,9 @@ def prove(
             pair.free([len(pair.live) - 1])
         pair.agree()
         pair.allocator.check()
-    except BadInput as error:
-        if step == 0:  # no allocator at all: the caller's mistake
-            raise
-        raise _failure(step, doing, num_blocks, seed, error) from error
     except Exception as error:
+        if step == 0 and isinstance(error, BadInput):  # no allocator at all: the caller's mistake
+            raise
         raise _failure(step, doing, num_blocks, seed, error) from error
     return done
 
@@ -118,10 +113,10 @@ class _Pair:
         self.allocator, self.has_room = allocator, has_room
         self.pool = Bitmap(allocator.num_blocks)
         self.live: list[tuple[Extent, ...]] = []
-        self.dead: tuple[Extent, ...] | None = None  # the allocation freed last
+        self.dead: tuple[Extent, ...] | None = None  # the last allocation freed
 
     def choose(self, rng: random.Random) -> tuple[str, Callable[[], str]]:
-        """The next step: what to call it, and what to do."""
+        """The next step: its name and its function."""
         choice, live, size = rng.random(), len(self.live), len(self.pool.used)
         wanted = rng.randint(1, max(1, size // rng.choice((2, 6, 16))))
         if live and choice < FREE_SHARE:
@@ -160,7 +155,7 @@ class _Pair:
         return "extend"
 
     def free(self, numbers: list[int]) -> str:
-        """Several at once are one tuple, one behind the other."""
+        """Free several allocations as one tuple of all their extents."""
         allocations = [self.live[number] for number in numbers]
         self.allocator.free(sum(allocations, ()))
         for number in sorted(numbers, reverse=True):
@@ -169,8 +164,8 @@ class _Pair:
         return "free"
 
     def misuse(self, rng: random.Random) -> str:
-        """Whatever is no allocation of now: `ValueError`, and `agree` then sees whether anything
-        changed.
+        """Extents that are no live allocation, and counts below 1: each must raise `ValueError` and
+        change nothing.
         """
         wrong = [(Extent(len(self.pool.used), 1),)]
         if self.dead is not None and not all(self.pool.used[block] for block in _blocks(self.dead)):

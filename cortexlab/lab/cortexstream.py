@@ -1,10 +1,10 @@
 """The physical layer as CortexStream documents it: `KVBlockAllocator` hands out `KVHandle`s of
-blocks and knows of no sequence.
+blocks and knows no sequences.
 
 Source: github.com/pythongiant/CortexStream at f8c8b1f, ``docs/KV_CACHE_API_REFERENCE.md``, in snake
-case. What is different: no room is None rather than an invalid handle, and what its `free` takes
-without a look, or ignores, is refused: a handle freed twice, of another allocator, or made up. (The
-code there frees blocks that others hold, and its ``fragmentation()`` takes its lock twice.)
+case. Two differences: no room is None, not an invalid handle; and a handle freed twice, of another
+allocator, or made up is refused. (CortexStream's code frees blocks that other handles hold, and its
+``fragmentation()`` takes its lock twice.)
 
     allocator = KVBlockAllocator(2048)
     handle = allocator.allocate(32)      # None: no room
@@ -23,8 +23,8 @@ from ..errors import BadInput, shown
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVHandle:
-    """Blocks handed out at once. It stands for itself: one with the same numbers that an allocator
-    did not make is worth nothing.
+    """Blocks handed out at once. Compared by identity: a handle made up with equal numbers frees
+    nothing.
     """
 
     start_block_index: int
@@ -33,8 +33,8 @@ class KVHandle:
     allocator: KVBlockAllocator | None = field(default=None, repr=False)
 
     def is_valid(self) -> bool:
-        """Whether it could name blocks: true of every handle that `KVBlockAllocator.allocate`
-        returns, freed or not.
+        """Whether the numbers could name blocks: true of every handle that
+        `KVBlockAllocator.allocate` returns, freed or not.
         """
         return self.start_block_index >= 0 and self.num_blocks > 0
 
@@ -43,8 +43,8 @@ class KVBlockAllocator:
     """A pool of ``total_blocks`` blocks, placed by any strategy (default: first fit, as
     CortexStream). Safe to call from any thread.
 
-    One lock guards everything, so an operation takes what the strategy's takes, and none sees
-    another half done.
+    One lock guards every operation, so no thread sees one half done, and each costs what the
+    strategy's operation costs.
     """
 
     def __init__(self, total_blocks: int, strategy: str | Callable[[int], Allocator] = "first_fit"):
@@ -65,8 +65,8 @@ class KVBlockAllocator:
             return handle
 
     def free(self, handle: KVHandle) -> None:
-        """Take the blocks back. `BadInput`, and nothing changes, for what is not a live handle of
-        this allocator; it says why.
+        """Take the blocks back. `BadInput` with the reason, and nothing changes, for anything but a
+        live handle of this allocator.
         """
         with self._lock:
             if id(handle) not in self._live:
@@ -91,15 +91,15 @@ class KVBlockAllocator:
         return self.stats()["external_fragmentation"]
 
     def stats(self) -> Stats:
-        """All the figures of one moment: ``free_blocks, used_blocks, largest_free_run, num_holes,
+        """Figures of one moment: ``free_blocks, used_blocks, largest_free_run, num_holes,
         external_fragmentation``.
         """
         with self._lock:
             return Stats(self._blocks.stats())
 
     def dump_block_map(self, width: int = 64) -> str:
-        """Totals, and the pool as text: `.` a free block, a letter a handle, rows of ``width``
-        blocks.
+        """Totals, and the pool as text in rows of ``width`` blocks: `.` a free block, a letter a
+        handle.
         """
         with self._lock:
             stats = self._blocks.stats()
@@ -115,8 +115,8 @@ class KVBlockAllocator:
         )
 
     def check(self) -> None:
-        """`AssertionError` unless the books agree: the strategy's, and that the live handles hold
-        exactly what is used.
+        """`AssertionError` unless the strategy's books agree, and live handles hold exactly the
+        used blocks.
         """
         with self._lock:
             self._blocks.check()
@@ -147,5 +147,5 @@ def _overlap(made_up: KVHandle, live: KVHandle) -> bool:
     extents = made_up.extents or (Extent(made_up.start_block_index, made_up.num_blocks),)
     try:
         return any(a.start < b.end and b.start < a.end for a in extents for b in live.extents)
-    except (AttributeError, TypeError):  # whoever made it up did not use numbers
+    except (AttributeError, TypeError):  # a made-up handle may hold anything
         return False

@@ -1,5 +1,5 @@
-"""What theory says before anything is measured: drawn dashed beside the measurement, asserted in
-tests where it is a theorem.
+"""What theory says before anything is measured: drawn dashed beside the measurement; theorems are
+asserted in tests.
 
 L is a sequence's live tokens, B the slots of a block, and all sums are over the decode steps of all
 requests.
@@ -19,31 +19,20 @@ def buddy_size(num_blocks: int) -> int:
 
 
 def buddy_waste(sizes: Iterable[int]) -> float:
-    """Share of what buddies hand out that nobody asked for, for requests of ``sizes`` blocks:
-    exact.
+    """Share of the blocks that buddies hand out beyond those asked for, for requests of ``sizes``
+    blocks: exact.
     """
     sizes = list(sizes)
     return 1 - sum(sizes) / sum(map(buddy_size, sizes))
-
-
-def buddy_waste_evenly(order: int) -> float:
-    """`buddy_waste` of the sizes 2^(k-1) + 1 ... 2^k, each as often as the others, for k =
-    ``order`` >= 1: 1/4 - 1/2^(k+1).
-
-    Each of them is handed 2^k; their mean is the mean of the first and the last, (3 * 2^(k-1) + 1)
-    / 2 = 2^k (3/4 + 1/2^(k+1)). The limit is a quarter of what is handed out, a third of what was
-    asked for, and so it is for any mixture of large k.
-    """
-    return 1 / 4 - 1 / 2 ** (order + 1)
 
 
 def buddy_utilization(lengths: Iterable[tuple[int, int]], block_size: int) -> float:
     """`utilization` of sequences that grow token by token in buddies, given the prompt and output
     tokens of each: exact.
 
-    Sum of L / sum of B * buddy_size(ceil(L / B)): a buddy that is outgrown doubles, in place or
-    elsewhere. A request's first token comes from its prompt and its last is never written, so L
-    runs from prompt + 1 to prompt + output - 1.
+    Sum of L / sum of B * buddy_size(ceil(L / B)): an outgrown buddy doubles, in place or elsewhere.
+    A request's first token comes from its prompt and its last is never written, so L runs from
+    prompt + 1 to prompt + output - 1.
     """
     live = np.concatenate([np.arange(prompt + 1, prompt + output) for prompt, output in lengths])
     held = np.array(
@@ -52,19 +41,14 @@ def buddy_utilization(lengths: Iterable[tuple[int, int]], block_size: int) -> fl
     return float(live.sum() / (block_size * held[-(-live // block_size)].sum()))
 
 
-def paged_waste_bound(num_sequences: ArrayLike, block_size: int) -> np.ndarray:
-    """Most slots paging can leave empty (theorem): all but one of each last block."""
-    return np.asarray(num_sequences) * (block_size - 1)
-
-
 def paged_utilization(mean_tokens: ArrayLike, block_size: ArrayLike) -> np.ndarray:
     """`utilization` of paging if the mean L is ``mean_tokens`` and sequences leave (B - 1) / 2
     slots empty on average.
 
-    They do where L is anything modulo B equally often. A sequence that grows passes through all of
-    it in turn, so that over any number of its decode steps the empty slots add up to (B - 1) / 2 a
-    step, give or take B^2 / 8 once: a theorem. Where outputs are much longer than a block the
-    formula is therefore nearly exact.
+    They do where all values of L modulo B are equally frequent. A growing sequence passes through
+    them in turn, so over any number of decode steps its empty slots add up to (B - 1) / 2 a step,
+    give or take B^2 / 8 once: a theorem. So the formula is nearly exact where outputs are much
+    longer than a block.
     """
     return np.asarray(mean_tokens) / (np.asarray(mean_tokens) + (np.asarray(block_size) - 1) / 2)
 
@@ -76,10 +60,10 @@ def fifty_percent_rule(num_allocations: ArrayLike, remainder_share: float = 1.0)
     For contiguous placement at either end of a hole with immediate coalescing, in equilibrium, each
     live allocation being equally likely to be the next one freed. Why: were a of the n between two
     used neighbours, b between one and a hole, c between two holes, then n = a + b + c, and each
-    hole has two sides: 2 holes = b + 2c, up to the two ends of the pool. Freeing changes the holes
-    by (a - c) / n = 1 - 2 holes / n on average, an allocation by -1 where it fills its hole
-    exactly, so by -(1 - p); in equilibrium the two cancel. It says nothing about the sizes of the
-    holes, so it is no bound on the memory lost.
+    hole has two sides: 2 holes = b + 2c, but for the ends of the pool. Freeing changes the holes by
+    (a - c) / n = 1 - 2 holes / n on average, an allocation by -1 where it fills its hole exactly,
+    so by -(1 - p); in equilibrium the two cancel. The rule says nothing of the sizes of holes, so
+    it is no bound on the memory lost.
     """
     return np.asarray(num_allocations) * remainder_share / 2
 
@@ -109,8 +93,8 @@ def padding_share(lengths: Sequence[int], batch_size: int) -> float:
     padded to their longest.
 
     1 - mean / E[longest of n], exact for draws with replacement: the i-th smallest of N lengths is
-    the longest with probability (i / N)^n - ((i - 1) / N)^n. It is the ratio of expectations: of
-    all slots held over many batches, so many are padding.
+    the longest with probability (i / N)^n - ((i - 1) / N)^n. A ratio of expectations: the share of
+    padding in all slots held over many batches.
     """
     ordered = np.sort(np.asarray(lengths, dtype=float))
     at_most = np.linspace(0, 1, len(ordered) + 1) ** batch_size

@@ -1,13 +1,28 @@
-"""Figures: functions from data frames to Axes. They never measure, and import no MLX; widgets are
-in `cortexlab.plots.widgets`.
+"""Figures: functions from data frames to Axes. They never measure, and import no MLX; units stand
+on every axis. Widgets are in `cortexlab.plots.widgets`.
 """
 
+from ..metrics import SHARES
 from .allocators import cost_by_pool_size, toy_pools, what_it_gives_up
+from .block_map import (
+    SEQUENCE_COLORS,
+    address_heat,
+    address_heat_map,
+    block_map,
+    block_owners,
+    draw_map,
+    lengths_of_runs,
+    map_image,
+    run_length_histograms,
+    run_lengths,
+    step_at,
+)
 from .engine import against_batch_limit, attention_against_extents, where_a_step_goes
 from .fragmentation import (
     PUBLISHED_WORDS,
     empty_beside_theory,
     four_granularities,
+    fragmentation_over_time,
     holes_over_time,
     kv_bytes_by_context,
     prefix_hits,
@@ -16,17 +31,26 @@ from .fragmentation import (
     shares_beside_ttft,
     shares_by_workload,
 )
-from .load import (
-    address_heat,
-    address_heat_map,
-    lengths_of_runs,
-    load_curve,
-    on_front,
-    padding_curve,
-    pareto_front,
-    request_timeline,
-    run_length_histograms,
-    run_lengths,
+from .load import load_curve, on_front, padding_curve, pareto_front, request_timeline
+from .run import (
+    SWEEP_WORDS,
+    bench_figures,
+    block_size_curves,
+    extents_against_ttft,
+    latency_distribution,
+    memory_over_time,
+    replay_figures,
+    sweep_figure,
+    throughput_against_ttft,
 )
-from .run import *
-from .run import SEQUENCE_COLORS, SHARE_COLORS, SHARE_WORDS, STYLE, SWEEP_WORDS, WIDTH
+from .style import (
+    COLORS,
+    SHARE_COLORS,
+    SHARE_WORDS,
+    STYLE,
+    WIDTH,
+    color,
+    plain_numbers,
+    share_steps,
+    use_style,
+)

@@ -1,6 +1,4 @@
-"""Figures of allocators alone: toy pools, what a strategy gives up, what it costs. They never
-measure; style as `plots`.
-"""
+"""Figures of allocators alone: toy pools, what a strategy gives up, what it costs."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,12 +9,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ..lab.play import Toy
-from .run import WIDTH, color, plain_numbers
+from .style import (
+    LIMIT,
+    WIDTH,
+    by_strategy,
+    color,
+    legend_above,
+    plain_numbers,
+    ticks_at,
+    write_beside,
+)
 
 FREE = "#ededed"
-LIGHT_COLORS = matplotlib.colormaps["Set2"].colors[
-    :7
-]  # letters can be read on them; the eighth is grey, which means free
+# Letters can be read on these colours; Set2's eighth is left out: grey means free.
+LIGHT_COLORS = matplotlib.colormaps["Set2"].colors[:7]
 
 
 def toy_pools(toys: Sequence[Toy]) -> Axes:
@@ -26,26 +32,12 @@ def toy_pools(toys: Sequence[Toy]) -> Axes:
     _, axes = plt.subplots(figsize=(WIDTH, 0.7 + 0.42 * len(toys)), layout="constrained")
     columns = max(toy.num_blocks for toy in toys)
     for row, toy in enumerate(toys):
-        axes.barh(
-            [row] * toy.num_blocks,
-            1,
-            left=range(toy.num_blocks),
-            height=0.8,
-            color=FREE,
-            edgecolor="white",
-        )
+        _draw_cells(axes, row, 0, toy.num_blocks, color=FREE, edgecolor="white")
         for number, (name, extents) in enumerate(toy.owners.items()):
-            _draw_sequence(
-                axes, row, name, extents, toy.asked[name], LIGHT_COLORS[number % len(LIGHT_COLORS)]
-            )
-        axes.text(
-            columns + 0.4,
-            row,
-            textwrap.fill(toy.verdict, 62),
-            va="center",
-            fontsize=8,
-            color="#333333",
-        )
+            rgb = LIGHT_COLORS[number % len(LIGHT_COLORS)]
+            _draw_sequence(axes, row, name, extents, toy.asked[name], rgb)
+        verdict = textwrap.fill(toy.verdict, 62)
+        axes.text(columns + 0.4, row, verdict, va="center", fontsize=8, color="#333333")
     axes.set_yticks(range(len(toys)), [toy.strategy for toy in toys])
     for label, toy in zip(axes.get_yticklabels(), toys, strict=True):
         label.set_color(color(toy.strategy))
@@ -56,53 +48,31 @@ def toy_pools(toys: Sequence[Toy]) -> Axes:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    served = [toy.strategy for toy in toys if not toy.refused]
-    axes.set_title(
-        f"The same requests: {', '.join(served) or 'no strategy'} could serve all of them",
-        loc="left",
-    )
+    served = ", ".join(toy.strategy for toy in toys if not toy.refused) or "no strategy"
+    axes.set_title(f"The same requests: {served} could serve all of them", loc="left")
     return axes
 
 
 def _draw_sequence(axes: Axes, row: int, name: str, extents, asked: int, rgb: tuple) -> None:
     for start, num_blocks in extents:
         filled = min(asked, num_blocks)
-        axes.barh(
-            [row] * filled,
-            1,
-            left=range(start, start + filled),
-            height=0.8,
-            color=rgb,
-            edgecolor="white",
-            linewidth=0.5,
-        )
-        beyond = range(start + filled, start + num_blocks)
-        axes.barh(
-            [row] * len(beyond),
-            1,
-            left=beyond,
-            height=0.8,
-            color="white",
-            edgecolor=rgb,
-            hatch="////",
-            linewidth=0,
-        )
-        axes.text(
-            start + num_blocks / 2,
-            row,
-            name,
-            ha="center",
-            va="center",
-            fontsize=9,
-            fontweight="bold",
-            color="#222222",
-        )
         asked -= filled
+        _draw_cells(axes, row, start, filled, color=rgb, edgecolor="white", linewidth=0.5)
+        beyond = {"color": "white", "edgecolor": rgb, "hatch": "////", "linewidth": 0}
+        _draw_cells(axes, row, start + filled, num_blocks - filled, **beyond)
+        letter = {"ha": "center", "va": "center", "fontsize": 9, "fontweight": "bold"}
+        axes.text(start + num_blocks / 2, row, name, color="#222222", **letter)
+
+
+def _draw_cells(axes: Axes, row: int, start: int, num_blocks: int, **style) -> None:
+    """One cell a block."""
+    blocks = range(start, start + num_blocks)
+    axes.barh([row] * num_blocks, 1, left=blocks, height=0.8, **style)
 
 
 def what_it_gives_up(rows: pd.DataFrame) -> list[Axes]:
     """Three ways to pay, a bar a strategy: requests refused (solid: although enough was free),
-    blocks nobody asked for, extents.
+    blocks beyond what was asked for, extents.
     """
     _, axes = plt.subplots(
         1, 3, figsize=(WIDTH, 0.9 + 0.32 * len(rows)), sharey=True, layout="constrained"
@@ -121,9 +91,7 @@ def what_it_gives_up(rows: pd.DataFrame) -> list[Axes]:
         panel.barh(rows["strategy"], values, color=colors, height=0.7)
         for at, (value, end) in enumerate(zip(values, ends, strict=True)):
             words = f"{value:.0f} of {end:.0f}" if panel is axes[0] else f"{value:.1f}"
-            panel.annotate(
-                words, (end, at), (4, 0), textcoords="offset points", va="center", fontsize=9
-            )
+            write_beside(panel, (end, at), words, fontsize=9)
         panel.set_title(title, loc="left")
         panel.set_xlabel(unit)
         panel.set_xlim(0, max(1.0, ends.max()) * 1.3)
@@ -141,32 +109,22 @@ def cost_by_pool_size(
     """Median microseconds over the size of the pool, a line a strategy, a panel an operation;
     dashed: a bound that was claimed.
     """
-    figure, axes = plt.subplots(
+    _, axes = plt.subplots(
         1, len(operations), figsize=(WIDTH, 3.9), sharey=True, squeeze=False, layout="constrained"
     )
-    sizes = sorted(rows["num_blocks"].unique())
     for panel, operation in zip(axes[0], operations, strict=True):
         measured = rows[(rows["operation"] == operation) & rows["median_us"].notna()]
-        for strategy, part in measured.groupby("strategy", sort=False):
+        for part, line in by_strategy(measured):
             part = part.sort_values("num_blocks")
-            panel.plot(
-                part["num_blocks"],
-                part["median_us"].astype(float),
-                "o-",
-                color=color(strategy),
-                label=strategy,
-            )
+            panel.plot(part["num_blocks"], part["median_us"].astype(float), "o-", **line)
         if bound_us is not None:
-            panel.axhline(bound_us, color="#555555", linestyle="--", linewidth=1, label=bound_words)
+            panel.axhline(bound_us, **LIMIT, label=bound_words)
         panel.set(xscale="log", yscale="log", xlabel="blocks in the pool")
         panel.set_title(operation, loc="left")
-        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        panel.minorticks_off()
+        ticks_at(panel, sorted(rows["num_blocks"].unique()), "{:,}")
     low, high = axes[0][0].get_ylim()
     axes[0][0].set_ylim(min(low, 0.5), max(high, 10))
     axes[0][0].set_ylabel("median time (µs)")
     plain_numbers(axes[0][0].yaxis)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9
-    )
+    legend_above(axes[0][0], 5, fontsize=9)
     return list(axes[0])

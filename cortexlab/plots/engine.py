@@ -1,5 +1,5 @@
 """Figures of the engine: against mlx-lm, where the time of a step goes, and what pieces cost
-attention. They never measure.
+attention.
 """
 
 import matplotlib.pyplot as plt
@@ -7,7 +7,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ..metrics import PARTS, REST
-from .run import WIDTH, color, plain_numbers
+from .style import (
+    THEORY,
+    WIDTH,
+    by_strategy,
+    legend_above,
+    plain_numbers,
+    stack_bars,
+    ticks_at,
+    write_beside,
+)
 
 PART_COLORS = dict(
     zip(
@@ -23,23 +32,20 @@ def against_batch_limit(rows: pd.DataFrame) -> list[Axes]:
     """Throughput, time to first token and gaps between tokens against the number of requests run at
     once, a line a strategy.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.6), layout="constrained")
+    _, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.6), layout="constrained")
     values = {
         "output tokens per second": rows["output_throughput"],
         "median time to first token (s)": rows["median_ttft_ms"] / 1000,
         "p99 gap between two tokens (ms)": rows["p99_itl_ms"],
     }
     for panel, (label, column) in zip(axes, values.items(), strict=True):
-        for strategy, part in rows.groupby("strategy", sort=False):
-            panel.plot(
-                part["batch_size"], column[part.index], "o-", color=color(strategy), label=strategy
-            )
+        for part, line in by_strategy(rows):
+            panel.plot(part["batch_size"], column[part.index], "o-", **line)
         panel.set(
             xlabel="requests run at once, at most", ylabel=label, xscale="log", ylim=(0, None)
         )
-        panel.set_xticks(sorted(set(rows["batch_size"])), sorted(set(rows["batch_size"])))
-        panel.minorticks_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        ticks_at(panel, sorted(set(rows["batch_size"])))
+    legend_above(axes[0], 4)
     return list(axes)
 
 
@@ -47,23 +53,21 @@ def where_a_step_goes(steps: pd.DataFrame) -> Axes:
     """The parts of a step as multiples of its own matrix products (dashed: the bound), a bar a
     step, its time behind it.
     """
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.4 + 0.42 * len(steps)), layout="constrained")
-    left = pd.Series(0.0, index=steps.index)
-    for part, shade in PART_COLORS.items():
-        width = (steps[part] / steps[PARTS[0]]).clip(lower=0)
-        axes.barh(steps["step"], width, left=left, color=shade, label=part)
-        left += width
-    for end, name, ms in zip(left, steps["step"], steps["step_ms"], strict=True):
-        axes.annotate(f"{ms:,.0f} ms", (end, name), (4, 0), textcoords="offset points", va="center")
-    axes.axvline(1, color="#333333", linestyle="--", linewidth=1.4)
+    _, axes = plt.subplots(figsize=(WIDTH, 1.4 + 0.42 * len(steps)), layout="constrained")
+    parts = {
+        part: ((steps[part] / steps[PARTS[0]]).clip(lower=0), shade)
+        for part, shade in PART_COLORS.items()
+    }
+    ends = stack_bars(axes, steps["step"], parts)
+    for end, name, ms in zip(ends, steps["step"], steps["step_ms"], strict=True):
+        write_beside(axes, (end, name), f"{ms:,.0f} ms")
+    axes.axvline(1, **THEORY)
     axes.set(
         xlabel="time / time of the step's matrix products at the BLAS's speed",
-        xlim=(0, left.max() * 1.12),
+        xlim=(0, ends.max() * 1.12),
     )
     axes.invert_yaxis()
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(PART_COLORS)
-    )
+    legend_above(axes, len(PART_COLORS))
     return axes
 
 

@@ -1,5 +1,5 @@
-"""Figures of where KV memory goes and what that costs: of `replay`'s rows and samples, theory
-dashed. They never measure.
+"""Figures of where KV memory goes and what that costs: of a replay's rows and samples, theory
+dashed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,23 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ..lab.theory import fifty_percent_rule
-from ..metrics import SHARES
-from .run import SHARE_COLORS, SHARE_WORDS, WIDTH, color, plain_numbers
+from .style import (
+    SHARE_COLORS,
+    THEORY,
+    WIDTH,
+    by_strategy,
+    color,
+    legend_above,
+    log2_axis,
+    plain_numbers,
+    share_parts,
+    stack_bars,
+    ticks_at,
+    write_beside,
+)
 
 FRONTIER_MARKERS = "osD^"
-DASHED = {"color": "#333333", "linestyle": "--", "linewidth": 1.4}
-# the paper's categories, its last one in the two parts that a replay can tell apart
+# The paper's categories; a replay tells two parts of the last one apart: rounding, free.
 PUBLISHED_WORDS = {
     "token": "token states",
     "reserved": "reservation: filled later",
@@ -30,7 +41,7 @@ def shares_beside_ttft(rows: pd.DataFrame) -> list[Axes]:
     """The four shares of what a strategy ties up, a bar a row, and how long its requests wait for
     their first token beside them.
     """
-    figure, axes = plt.subplots(
+    _, axes = plt.subplots(
         1,
         2,
         figsize=(WIDTH, 1.3 + 0.42 * len(rows)),
@@ -39,65 +50,68 @@ def shares_beside_ttft(rows: pd.DataFrame) -> list[Axes]:
         layout="constrained",
     )
     names = list(rows["strategy"])
-    _stack(
-        axes[0],
-        names,
-        {
-            SHARE_WORDS[share]: (100 * rows[f"{share}_share"], SHARE_COLORS[share])
-            for share in SHARES
-        },
-    )
+    _numbered_bars(axes[0], names, share_parts(rows, 100), height=0.75)
     axes[0].set_xlabel("share of the KV memory a strategy ties up (%)")
     seconds = rows["mean_ttft_ms"] / 1000
     axes[1].barh(names, seconds, color=[color(name) for name in names])
     for name, value in zip(names, seconds, strict=True):
-        axes[1].annotate(
-            f"{value:,.{1 if value < 100 else 0}f}",
-            (value, name),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-        )
+        write_beside(axes[1], (value, name), f"{value:,.{1 if value < 100 else 0}f}")
     axes[1].set_xscale("log")
     axes[1].set_xlim(seconds.min() / 3, seconds.max() * 4)
     axes[1].set_xlabel("mean time to first token (s, logarithmic)")
-    axes[1].xaxis.set_major_formatter(_plain)
+    axes[1].xaxis.set_major_formatter("{x:g}")
     axes[0].invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=4)
+    legend_above(axes[0], 4)
     return list(axes)
+
+
+def fragmentation_over_time(steps: pd.DataFrame) -> list[Axes]:
+    """External fragmentation and number of holes, a line a strategy."""
+    fragmentation, holes = _fragmentation_lines(steps, slices=200)
+    fragmentation.set_ylabel("1 - largest free run / free blocks")
+    holes.set_yscale("symlog", linthresh=10)
+    holes.set_ylabel("number of holes")
+    holes.set_ylim(0)
+    holes.yaxis.set_major_formatter("{x:g}")
+    holes.minorticks_off()
+    legend_above(fragmentation)
+    return [fragmentation, holes]
 
 
 def holes_over_time(steps: pd.DataFrame, rule_for: str) -> list[Axes]:
     """External fragmentation and number of holes, a line a strategy; dashed: Knuth's rule for the
-    requests ``rule_for`` runs.
+    number of requests that ``rule_for`` runs.
     """
-    figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 5.4), sharex=True, layout="constrained")
-    for strategy, part in steps.groupby("strategy", sort=False):
-        for panel, name in zip(axes, ("external_fragmentation", "num_holes"), strict=True):
-            panel.plot(
-                part["started_at"],
-                _smooth(part[name]),
-                color=color(strategy),
-                linewidth=1.5,
-                label=strategy,
-            )
+    fragmentation, holes = _fragmentation_lines(steps, slices=60)
     part = steps[steps["strategy"] == rule_for]
-    rule = fifty_percent_rule(_smooth(part["num_running"]))
-    axes[1].plot(
-        part["started_at"],
-        rule,
-        **DASHED,
-        label=f"half as many holes as {rule_for} runs requests (Knuth)",
-    )
-    axes[0].set(ylabel="1 - largest hole / free", ylim=(0, 1))
-    axes[1].set(ylabel="number of holes (logarithmic)", yscale="log", xlabel="virtual time (s)")
-    axes[1].yaxis.set_major_formatter(_plain)
-    axes[1].set_ylim(0.8, None)
-    axes[1].set_xlim(
-        0, steps.groupby("strategy")["ended_at"].max().median()
-    )  # not for as long as the slowest needs
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return list(axes)
+    rule = fifty_percent_rule(_running_mean(part["num_running"], 60))
+    words = f"half as many holes as {rule_for} runs requests (Knuth)"
+    holes.plot(part["started_at"], rule, **THEORY, label=words)
+    fragmentation.set_ylabel("1 - largest hole / free")
+    holes.set(yscale="log", ylabel="number of holes (logarithmic)")
+    holes.yaxis.set_major_formatter("{x:g}")
+    holes.set_ylim(0.8, None)
+    # The median end of all strategies: the slowest would squeeze the others.
+    holes.set_xlim(0, steps.groupby("strategy")["ended_at"].max().median())
+    legend_above(holes, 4)
+    return [fragmentation, holes]
+
+
+def _fragmentation_lines(steps: pd.DataFrame, slices: int) -> np.ndarray:
+    """Two panels, external fragmentation above the number of holes, a line a strategy."""
+    _, axes = plt.subplots(2, 1, figsize=(WIDTH, 5.4), sharex=True, layout="constrained")
+    for panel, name in zip(axes, ("external_fragmentation", "num_holes"), strict=True):
+        for part, line in by_strategy(steps):
+            mean = _running_mean(part[name], slices)
+            panel.plot(part["started_at"], mean, linewidth=1.5, **line)
+    axes[0].set_ylim(0, 1)
+    axes[1].set_xlabel("virtual time (s)")
+    return axes
+
+
+def _running_mean(values: pd.Series, slices: int) -> pd.Series:
+    """Mean over one of so many slices of all values around each: single samples jump about."""
+    return values.rolling(max(1, len(values) // slices), center=True, min_periods=1).mean()
 
 
 def empty_beside_theory(rows: pd.DataFrame, theory: Mapping[str, float]) -> Axes:
@@ -109,9 +123,9 @@ def empty_beside_theory(rows: pd.DataFrame, theory: Mapping[str, float]) -> Axes
     axes.barh(names, empty, color=[color(name) for name in names])
     for number, (name, value) in enumerate(zip(names, empty, strict=True)):
         at = max(value, 100 * theory.get(name, 0))
-        axes.annotate(f"{value:.1f}", (at, name), (5, 0), textcoords="offset points", va="center")
+        write_beside(axes, (at, name), f"{value:.1f}", points=5)
         if name in theory:
-            (line,) = axes.plot([100 * theory[name]] * 2, [number - 0.45, number + 0.45], **DASHED)
+            (line,) = axes.plot([100 * theory[name]] * 2, [number - 0.45, number + 0.45], **THEORY)
     if theory:
         axes.legend([line], ["theory, from the lengths alone"], loc="lower right")
     axes.set(xlabel="empty slots / slots held (%)", xlim=(0, 100))
@@ -126,10 +140,9 @@ def run_length_frontier(rows: pd.DataFrame, chosen: float | None = None) -> list
     A line a ``label``, a point a ``watermark``, which is written beside it where waiting is shown;
     grey: the ``chosen`` one.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True, layout="constrained")
-    rows = rows.assign(empty=100 * rows["empty_share"].astype(float)).dropna(
-        subset="empty"
-    )  # none where nobody ever waited
+    _, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True, layout="constrained")
+    # A row has no empty share where no request ever waited.
+    rows = rows.assign(empty=100 * rows["empty_share"].astype(float)).dropna(subset="empty")
     panels = {
         "tokens in runs of 128 or more (%)": 100 * rows["long_extent_share"],
         "tokens copied / tokens computed (%)": 100 * rows["copied_share"],
@@ -137,22 +150,7 @@ def run_length_frontier(rows: pd.DataFrame, chosen: float | None = None) -> list
         "mean time to first token (s)": rows["mean_ttft_ms"] / 1000,
     }
     for panel, (words, values) in zip(axes.flat, panels.items(), strict=True):
-        for number, (label, part) in enumerate(
-            rows.assign(value=values).groupby("label", sort=False)
-        ):
-            style = {
-                "marker": FRONTIER_MARKERS[number % 4],
-                "linestyle": ("-", ":", "-.")[number % 3],
-                "markerfacecolor": "none",
-            }
-            panel.plot(
-                part["empty"],
-                part["value"],
-                color=color(part["strategy"].iloc[0]),
-                markersize=8,
-                label=label,
-                **style,
-            )
+        _frontier_lines(panel, rows.assign(value=values))
         panel.set_ylabel(words)
         panel.set_ylim(0, 1.2 * values.max() if values.max() > 0 else 1.0)
         panel.margins(x=0.08)
@@ -161,98 +159,83 @@ def run_length_frontier(rows: pd.DataFrame, chosen: float | None = None) -> list
     axes[0, 0].set_ylim(0, 105)
     axes[1, 0].set(yscale="log", ylim=(0.8, None))
     plain_numbers(axes[1, 0].yaxis)
+    _write_watermarks(axes[1, 1], rows)
+    for panel in axes[1]:
+        panel.set_xlabel("pool left empty while requests wait (%)")
+    legend_above(axes[0, 0], 4)
+    return list(axes.flat)
+
+
+def _frontier_lines(panel: Axes, rows: pd.DataFrame) -> None:
+    for number, (label, part) in enumerate(rows.groupby("label", sort=False)):
+        panel.plot(
+            part["empty"],
+            part["value"],
+            color=color(part["strategy"].iloc[0]),
+            marker=FRONTIER_MARKERS[number % 4],
+            linestyle=("-", ":", "-.")[number % 3],
+            markerfacecolor="none",
+            markersize=8,
+            label=label,
+        )
+
+
+def _write_watermarks(panel: Axes, rows: pd.DataFrame) -> None:
+    """Each watermark once, above and below its point in turn."""
     points = rows.drop_duplicates("watermark").sort_values("watermark").to_dict("records")
     for number, row in enumerate(points):
-        place, shift = (row["empty"], row["mean_ttft_ms"] / 1000), 9 if number % 2 == 0 else -17
-        axes[1, 1].annotate(
+        panel.annotate(
             f"{100 * row['watermark']:g} %",
-            place,
-            (0, shift),
+            (row["empty"], row["mean_ttft_ms"] / 1000),
+            (0, 9 if number % 2 == 0 else -17),
             textcoords="offset points",
             ha="center",
             fontsize=9,
         )
-    for panel in axes[1]:
-        panel.set_xlabel("pool left empty while requests wait (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return list(axes.flat)
 
 
 def published_beside_ours(published: pd.DataFrame, ours: pd.DataFrame) -> Axes:
     """Two bars a system (the index of both frames), each a share of the whole pool: as published,
     and as replayed.
     """
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.85 * len(ours)), layout="constrained")
+    _, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.85 * len(ours)), layout="constrained")
     at = np.arange(len(ours), dtype=float)
-    paper = {name: (100 * published[name], PUBLISHED_COLORS[name]) for name in published}
-    _stack(
-        axes,
-        at - 0.2,
-        {f"_{name}": part for name, part in paper.items()},
-        height=0.34,
-        edgecolor="#333333",
-        linewidth=0.8,
-    )
-    for bar in axes.containers[-1]:  # the paper's last category, of which it prints no parts
+    paper = {f"_{name}": (100 * published[name], PUBLISHED_COLORS[name]) for name in published}
+    _numbered_bars(axes, at - 0.2, paper, height=0.34, edgecolor="#333333", linewidth=0.8)
+    for bar in axes.containers[-1]:  # the paper's last category, printed without its parts
         bar.set(hatch="///", edgecolor=PUBLISHED_COLORS["free"])
     axes.containers[-1].set_label("paper: external & others")
     replayed = {
         words: (100 * ours[name], PUBLISHED_COLORS[name]) for name, words in PUBLISHED_WORDS.items()
     }
-    _stack(axes, at + 0.2, replayed, height=0.34)
+    _numbered_bars(axes, at + 0.2, replayed, height=0.34)
     axes.set_yticks(
         np.concatenate([at - 0.2, at + 0.2]),
         [*(f"{name}: paper" for name in published.index), *["replay"] * len(ours)],
     )
-    axes.set(xlabel="share of the whole KV pool (%)", xlim=(0, 100))
+    axes.set_xlabel("share of the whole KV pool (%)")
     axes.invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=3)
+    legend_above(axes, 3)
     return axes
 
 
-def _stack(
-    axes: Axes, places, parts: Mapping[str, tuple[pd.Series, str]], height: float = 0.75, **style
-) -> None:
-    """Horizontal bars of parts end to end; a part of 4 % or more has its number in it."""
-    left = np.zeros(len(places))
-    for label, (values, colour) in parts.items():
-        values = values.to_numpy(float)
-        axes.barh(places, values, left=left, height=height, color=colour, label=label, **style)
-        for place, start, value in zip(places, left, values, strict=True):
-            if value >= 4:
-                ink = (
-                    "white"
-                    if colour in (SHARE_COLORS["token"], SHARE_COLORS["external"])
-                    else "#222222"
-                )
-                box = (
-                    {"facecolor": "white", "edgecolor": "none", "pad": 1}
-                    if colour == "#ffffff"
-                    else None
-                )
-                axes.text(
-                    start + value / 2,
-                    place,
-                    f"{value:.1f}",
-                    ha="center",
-                    va="center",
-                    color=ink,
-                    fontsize=9,
-                    bbox=box,
-                )
-        left += values
+def _numbered_bars(axes: Axes, places, parts: Mapping[str, tuple[pd.Series, str]], **style) -> None:
+    """`stack_bars` of percentages; a part of 4 % or more has its number in it."""
+    before = len(axes.containers)
+    stack_bars(axes, places, parts, **style)
+    for bars, (values, shade) in zip(axes.containers[before:], parts.values(), strict=True):
+        dark = shade in (SHARE_COLORS["token"], SHARE_COLORS["external"])
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # on hatching
+        axes.bar_label(
+            bars,
+            [f"{value:.1f}" if value >= 4 else "" for value in values],
+            label_type="center",
+            color="white" if dark else "#222222",
+            fontsize=9,
+            bbox=paper if shade == PUBLISHED_COLORS["others"] else None,
+        )
     axes.set_xlim(0, 100)
     axes.grid(axis="y", visible=False)
-
-
-def _plain(value: float, _) -> str:
-    """1000 for ten to the third."""
-    return f"{value:g}"
-
-
-def _smooth(values: pd.Series) -> pd.Series:
-    """A running mean over a sixtieth of the time: single samples jump about."""
-    return values.rolling(max(1, len(values) // 60), center=True, min_periods=1).mean()
 
 
 def kv_bytes_by_context(table: pd.DataFrame, contexts: Sequence[int], memory_gb: float) -> Axes:
@@ -268,7 +251,7 @@ def kv_bytes_by_context(table: pd.DataFrame, contexts: Sequence[int], memory_gb:
             markersize=4,
             label=", ".join(alike),
         )
-    axes.axhline(memory_gb, color="#333333", linestyle="--", linewidth=1.4)
+    axes.axhline(memory_gb, **THEORY)
     axes.annotate(
         "memory for K and V", (contexts[0], memory_gb), (0, 4), textcoords="offset points"
     )
@@ -278,8 +261,7 @@ def kv_bytes_by_context(table: pd.DataFrame, contexts: Sequence[int], memory_gb:
         xlabel="tokens held, of all sequences (logarithmic)",
         ylabel="K and V in float16, GB (logarithmic)",
     )
-    axes.set_xticks(contexts, [f"{tokens:,}" for tokens in contexts])
-    axes.minorticks_off()
+    ticks_at(axes, contexts, "{:,}")
     plain_numbers(axes.yaxis)
     axes.legend()
     return axes
@@ -318,12 +300,8 @@ def four_granularities(
             {"linthresh": values.index[values.index > 0].min() / 2} if 0 in values.index else {}
         )
         panel.set_xscale("symlog" if linear else "log", base=2, **linear)
-        panel.set_xticks(
-            list(values.index)[:: 1 + len(values) // 6],
-            [str(size) for size in list(values.index)[:: 1 + len(values) // 6]],
-        )
-        panel.minorticks_off()
-    axes[0].plot(theory.index, 100 * theory, **DASHED)
+        ticks_at(panel, values.index[:: 1 + len(values) // 6])
+    axes[0].plot(theory.index, 100 * theory, **THEORY)
     return list(axes)
 
 
@@ -332,21 +310,12 @@ def shares_by_workload(rows: pd.DataFrame) -> list[Axes]:
     first token.
     """
     workloads = list(dict.fromkeys(rows["workload"]))
-    figure, axes = plt.subplots(
+    _, axes = plt.subplots(
         1, len(workloads), figsize=(WIDTH, 3.2), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, workload in zip(axes[0], workloads, strict=True):
         part = rows[rows["workload"] == workload]
-        left = np.zeros(len(part))
-        for share in SHARES:
-            panel.barh(
-                part["strategy"],
-                part[f"{share}_share"],
-                left=left,
-                color=SHARE_COLORS[share],
-                label=SHARE_WORDS[share],
-            )
-            left += part[f"{share}_share"].to_numpy()
+        stack_bars(panel, part["strategy"], share_parts(part))
         for strategy, ms in zip(part["strategy"], part["mean_ttft_ms"], strict=True):
             panel.annotate(
                 f"{ms / 1000:,.1f} s", (1.02, strategy), va="center", annotation_clip=False
@@ -357,7 +326,7 @@ def shares_by_workload(rows: pd.DataFrame) -> list[Axes]:
             xlabel=f"{workload}: share of the memory tied up\n(behind: mean time to first token)",
         )
     axes[0][0].invert_yaxis()
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    legend_above(axes[0][0], 4)
     return list(axes[0])
 
 
@@ -367,24 +336,14 @@ def prefix_hits(rows: pd.DataFrame) -> list[Axes]:
     """
     _, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True, layout="constrained")
     words = {"block_size": "block size (slots)", "pool_slots": "pool (slots)"}
-    for panel, (x, line) in zip(
-        axes, (("block_size", "pool_slots"), ("pool_slots", "block_size")), strict=True
-    ):
-        of_line = list(rows.groupby(line))
-        for shade, (value, part) in zip(
-            plt.colormaps["viridis"](np.linspace(0, 0.9, len(of_line))), of_line, strict=True
-        ):
-            panel.plot(
-                part[x],
-                100 * part["prefix_hit_tokens_rate"],
-                "o-",
-                markersize=4,
-                color=shade,
-                label=f"{value:,}",
-            )
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(sorted(set(rows[x])), [f"{value:,}" for value in sorted(set(rows[x]))])
-        panel.minorticks_off()
+    for panel, x, line in zip(axes, words, reversed(words), strict=True):
+        values = sorted(set(rows[line]))
+        shades = plt.colormaps["viridis"](np.linspace(0, 0.9, len(values)))
+        for value, shade in zip(values, shades, strict=True):
+            part = rows[rows[line] == value]
+            found = 100 * part["prefix_hit_tokens_rate"]
+            panel.plot(part[x], found, "o-", markersize=4, color=shade, label=f"{value:,}")
+        log2_axis(panel, sorted(set(rows[x])), "{:,}")
         panel.set(xlabel=words[x], ylim=(0, 100))
         panel.legend(title=words[line], fontsize=8)
     axes[0].set_ylabel("prompt tokens found in the cache (%)")

@@ -1,11 +1,10 @@
-"""Interactive views for notebooks. Pictures go into one `ipywidgets.Image`, drawn once and updated;
-errors show in the page.
+"""Interactive views for notebooks. A view draws into one `ipywidgets.Image` and updates it; errors
+show in the page.
 """
 
 import html
 import io
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import ipywidgets
@@ -19,34 +18,34 @@ from PIL import Image
 from .. import plots
 from ..allocators import STRATEGIES
 from ..errors import BadInput
-from ..metrics import SHARES
-from ..replay.simulation import Replay, replay, tables
+from ..replay import Replay, replay, tables
 from ..workloads import traces
 from ..workloads.synthetic import WorkItem, default_max_seq_len, make_workload
+from .style import share_legend, stack_over_time
 
 
 def block_map_slider(steps: pd.DataFrame) -> ipywidgets.VBox:
     """The block maps of all strategies on one clock, with a slider over time.
 
-    ``steps`` is the steps table of a bench run; its first repeat is shown. The slider is a play
-    position in seconds.
+    ``steps``: the steps table of a bench run, whose first repeat is shown. The slider's unit is
+    seconds.
     """
     steps = steps[(steps["repeat"] == 0) & steps["extents"].notna()]
     parts = {name: part for name, part in steps.groupby("strategy", sort=False)}
     with plt.ioff():
         axes = plots.block_map(steps, at=0.0)
     figure = axes[0].figure
-    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
+    picture, message = _picture(), ipywidgets.HTML()
+    end = float(steps["ended_at"].max())
     slider = ipywidgets.FloatSlider(
         value=0,
         min=0,
-        max=float(steps["ended_at"].max()),
-        step=float(steps["ended_at"].max()) / 200,
+        max=end,
+        step=end / 200,
         description="time (s)",
         readout_format=".2f",
         layout=ipywidgets.Layout(width="70%"),
     )
-    message = ipywidgets.HTML()
 
     def draw(at: float) -> None:
         try:
@@ -55,7 +54,7 @@ def block_map_slider(steps: pd.DataFrame) -> ipywidgets.VBox:
             png = io.BytesIO()
             figure.savefig(png, format="png", dpi=80)
             picture.value, message.value = png.getvalue(), ""
-        except Exception as error:  # a widget callback that raises shows nowhere by itself
+        except Exception as error:  # an error in a widget's callback shows nowhere by itself
             message.value = f"<b>could not draw: {type(error).__name__}: {error}</b>"
 
     slider.observe(lambda change: draw(change["new"]), names="value")
@@ -64,20 +63,24 @@ def block_map_slider(steps: pd.DataFrame) -> ipywidgets.VBox:
     return ipywidgets.VBox([slider, picture, message])
 
 
+def _picture() -> ipywidgets.Image:
+    return ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
+
+
 # --- the explorer ---------------------------------------------------------------------------------
 
 NUM_FRAMES = 400  # of the slider, over the longer of the two replays
-LISTED = 8  # live sequences in a table: those that hold most
+LISTED = 8  # live sequences in a table: those that hold most blocks
 EXPLORED = ("lognormal", "chat", "heavy-tail")
-# JupyterLab and Voila align them each in its own way
+# Style of a table's cells: JupyterLab and Voila differ in how they align cells without one.
 CELL = '<{} style="text-align:right;padding:0 .6em">'
 COLUMNS = ("sequence", "tokens", "of", "blocks", "extents")
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A sample of a replay: who holds each block (-1: free), and what lives, ``[(number, tokens,
-    of, blocks, extents)]``.
+    """A sample of a replay. ``owners``: for every block the number of the request that holds it, -1
+    where free. ``live``: a row a live sequence, its values as in `COLUMNS`.
     """
 
     at: float  # seconds
@@ -87,44 +90,30 @@ class Moment:
 
 
 class Recorded(Replay):
-    """A replay that takes down the block tables with every sample."""
+    """A replay that takes down the block tables at each of its samples."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, strategy: str, **options):
+        super().__init__(strategy, on_sample=Recorded._take_down, **options)
         self._moments: dict[float, Moment] = {}
 
     @property
     def moments(self) -> list[Moment]:
         return [self._moments[sample["started_at"]] for sample in self.samples]
 
-    def _sample(self, unusable: int, dt: int) -> None:
-        super()._sample(unusable, dt)
-        sample = self.samples[-1]
+    def _take_down(self, sample: dict, ahead: int) -> None:
         owners = np.full(self.blocks.num_blocks, -1, dtype=np.int32)
         live, held = [], []
-        ahead = round(
-            (sample["started_at"] * 1e9 - self.now) / dt
-        )  # of the steps that are taken in one jump
         for request in self.scheduler.running:
-            number = int("".join(filter(str.isdigit, request.id)))
-            extents = request.table.all_extents
-            held.append((request.id, [(extent.start, extent.num_blocks) for extent in extents]))
+            number, extents = int(request.id[1:]), request.table.all_extents
+            held += [[number, extent.start, extent.num_blocks] for extent in extents]
             for extent in extents:
                 owners[extent.start : extent.end] = number
-            tokens = request.num_tokens + (ahead if request.base is not None else 0)
-            live.append(
-                (
-                    number,
-                    tokens,
-                    len(request.prompt) + request.output_length,
-                    request.table.num_blocks,
-                    len(extents),
-                )
-            )
-        sample["extents"] = json.dumps(held)  # as the steps of a bench run have them
-        self._moments[sample["started_at"]] = Moment(
-            sample["started_at"], owners, live, sample["num_waiting"]
-        )
+            tokens = request.num_tokens + (ahead if request.decoding_since is not None else 0)
+            last = len(request.prompt) + request.output_length
+            live.append((number, tokens, last, request.table.num_blocks, len(extents)))
+        sample["extents"] = held  # in the form of a bench run's steps
+        at = sample["started_at"]
+        self._moments[at] = Moment(at, owners, live, sample["num_waiting"])
 
 
 def record(
@@ -151,8 +140,8 @@ def record(
 class Stage:
     """Two replays side by side on one clock: block map above, shares of memory with a cursor below.
 
-    Axes, shares and labels are drawn once; a frame restores them and draws the maps, their titles
-    and the cursors again.
+    Axes, shares and labels are drawn once; a frame restores their pixels and draws maps, titles and
+    cursors upon them.
     """
 
     def __init__(self, runs: Sequence[Recorded]):
@@ -162,8 +151,7 @@ class Stage:
         figure = Figure(figsize=(plots.WIDTH, 5.2), dpi=100, layout="constrained")
         axes = figure.subplots(2, len(runs), sharex="row", sharey="row")
         self._canvas, self._moving = FigureCanvasAgg(figure), []
-        maps, below = axes
-        for panel, graph, (name, moments) in zip(maps, below, self._runs, strict=True):
+        for panel, graph, (name, moments) in zip(*axes, self._runs, strict=True):
             image = panel.imshow(
                 plots.map_image(moments[0].owners),
                 aspect="auto",
@@ -172,38 +160,24 @@ class Stage:
             )
             panel.set(xticks=[], yticks=[])
             title = panel.set_title(" ", loc="left", color=plots.color(name), animated=True)
-            times, layers = plots.share_steps(samples[samples["strategy"] == name])
-            graph.stackplot(
-                times,
-                layers,
-                colors=[plots.SHARE_COLORS[share] for share in SHARES],
-                step="post",
-                linewidth=0,
-            )
+            stack_over_time(graph, samples[samples["strategy"] == name])
             graph.set(xlabel="time (s)", xlim=(0, self.end))
-            self._moving.append(
-                (image, title, graph.axvline(0, color="black", linewidth=1.2, animated=True))
-            )
-        below[0].set_ylabel("KV slots (tokens)")
-        handles = [plt.Rectangle((0, 0), 1, 1, color=plots.SHARE_COLORS[share]) for share in SHARES]
-        figure.legend(
-            handles,
-            [plots.SHARE_WORDS[share] for share in SHARES],
-            loc="outside lower center",
-            ncols=4,
-            fontsize=9,
-        )
+            cursor = graph.axvline(0, color="black", linewidth=1.2, animated=True)
+            self._moving.append((image, title, cursor))
+        axes[1][0].set_ylabel("KV slots (tokens)")
+        figure.legend(*share_legend(), loc="outside lower center", ncols=4, fontsize=9)
         self._canvas.draw()
         self._still = self._canvas.copy_from_bbox(figure.bbox)
 
     def moments(self, at: float) -> list[tuple[str, Moment]]:
-        """Each strategy's last moment that had begun ``at`` seconds."""
+        """Each strategy's last moment begun by ``at`` seconds."""
         return [
             (name, moments[max(0, np.searchsorted([each.at for each in moments], at, "right") - 1)])
             for name, moments in self._runs
         ]
 
     def png(self, at: float) -> bytes:
+        """The frame of ``at`` seconds."""
         self._canvas.restore_region(self._still)
         for (name, moment), (image, title, cursor) in zip(
             self.moments(at), self._moving, strict=True
@@ -224,17 +198,14 @@ class Stage:
         return file.getvalue()
 
     def listed(self, at: float) -> str:
-        """The live sequences that hold most, as HTML, a table a strategy."""
+        """The live sequences that hold most blocks, as HTML, a table a strategy."""
         parts = []
         for name, moment in self.moments(at):
             most = sorted(moment.live, key=lambda each: -each[3])[:LISTED]
             table = pd.DataFrame(most, columns=COLUMNS).to_html(index=False, border=0)
             table = table.replace("<td>", CELL.format("td")).replace("<th>", CELL.format("th"))
-            more = (
-                f"<br>and {len(moment.live) - len(most)} more"
-                if len(moment.live) > len(most)
-                else ""
-            )
+            num_more = len(moment.live) - len(most)
+            more = f"<br>and {num_more} more" if num_more else ""
             parts.append(
                 f'<div style="margin-right:4em"><b style="color:{plots.color(name)}">'
                 f"{html.escape(name)}</b>{table}{more}</div>"
@@ -243,7 +214,7 @@ class Stage:
 
 
 def explored(name: str, num_requests: int, request_rate: float, seed: int) -> list[WorkItem]:
-    """A workload made at ``request_rate``, or the beginning of a trace, at its own times."""
+    """A workload made at ``request_rate``, or the beginning of a trace with its own arrivals."""
     if name in traces.KNOWN:
         return traces.load_trace(name, seed)[:num_requests]
     return make_workload(name, num_requests, seed=seed, request_rate=request_rate)
@@ -258,34 +229,67 @@ def explorer(
     num_blocks: str = "60%",
     seed: int = 1,
 ) -> ipywidgets.VBox:
-    """Choose a workload or trace, two strategies, a block size and a pool; play, pause and scrub
-    through both replays on one clock.
+    """Choose a workload, two strategies, a block size, a pool; play both replays on one clock.
 
-    A trace (those that are on this machine are offered) is its first ``num_requests``, at its own
-    times. What goes wrong is shown in the page: the children are controls, player, picture, tables
-    and message.
+    A trace (those on this machine are offered) is its first ``num_requests``, with its own
+    arrivals. Errors show in the page. Children: controls, player, picture, tables, message.
     """
-    wide = {"layout": ipywidgets.Layout(width="15em"), "style": {"description_width": "5em"}}
+    chosen = _controls(workload, strategies, block_size, num_blocks)
+    player, slider = _player()
+    picture, listing, message = _picture(), ipywidgets.HTML(), ipywidgets.HTML()
+    stage: list[Stage] = []  # at most one: the stage on show
+
+    def show(work) -> None:
+        try:
+            work()
+            at = stage[0].end * slider.value / NUM_FRAMES
+            picture.value, listing.value, message.value = stage[0].png(at), stage[0].listed(at), ""
+        except Exception as error:  # an error in a widget's callback shows nowhere by itself
+            message.value = f"<b>{type(error).__name__}: {html.escape(str(error))}</b>"
+
+    def replayed() -> None:
+        names = chosen["left"].value, chosen["right"].value
+        if len(set(names)) < 2:
+            raise BadInput(f"left and right are both {names[0]}: choose two strategies")
+        items = explored(chosen["workload"].value, num_requests, request_rate, seed)
+        stage[:] = [Stage(record(items, names, chosen["block_size"].value, chosen["pool"].value))]
+
+    for control in chosen.values():
+        control.observe(lambda _: show(replayed), names="value")
+    slider.observe(lambda _: show(lambda: None), names="value")
+    show(replayed)
+    controls = ipywidgets.HBox(list(chosen.values()))
+    controls.layout.flex_flow = "row wrap"
+    return ipywidgets.VBox([controls, player, picture, listing, message])
+
+
+def _controls(
+    workload: str, strategies: tuple[str, str], block_size: int, num_blocks: str
+) -> dict[str, ipywidgets.Dropdown]:
+    """The explorer's dropdowns by name; what was given is the value of each."""
+
+    def dropdown(description: str, options: Iterable, value) -> ipywidgets.Dropdown:
+        return ipywidgets.Dropdown(
+            options=list(options),
+            value=value,
+            description=description,
+            layout=ipywidgets.Layout(width="15em"),
+            style={"description_width": "5em"},
+        )
+
     sizes = sorted({1, 4, 8, 16, 32, 64, 128, block_size})
-    pools = list(dict.fromkeys([num_blocks, "30%", "45%", "60%", "80%", "100%"]))
-    chosen = {
-        "workload": ipywidgets.Dropdown(
-            options=[*EXPLORED, *traces.known_here()],
-            value=workload,
-            description="workload",
-            **wide,
-        ),
-        "left": ipywidgets.Dropdown(
-            options=list(STRATEGIES), value=strategies[0], description="left", **wide
-        ),
-        "right": ipywidgets.Dropdown(
-            options=list(STRATEGIES), value=strategies[1], description="right", **wide
-        ),
-        "block_size": ipywidgets.Dropdown(
-            options=sizes, value=block_size, description="block size", **wide
-        ),
-        "pool": ipywidgets.Dropdown(options=pools, value=num_blocks, description="pool", **wide),
+    pools = dict.fromkeys([num_blocks, "30%", "45%", "60%", "80%", "100%"])
+    return {
+        "workload": dropdown("workload", [*EXPLORED, *traces.known_here()], workload),
+        "left": dropdown("left", STRATEGIES, strategies[0]),
+        "right": dropdown("right", STRATEGIES, strategies[1]),
+        "block_size": dropdown("block size", sizes, block_size),
+        "pool": dropdown("pool", pools, num_blocks),
     }
+
+
+def _player() -> tuple[ipywidgets.HBox, ipywidgets.IntSlider]:
+    """Play button and slider over `NUM_FRAMES`, tied to each other; the slider by itself, too."""
     play = ipywidgets.Play(min=0, max=NUM_FRAMES, interval=150)
     slider = ipywidgets.IntSlider(
         min=0,
@@ -295,30 +299,4 @@ def explorer(
         layout=ipywidgets.Layout(width="60%"),
     )
     ipywidgets.jslink((play, "value"), (slider, "value"))
-    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
-    listing, message = ipywidgets.HTML(), ipywidgets.HTML()
-    stage: list[Stage] = []  # the one on show
-
-    def show(work) -> None:
-        try:
-            work()
-            at = stage[0].end * slider.value / NUM_FRAMES
-            picture.value, listing.value, message.value = stage[0].png(at), stage[0].listed(at), ""
-        except Exception as error:  # a widget callback that raises shows nowhere by itself
-            message.value = f"<b>{type(error).__name__}: {html.escape(str(error))}</b>"
-
-    def replayed() -> None:
-        names = chosen["left"].value, chosen["right"].value
-        if names[0] == names[1]:
-            raise BadInput(f"left and right are both {names[0]}: choose two strategies")
-        items = explored(chosen["workload"].value, num_requests, request_rate, seed)
-        stage[:] = [Stage(record(items, names, chosen["block_size"].value, chosen["pool"].value))]
-
-    for control in chosen.values():
-        control.observe(lambda _: show(replayed), names="value")
-    slider.observe(lambda _: show(lambda: None), names="value")
-    show(replayed)
-    controls = ipywidgets.HBox(
-        list(chosen.values()), layout=ipywidgets.Layout(flex_flow="row wrap")
-    )
-    return ipywidgets.VBox([controls, ipywidgets.HBox([play, slider]), picture, listing, message])
+    return ipywidgets.HBox([play, slider]), slider

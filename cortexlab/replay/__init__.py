@@ -2,7 +2,7 @@
 tensors.
 """
 
-from .simulation import Replay, reference, replay, tables
-from .step_time import StepTime
-
-__all__ = ["Replay", "StepTime", "reference", "replay", "tables"]
+from ..options import ReplayOptions
+from .simulation import Replay, replay
+from .step_time import StepTime, reference
+from .tables import tables

@@ -1,4 +1,4 @@
-"""How long a step takes: an affine model in tokens and sequences, given by hand or fitted to the
+"""Duration of a step: an affine function of its tokens and sequences, given by hand or fitted to
 steps that `bench` ran.
 """
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from ..errors import BadInput, shown
 
-SECOND = 1_000_000_000  # in nanoseconds, the unit of the replay's clock
+SECOND = 1_000_000_000  # nanoseconds: the unit of the replay's clock
 FIELDS = ("base_s", "token_s", "sequence_s")
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds a step takes: ``base_s + token_s * tokens + sequence_s * sequences``."""
+    """Seconds of a step: ``base_s + token_s * tokens + sequence_s * sequences``."""
 
     base_s: float
     token_s: float
@@ -40,11 +40,12 @@ class StepTime:
 
     @property
     def nanoseconds(self) -> tuple[int, int, int]:
+        """The three coefficients in whole nanoseconds."""
         return tuple(round(getattr(self, name) * SECOND) for name in FIELDS)
 
     @staticmethod
     def load(path: str | Path) -> "StepTime":
-        """From the JSON that ``cortexlab bench`` writes beside its results (``step_time.json``)."""
+        """Read ``step_time.json``, which ``cortexlab bench`` writes beside its results."""
         try:
             found = json.loads(Path(path).read_text())
         except OSError as error:
@@ -57,11 +58,11 @@ class StepTime:
 
     @staticmethod
     def fit(steps: Sequence[tuple[float, int, int]]) -> tuple["StepTime", float]:
-        """Least squares over ``(seconds, tokens, sequences)`` of steps, no coefficient below 0; and
-        R squared.
+        """Non-negative least squares over the steps' ``(seconds, tokens, sequences)``; returns the
+        fit and its R squared.
 
-        Of all subsets of coefficients whose fit has none below 0, the best: for three that is the
-        exact solution of NNLS (Lawson and Hanson 1974).
+        Every subset of the three coefficients is fitted, and the best fit without a negative
+        coefficient wins: the exact solution of NNLS (Lawson and Hanson 1974).
         """
         if not steps:
             raise BadInput("no steps to fit a step time to")
@@ -79,3 +80,7 @@ class StepTime:
 
     def to_json(self, **notes) -> str:
         return json.dumps(asdict(self) | notes, indent=2)
+
+
+# About 40 ms at 60 sequences and 6,000 prompt tokens a second.
+reference = StepTime(base_s=0.030, token_s=0.000_01, sequence_s=0.000_1)

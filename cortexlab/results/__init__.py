@@ -1,5 +1,3 @@
 """Results on disk, sweeps over parameters, and what a result says."""
 
 from .store import read_rows
-
-__all__ = ["read_rows"]

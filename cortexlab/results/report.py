@@ -1,5 +1,5 @@
-"""What a result says: one page of its own, or what differs between two. Reads `cortexlab.results`,
-measures nothing.
+"""One page about a result, or what differs between two results. Reads stored results, measures
+nothing.
 """
 
 import base64
@@ -14,32 +14,11 @@ from PIL import Image
 
 from .. import plots
 from ..errors import BadInput, shown
-from ..metrics import median_interval
-from . import store as results
+from ..metrics import COLUMNS, median_interval
+from . import store
 
-MEASURES = {  # how a page calls them
-    "output_throughput": "output tokens/s",
-    "request_throughput": "requests/s",
-    "mean_ttft_ms": "TTFT, mean (ms)",
-    "median_ttft_ms": "TTFT, median (ms)",
-    "p99_ttft_ms": "TTFT, p99 (ms)",
-    "median_tpot_ms": "TPOT, median (ms)",
-    "p99_itl_ms": "ITL, p99 (ms)",
-    "goodput_2000_100": "requests/s in time (2 s, 100 ms)",
-    "goodput_500_30": "requests/s in time (500 ms, 30 ms)",
-    "token_share": "token share",
-    "reserved_share": "reserved share",
-    "internal_share": "internal share",
-    "external_share": "external share",
-    "external_fragmentation": "external fragmentation",
-    "utilization": "utilization",
-    "extents_per_sequence": "extents a sequence",
-    "long_extent_share": "tokens in long extents (share)",
-    "prefix_hit_rate": "prefix hits (share)",
-    "copied_bytes": "copied (bytes)",
-    "copied_blocks": "copied (blocks)",
-    "peak_kv_bytes": "peak KV (bytes)",
-    "num_preemptions": "preemptions",
+MEASURES = {  # what a page shows, in the page's order: output tokens/s, then the table's order
+    name: COLUMNS[name].label for name in ("output_throughput", *COLUMNS) if COLUMNS[name].words
 }
 CAPTIONS = {
     "memory": "KV memory over time",
@@ -51,8 +30,8 @@ CAPTIONS = {
     "block_size": "By block size",
     "sweep": "What was swept",
 }
-REPEATED = ("param_seed", "seed")  # rows that differ in nothing else are repeats
-UNTOLD = ("date", "name", "out", "overwrite", "json")  # differ from run to run and say nothing
+SEED = "param_seed"  # rows that differ in their seed alone are repeats
+UNTOLD = ("date", "name", "out", "overwrite", "json")  # settings that change no figure
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -83,36 +62,34 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """``value, low, high`` of each measure by what names a row: strategy, block size, swept
     parameters.
 
-    Rows that share these are repeats (other seeds): their median and its 95 % interval. A single
-    row brings the interval of its own repeats, where it was measured more than once.
+    Rows of one name are repeats (other seeds): their median and its 95 % interval. A single row
+    brings the interval of its own repeats, where it was measured more than once.
     """
     keys = [name for name in ("strategy", "block_size") if name in rows]
     keys += [
         name
         for name in rows
-        if name.startswith("param_")
-        and name not in REPEATED
-        and name.removeprefix("param_") not in keys
+        if name.startswith("param_") and name != SEED and _bare(name) not in keys
     ]
+    if "block_size" in keys:
+        rows = rows.astype({"block_size": "Int64"})  # whole numbers beside mlx-lm's null
     found = []
-    for which, part in rows.astype(
-        {name: "Int64" for name in keys if name == "block_size"}
-    ).groupby(keys, dropna=False):
+    for which, part in rows.groupby(keys, dropna=False):
         for measure in (name for name in MEASURES if name in rows):
-            values = part[measure].dropna().tolist()
-            if not values:
+            values = part[measure].dropna()
+            if values.empty:
                 continue
-            given = [part.iloc[0].get(f"{measure}_{end}") for end in ("low", "high")]
-            low, high = (median_interval(values) or (None, None)) if len(values) > 1 else given
-            found.append((*which, measure, float(pd.Series(values).median()), low, high))
-    table = pd.DataFrame(found, columns=[*keys, "measure", "value", "low", "high"]).set_index(
-        [*keys, "measure"]
-    )
-    return table.astype(float)  # None is nan
+            low, high = (part.iloc[0].get(f"{measure}_{end}") for end in ("low", "high"))
+            if len(values) > 1:
+                low, high = median_interval(values)
+            found.append((*which, measure, values.median(), low, high))
+    index = [*keys, "measure"]
+    table = pd.DataFrame(found, columns=[*index, "value", "low", "high"]).set_index(index)
+    return table.astype(float)  # None becomes NaN
 
 
 def common(*tables: pd.DataFrame) -> dict:
-    """What names the rows of summaries and is the same in all of them."""
+    """The part of the names of summaries' rows that all rows share."""
     names = pd.concat([table.index.to_frame(index=False) for table in tables]).drop(
         columns=["strategy", "measure"], errors="ignore"
     )
@@ -126,25 +103,20 @@ def comparison(first: Path, second: Path, width: int = 120) -> str:
     """What differs, in lines of at most ``width``: settings, machine, and each measure with both
     values and their ratio.
     """
-    runs = [results.read(folder) for folder in (first, second)]
-    lines = [f"A  {first}", f"B  {second}"]
-    told = [_flat(run["run"]) for run in runs]
-    for name in sorted(told[0].keys() | told[1].keys()):
-        a, b = (each.get(name) for each in told)
-        if a != b:
-            lines += _wrapped(f"{name}: {a} | {b}", width)
-    tables = [summary(run["rows"]) for run in runs]
-    if tables[0].index.names != tables[1].index.names:
+    a, b = store.read(first), store.read(second)
+    lines = [f"A  {first}", f"B  {second}", *_settings(a["run"], b["run"], width)]
+    tables = [summary(run["rows"]) for run in (a, b)]
+    names = [", ".join(table.index.names[:-1]) for table in tables]
+    if names[0] != names[1]:
         raise BadInput(
-            f"{first} and {second} cannot be compared: their rows are named by {_words(tables[0])} "
-            f"and by {_words(tables[1])}"
+            f"{first} and {second} cannot be compared: their rows are named by {names[0]} and by "
+            f"{names[1]}"
         )
     same = common(*tables)
     both = tables[0].merge(tables[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
     for letter, table in zip("AB", tables, strict=True):
-        if alone := sorted(
-            {_name(table, index, same) for index in table.index.difference(both.index)}
-        ):
+        unmatched = table.index.difference(both.index)
+        if alone := sorted({_name(table, index, same) for index in unmatched}):
             lines += _wrapped(f"only in {letter}: {'; '.join(alone)}", width)
     differ = both[both["value_a"] != both["value_b"]]
     lines += [
@@ -152,19 +124,25 @@ def comparison(first: Path, second: Path, width: int = 120) -> str:
         f"{len(both) - len(differ)} of {len(both)} figures are equal"
         + (";  * intervals apart" if len(differ) else ""),
     ]
-    for digits, interval in (
-        (4, True),
-        (3, True),
-        (3, False),
-    ):  # the first that fits, or else the last
+    for digits, interval in ((4, True), (3, True), (3, False)):  # the first that fits, or the last
         table = _differences(differ, same, digits, interval)
         if max(map(len, table), default=0) <= width:
             break
     return "\n".join(lines + table + ["intervals left out for width"] * (not interval))
 
 
+def _settings(first: dict, second: dict, width: int) -> list[str]:
+    """Lines of the settings and machine facts that two runs do not share."""
+    a, b = _flat(first), _flat(second)
+    lines = []
+    for name in sorted(a.keys() | b.keys()):
+        if a.get(name) != b.get(name):
+            lines += _wrapped(f"{name}: {a.get(name)} | {b.get(name)}", width)
+    return lines
+
+
 def _differences(differ: pd.DataFrame, same: dict, digits: int, interval: bool) -> list[str]:
-    """The lines of a table: what names the rows, and below it their measures."""
+    """The lines of a table: a name, and below it the measures of the rows of that name."""
     cells, heads = [("", "A", "B", "B/A")], {}
     for index, row in differ.iterrows():
         heads.setdefault(_name(differ, index, same), len(cells))
@@ -172,18 +150,13 @@ def _differences(differ: pd.DataFrame, same: dict, digits: int, interval: bool) 
         cells.append(
             (
                 f"  {index[-1]}",
-                *(_value(row, end, digits, interval) for end in "ab"),
+                *(_value(row, end, digits, interval) for end in ("_a", "_b")),
                 ratio + (" *" if _apart(row) else "  "),
             )
         )
     widths = [max(len(line[i]) for line in cells) for i in range(4)]
     lines = [
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)),
-            ]
-        )
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in cells
     ]
     for head, at in reversed(heads.items()):
@@ -197,53 +170,47 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def _flat(run: dict) -> dict:
     """A run's settings and machine, by dotted names."""
-    flat = (
-        pd.json_normalize(
-            {name: run.get(name, {}) for name in ("arguments", "spec", "environment")}
-        )
-        .iloc[0]
-        .to_dict()
-    )
+    told = {name: run.get(name, {}) for name in ("arguments", "spec", "environment")}
+    flat = pd.json_normalize(told).iloc[0]
     return {
         name: str(value) for name, value in flat.items() if name.rpartition(".")[2] not in UNTOLD
     }
 
 
 def _name(table: pd.DataFrame, index: tuple, same: dict) -> str:
-    """What names a row, without what names all of them."""
+    """A row's name, without the part that all rows share."""
     told = {
         name: value
         for name, value in zip(table.index.names[:-1], index[:-1], strict=True)
         if name not in same and pd.notna(value)
     }
     return ", ".join(
-        str(value) if name == "strategy" else f"{name.removeprefix('param_')} {value}"
+        str(value) if name == "strategy" else f"{_bare(name)} {value}"
         for name, value in told.items()
     )
 
 
-def _words(table: pd.DataFrame) -> str:
-    return ", ".join(table.index.names[:-1])
+def _bare(name: str) -> str:
+    """A swept parameter's own name."""
+    return name.removeprefix("param_")
 
 
-def _value(row: pd.Series, which: str, digits: int = 4, interval: bool = True) -> str:
-    value, low, high = (row[f"{name}_{which}"] for name in ("value", "low", "high"))
-    return _number(value, digits) + (
-        ""
-        if pd.isna(low) or not interval
-        else f" [{_number(low, digits)}, {_number(high, digits)}]"
-    )
+def _value(row: pd.Series, end: str = "", digits: int = 4, interval: bool = True) -> str:
+    """A measure and its interval; ``end``: `_a` or `_b` where the row holds two results."""
+    value, low, high = (row[f"{name}{end}"] for name in ("value", "low", "high"))
+    if pd.isna(low) or not interval:
+        return _number(value, digits)
+    return f"{_number(value, digits)} [{_number(low, digits)}, {_number(high, digits)}]"
 
 
 def _number(value: float, digits: int) -> str:
-    """Without an exponent where that is still readable."""
+    """Text without an exponent where that is still readable."""
     return f"{value:.0f}" if 10**digits <= abs(value) < 1e15 else f"{value:.{digits}g}"
 
 
 def _apart(row: pd.Series) -> bool:
-    return bool(
-        row["high_a"] < row["low_b"] or row["high_b"] < row["low_a"]
-    )  # False where there is none
+    """Whether two intervals do not touch; False where one is missing (NaN)."""
+    return bool(row["high_a"] < row["low_b"] or row["high_b"] < row["low_a"])
 
 
 # --- one result -----------------------------------------------------------------------------------
@@ -251,80 +218,65 @@ def _apart(row: pd.Series) -> bool:
 
 def write(folder: Path) -> Path:
     """Write ``report.html`` into a result's folder: one file, no links."""
-    found = results.read(folder)
+    found = store.read(folder)
     run, parts = found["run"], []
     if "recommendation" in run:
         parts.append(f"<p><b>{html.escape(run['recommendation'])}</b></p>")
+    order = [*CAPTIONS]
     for picture in sorted(
-        folder.glob("*.png"), key=lambda path: [*CAPTIONS, path.stem].index(path.stem)
+        folder.glob("*.png"), key=lambda path: [*order, path.stem].index(path.stem)
     ):
-        data = base64.b64encode(picture.read_bytes()).decode()
-        caption = html.escape(CAPTIONS.get(picture.stem, picture.stem))
-        with Image.open(picture) as image:
-            width = min(
-                1.0, image.width / (plots.WIDTH * plots.STYLE["savefig.dpi"])
-            )  # letters of one size on all
-        parts.append(
-            f'<h2>{caption}</h2><img alt="{caption}" style="width:{width:.0%}" '
-            f'src="data:image/png;base64,{data}">'
-        )
+        parts.append(_picture(picture))
     if "rows" in found:
         parts.append(_figures(summary(found["rows"])))
     parts.append(f"<h2>How to reproduce it</h2><pre>{html.escape(command(run))}</pre>")
-    where = run.get("environment", {}) | (
-        run["arguments"] if "spec" in run else {}
-    )  # of a sweep, how many points at once
-    machine = pd.Series(
-        {name: str(value) for name, value in where.items() if value is not None}, name=""
-    )
-    parts.append(
-        f"<h2>Where it was measured</h2>"
-        f'<div class="words">{machine.to_frame().to_html(header=False, border=0)}</div>'
-    )
+    parts.append(f"<h2>Where it was measured</h2>{_machine(run)}")
+    title = html.escape(f"{run.get('command', 'result')}: {folder.name}")
     target = folder / "report.html"
-    with results.replacing(target) as part:
-        part.write_text(
-            PAGE.format(
-                title=html.escape(f"{run.get('command', 'result')}: {folder.name}"),
-                body="\n".join(parts),
-            ),
-            "utf-8",
-        )
+    store.replace_text(target, PAGE.format(title=title, body="\n".join(parts)))
     return target
 
 
+def _picture(file: Path) -> str:
+    """A figure as HTML that holds its own data, so wide that the letters of all figures have one
+    size.
+    """
+    data = base64.b64encode(file.read_bytes()).decode()
+    caption = html.escape(CAPTIONS.get(file.stem, file.stem))
+    with Image.open(file) as image:
+        width = min(1.0, image.width / (plots.WIDTH * plots.STYLE["savefig.dpi"]))
+    return (
+        f'<h2>{caption}</h2><img alt="{caption}" style="width:{width:.0%}" '
+        f'src="data:image/png;base64,{data}">'
+    )
+
+
+def _machine(run: dict) -> str:
+    """The environment as HTML; for a sweep, how many points ran at once too."""
+    where = run.get("environment", {}) | (run["arguments"] if "spec" in run else {})
+    known = {name: str(value) for name, value in where.items() if value is not None}
+    table = pd.Series(known, name="").to_frame().to_html(header=False, border=0)
+    return f'<div class="words">{table}</div>'
+
+
 def _figures(table: pd.DataFrame) -> str:
-    """The summary as HTML: a row for what names it, a column a measure."""
+    """The summary as HTML: a line for each row's name, a column for each measure."""
     same = common(table)
-    cells = pd.Series(
-        [_value(row.add_suffix("_a"), "a") for _, row in table.iterrows()], index=table.index
+    wide = table.apply(_value, axis=1).unstack("measure")
+    wide = wide.reindex(columns=[name for name in MEASURES if name in wide])
+    wide = wide.rename(columns=MEASURES).rename_axis(columns=None)
+    wide = wide.reset_index().drop(columns=list(same)).rename(columns=_bare)
+    told = ", ".join(f"{_bare(name)} {value}" for name, value in same.items())
+    told = html.escape(f"; the same in all rows: {told}" if told else "")
+    cells = wide.to_html(index=False, na_rep="", border=0)
+    return (
+        "<h2>Figures</h2><p>Medians; in brackets a 95 % interval of the median by bootstrap, where "
+        f'there are repeats{told}.</p><div class="wide">{cells}</div>'
     )
-    wide = cells.unstack("measure").reindex(
-        columns=[name for name in MEASURES if name in cells.index.unique("measure")]
-    )
-    wide = (
-        wide.rename(columns=MEASURES)
-        .reset_index()
-        .drop(columns=list(same))
-        .rename(columns=lambda name: name.removeprefix("param_"))
-    )
-    told = (
-        "; the same in all rows: "
-        + ", ".join(f"{name.removeprefix('param_')} {value}" for name, value in same.items())
-        if same
-        else ""
-    )
-    wide = wide.rename_axis(columns=None)
-    words = (
-        "Medians; in brackets a 95 % interval of the median by bootstrap, where there are "
-        f"repeats{html.escape(told)}."
-    )
-    table = wide.to_html(index=False, na_rep="", border=0)
-    return f'<h2>Figures</h2><p>{words}</p><div class="wide">{table}</div>'
 
 
 def command(run: dict) -> str:
-    """The command line that measures it again, or the sweep file."""
+    """The command line that measures a result again, or the sweep file."""
     if "spec" in run:
         beside = " beside the notebook" if "notebook" in run["spec"] else ""
         return (

@@ -16,9 +16,7 @@ import pandas as pd
 
 from ..errors import BadInput
 
-LONGEST_NAME = (
-    200  # bytes of a folder's name; file systems take 255, and a temporary name is longer
-)
+LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, temporary names are longer
 TABLES = ("rows", "requests", "steps")
 
 
@@ -55,9 +53,9 @@ def written_atomically(target: Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its place when the block ends well, and is
     removed when it does not.
 
-    A killed run leaves at most folders named ``.<name>-…``, never a half-written result. One killed
-    in the instant between taking the old result away and putting the new one in its place leaves
-    both, whole, under such names.
+    A killed run leaves at most folders named ``.<name>-…``, never a half-written result. A run
+    killed between taking the old result away and putting the new one in its place leaves both,
+    whole, under such names.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +85,8 @@ def written_atomically(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Nobody else is in such a block for ``folder`` meanwhile; `BadInput` where somebody is. A
-    killed process leaves it, too.
+    """An exclusive lock on ``folder``, released when the process dies; `BadInput` where another
+    process has it.
     """
     with (folder / ".lock").open("w") as file:
         try:
@@ -102,7 +100,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary file, this process's own, that takes the place of ``target`` when the block ends
+    """A temporary file of this process, which takes the place of ``target`` when the block ends
     well.
     """
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -111,6 +109,12 @@ def replacing(target: Path) -> Iterator[Path]:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Write ``text`` to ``target``, whole or not at all."""
+    with replacing(target) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_tables(folder: Path, run: dict, **tables: pd.DataFrame) -> None:
@@ -135,6 +139,8 @@ def read(folder: Path | str) -> dict:
         for name in TABLES
         if (folder / f"{name}.parquet").exists()
     }
+    if "extents" in found.get("steps", ()):
+        found["steps"]["extents"] = found["steps"]["extents"].map(_nested)
     if "rows" in found and (folder / "timings.parquet").exists():
         timings = pd.read_parquet(folder / "timings.parquet")
         new = [name for name in timings if name not in found["rows"]]
@@ -142,9 +148,22 @@ def read(folder: Path | str) -> dict:
     return found | {"run": json.loads((folder / "run.json").read_text(encoding="utf-8"))}
 
 
+def _nested(extents):
+    """``[[request number, first block, blocks], ...]`` of a step's block map; results of before
+    this form have it as JSON text, ``[["r<number>", [[first block, blocks], ...]], ...]``.
+    """
+    if not isinstance(extents, str):
+        return extents
+    return [
+        [int(request[1:]), start, num_blocks]
+        for request, held in json.loads(extents)
+        for start, num_blocks in held
+    ]
+
+
 def read_rows(folder: Path | str) -> pd.DataFrame:
     """The rows of every result in ``folder`` or below it, one below the other; the column ``run``
-    says whose (its path from there).
+    is the result's path from ``folder``.
     """
     folder = Path(folder)
     found = sorted(

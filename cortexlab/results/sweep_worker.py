@@ -1,8 +1,8 @@
-"""One point of a sweep, wherever it runs: a notebook through papermill, or a replay. Takes plain
+"""One point of a sweep, on any machine: a notebook through papermill, or a replay. Takes plain
 values and returns an `Outcome`.
 
-Nothing here writes a result: the process that started the sweep does, so a point needs no folder
-that all machines share.
+Only the process that started the sweep writes results, so points need no folder that all machines
+share.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import shown
-from ..replay.simulation import MAX_BATCH_SIZE
-from ..scheduler.scheduler import WATERMARK
+from ..options import ReplayOptions
+from ..workloads.synthetic import REPLAY_RATE, make_workload, scale, with_arrivals
 
-ROWS_PARAMETER = "rows_file"
-GOODPUTS = ((2000.0, 100.0), (500.0, 30.0))  # most TTFT and TPOT in ms of a request that counts
-REPLAY_REQUESTS, REPLAY_RATE = 1000, 5.0
+ROWS_PARAMETER = "rows_file"  # a notebook leaves its rows there (Parquet)
+SWEEP_REQUESTS = 1000  # of a synthetic workload: fewer than one replay's, since points are many
+GOODPUTS = ((2000.0, 100.0), (500.0, 30.0))  # limits on TTFT and TPOT, in ms
 
 
 def sha256(parts: Iterable[bytes]) -> str:
-    """Of parts whose borders count."""
+    """SHA-256 of the parts; where a part ends changes it."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big") + part)
@@ -36,7 +36,7 @@ def sha256(parts: Iterable[bytes]) -> str:
 
 
 def package_sha256(package: Path = Path(__file__).parents[1]) -> bytes:
-    """Of the names and the content of the package's files."""
+    """SHA-256 of the names and contents of the package's files."""
     files = sorted(package.rglob("*.py"))
     return sha256(
         part
@@ -45,33 +45,29 @@ def package_sha256(package: Path = Path(__file__).parents[1]) -> bytes:
     ).encode()
 
 
-LOADED = package_sha256()  # what this process runs, whatever becomes of the files
+LOADED = package_sha256()  # source that this process runs, even if a file is edited later
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a point left: its rows, or its error; the executed notebook, where it is one; wall-clock
-    seconds.
-    """
+    """The result of a point: rows or an error."""
 
-    seconds: float
+    seconds: float  # on the wall clock
     rows: pd.DataFrame | None = None
     error: str | None = None
-    notebook: str | None = None
+    notebook: str | None = None  # the executed notebook as JSON; None for a function
 
 
 @dataclass(frozen=True, slots=True)
 class Notebook:
-    """A notebook to run in ``folder``, which leaves its rows where its parameter `ROWS_PARAMETER`
-    says.
-    """
+    """A notebook to run in ``folder``."""
 
-    body: str  # as JSON
+    body: str  # the notebook as JSON
     folder: str
 
     @property
     def source(self) -> list[bytes]:
-        """All code that a point runs: its cells, and what a new kernel will import."""
+        """All code that a point runs: the package on disk, for a new kernel, and the cells."""
         cells = [cell for cell in json.loads(self.body)["cells"] if cell["cell_type"] == "code"]
         return [package_sha256(), *("".join(cell["source"]).encode() for cell in cells)]
 
@@ -121,7 +117,7 @@ class Function:
         return Outcome(time.perf_counter() - started, found, error)
 
     def known(self) -> dict[str, type]:
-        """Parameter -> type."""
+        """Parameter -> its type."""
         return {
             name: parameter.annotation
             for name, parameter in inspect.signature(self.function).parameters.items()
@@ -130,8 +126,8 @@ class Function:
 
 def replay(
     *,
-    strategy: str = "paged",
-    block_size: int = 16,
+    strategy: str = ReplayOptions.strategy,
+    block_size: int = ReplayOptions.block_size,
     num_blocks: str = "60%",
     workload: str = "chat",
     trace: str = "",
@@ -139,27 +135,26 @@ def replay(
     request_rate: float = 0.0,
     scale_lengths: float = 1.0,
     growth: str = "",
-    oom_policy: str = "wait",
-    watermark: float = WATERMARK,
-    max_batch_size: int = MAX_BATCH_SIZE,
-    prefix_caching: bool = False,
+    oom_policy: str = ReplayOptions.oom_policy,
+    watermark: float = ReplayOptions.watermark,
+    max_batch_size: int = ReplayOptions.max_batch_size,
+    prefix_caching: bool = ReplayOptions.prefix_caching,
     base_ms: float = 30.0,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """A row of `cortexlab.replay`, with its goodput. Zeros and empty texts leave a choice to the
-    replay.
+    """A row of `cortexlab.replay`, with its goodput. Zeros and empty texts stand for the replay's
+    defaults.
 
     ``num_blocks``: a number, ``unlimited``, or a percentage of what ``paged`` holds at its peak
     when nothing limits it. ``request_rate``: requests a second (0: the trace's own times, or 5).
-    ``num_requests`` 0: all of a trace, or 1,000. ``base_ms``: what a step takes on the virtual
-    clock besides its tokens and sequences, whose share is the reference's.
+    ``num_requests`` 0: all of a trace, or 1,000. ``base_ms``: the constant part of a step's time
+    on the virtual clock; the parts of tokens and sequences are the reference's.
 
-    Columns ``goodput_<ttft>_<tpot>``: completed requests a second that had their first token within
-    that many ms and, behind it, a token within that many on average (the request rate a server
-    keeps its promise for; DistServe, OSDI 2024).
+    Columns ``goodput_<ttft>_<tpot>``: completed requests a second with a TTFT and a TPOT of at most
+    so many ms (DistServe, OSDI 2024).
     """
     from .. import metrics
-    from ..replay import simulation as replays
+    from .. import replay as replays
 
     items = _items(workload, trace, num_requests, request_rate, scale_lengths, seed)
     options = {"growth": growth} if growth else {}
@@ -194,14 +189,13 @@ def _items(
     scale_lengths: float,
     seed: int,
 ) -> list:
-    from ..workloads.synthetic import make_workload, scale, with_arrivals
     from ..workloads.traces import load_trace
 
     if not trace:
         rate = request_rate or REPLAY_RATE
         return make_workload(
             workload,
-            num_requests or REPLAY_REQUESTS,
+            num_requests or SWEEP_REQUESTS,
             seed=seed,
             request_rate=rate,
             scale_lengths=scale_lengths,
@@ -211,5 +205,5 @@ def _items(
 
 
 def last_line(error: str) -> str:
-    """What an error says, in one line."""
+    """The last line of an error's text, which names the cause."""
     return shown((error.strip().splitlines() or ["no message"])[-1])

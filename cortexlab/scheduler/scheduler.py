@@ -1,8 +1,8 @@
 """Continuous batching: which tokens of which requests run in the next step. Integers only.
 
 A request has ``num_tokens`` tokens, of which ``num_computed`` have their K and V in the cache. A
-step computes some more of them; the one that reaches the last is followed by sampling. Prefill,
-decode and recomputation after a preemption are all this.
+step computes some more of them; the chunk that reaches the last token is followed by sampling.
+Prefill, decode and recomputation after a preemption are all this.
 """
 
 from bisect import insort
@@ -11,24 +11,26 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..errors import BadInput, at_least, one_of
-from .block_manager import BlockManager, Move, Way
+from ..errors import at_least, one_of, share
+from ..options import OOM_POLICIES, WATERMARK
+from .block_manager import BlockManager
+from .block_table import Move, Need, Way
 from .request import Request, RequestState
-
-OOM_POLICIES = ("wait", "fail", "preempt")
-PREEMPTIONS = ("recompute", "swap")
-WATERMARK = 0.02
 
 _queue_order = attrgetter("priority", "number")
 _batch_order = attrgetter("priority", "admission")
 
 
 class Chunk(NamedTuple):
-    """Tokens ``start .. stop - 1`` of a request, computed in one step."""
+    """Tokens ``start .. stop - 1`` of a request, computed in one step, a row each."""
 
     request: Request
     start: int
     stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
 
     @property
     def samples(self) -> bool:
@@ -38,39 +40,40 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: its chunks, decoding ones first; who failed or lost its blocks for want of memory;
-    blocks free but not usable.
+    """One step: chunks of one row (``decode``) and of several (``prefill``); requests out of memory
+    that failed or were preempted; blocks that are free, but refused to the head of the queue.
     """
 
-    chunks: list[Chunk] = field(default_factory=list)
+    decode: list[Chunk] = field(default_factory=list)
+    prefill: list[Chunk] = field(default_factory=list)
     failed: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     unusable_blocks: int = 0
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All chunks in the order of their rows."""
+        return [*self.decode, *self.prefill]
 
 
 class Scheduler:
     """First come, first served within a priority, up to ``max_batch_size`` running requests and
     ``max_step_tokens`` tokens a step.
 
-    A lower ``priority`` stands further ahead in the queue, and gives way to memory's want later; it
-    does not by itself end the run of another.
+    A lower ``priority`` stands further ahead in the queue and is preempted later; it does not by
+    itself end the run of another. Running requests with one token to compute come first, so that a
+    long prompt never holds them up; prompts share the tokens left.
 
-    Decoding requests come first with a token each, so that a long prompt never holds them up;
-    prompts share what is left.
+    When memory is out, ``oom_policy`` decides. ``wait``: the request waits, in the queue or with
+    the blocks it holds; only when all running requests wait for each other, the youngest goes back
+    to the queue. ``fail``: it fails at once. ``preempt``: the youngest running request of the last
+    priority gives way. A request that lost its blocks computes its tokens again later; with
+    ``swap``, a pool on the host, they are copied there and back while that pool has room.
 
-    When memory is out, ``oom_policy`` decides. ``wait``: the request that wants it waits, in the
-    queue, or when it is running already with what it holds; only when all that run wait for each
-    other does the youngest go back to the queue. ``fail``: it fails at once. ``preempt``: the
-    youngest running request of the last priority gives way. Who lost its blocks computes its tokens
-    again later; with ``swap``, a pool on the host, they are copied there and back as long as it has
-    room.
+    ``watermark``: share of the pool that an admission must leave free for running requests to grow
+    into, where they do grow and the new one can wait (vLLM's idea).
 
-    ``watermark``: the share of the pool that admitting a request must leave free for those that run
-    to grow into, where they do grow and it can wait (vLLM's idea; at its 1 % and more, long queues
-    get shorter, since nobody is preempted or stands still).
-
-    Who was refused is asked again only after some blocks have come back, so a waiting request costs
-    nothing.
+    A refused request is asked again only after blocks have come back, so waiting costs nothing.
     """
 
     def __init__(
@@ -83,35 +86,20 @@ class Scheduler:
         watermark: float = WATERMARK,
         swap: BlockManager | None = None,
     ):
-        one_of("oom_policy", oom_policy, OOM_POLICIES)
-        if (
-            isinstance(watermark, bool)
-            or not isinstance(watermark, int | float)
-            or not 0 <= watermark < 1
-        ):
-            raise BadInput(
-                f"watermark must be a share of the pool, from 0 to below 1, not {watermark!r}"
-            )
         self.blocks = blocks
         self.max_batch_size = at_least("max_batch_size", max_batch_size, 1)
         self.max_step_tokens = at_least("max_step_tokens", max_step_tokens, max_batch_size)
-        self.oom_policy = oom_policy
+        self.oom_policy = one_of("oom_policy", oom_policy, OOM_POLICIES)
         grows = blocks.growth != "reserve" and oom_policy != "fail"
-        self.kept_blocks = int(watermark * blocks.num_blocks) if grows else 0
+        self.kept_blocks = int(share("watermark", watermark) * blocks.num_blocks) if grows else 0
         self.swap = swap
         self.waiting: list[Request] = []  # by priority, then first come, first served
-        self.running: list[
-            Request
-        ] = []  # by priority, then the oldest first: the last gives way first
-        self.stalled: dict[
-            Request, int
-        ] = {}  # running, but waiting for a block -> `num_releases` when it was refused
+        self.running: list[Request] = []  # by priority, then the oldest first: the last gives way
+        self.stalled: dict[Request, int] = {}  # running, refused a block at that `num_releases`
         self.num_preemptions = 0
         self._now = 0.0  # of the step that is planned
         self._num_added = self._num_admissions = 0
-        self._refused: tuple[Request, int] | None = (
-            None  # the head of the queue, and `num_releases` when it was refused
-        )
+        self._refused: tuple[Request, int] | None = None  # head of the queue, and `num_releases`
 
     def add(self, request: Request) -> None:
         self._num_added += 1
@@ -119,10 +107,8 @@ class Scheduler:
         self._queue(request)
 
     def remove(self, request: Request, prefix_ids: Sequence[Hashable] = ()) -> None:
-        """Take a request that has ended out of the queue or the batch, and its blocks back.
-        ``prefix_ids`` as `BlockManager.free`.
-        """
-        if request in self.running:
+        """Take an ended request out, and its blocks back; ``prefix_ids`` as `BlockManager.free`."""
+        if request.table is not None:
             self._leave(request, prefix_ids)
         else:
             self.waiting.remove(request)
@@ -130,15 +116,9 @@ class Scheduler:
 
     @property
     def admits(self) -> bool:
-        """Whether the next step has to look at the queue: somebody waits, there is room in the
-        batch, and the head was not refused.
-        """
-        return (
-            bool(self.waiting)
-            and len(self.running) < self.max_batch_size
-            and not self.stalled
-            and not self._refused_before()
-        )
+        """Whether the next step has to look at the queue."""
+        room = len(self.running) < self.max_batch_size and not self.stalled
+        return bool(self.waiting) and room and not self._refused_before()
 
     @property
     def may_resume(self) -> bool:
@@ -147,141 +127,128 @@ class Scheduler:
 
     @property
     def unusable_blocks(self) -> int:
-        """The free blocks, if the head of the queue needs no more than they are and is refused all
-        the same (interface.md's X).
+        """The free blocks, if they are enough for the head of the queue, which is refused all the
+        same (interface.md's X).
         """
         if not self.waiting or len(self.running) >= self.max_batch_size:
             return 0
-        return (
-            self.blocks.free_blocks
-            if self._wanted(self.waiting[0]) <= self.blocks.free_blocks
-            else 0
-        )
+        free = self.blocks.free_blocks
+        return free if self.blocks.blocks_wanted(self.waiting[0].need) <= free else 0
 
     def schedule(self, now: float, due: Sequence[Request] | None = None) -> Schedule:
-        """Plan the next step: running requests first, then as many of the queue as the batch, the
-        budget and the pool admit.
+        """Plan the next step: running requests first, then of the queue what there is room for.
 
         ``due`` names the running requests to look at (default: all). The others must be decoding
-        with room for their next token; they run without a chunk in the plan. This is what lets
-        `replay` pass over tokens that need no decision.
+        with room for their next token; they run without a chunk in the plan, so that a replay can
+        pass over tokens that need no decision.
         """
         step, self._now = Schedule(), now
-        asked = self.running if due is None else sorted({*due, *self.stalled}, key=_batch_order)
-        prefilling = []
-        for request in list(asked):
-            if (
-                request.state is RequestState.PREEMPTED or request.is_full
-            ):  # gave way a moment ago, or its last token is on its way
-                continue
-            if request.num_tokens - request.num_computed > 1:
-                prefilling.append(request)
-            elif self._make_room(request, step):
-                step.chunks.append(Chunk(request, request.num_computed, request.num_tokens))
-        if self.running and len(self.stalled) == len(self.running):  # all wait for each other
+        prefilling, gave_way = self._plan_running(due, step), 0
+        while self.running and len(self.stalled) == len(self.running):  # all wait for each other
             self._preempt(self.running[-1], step)
-            again = self.schedule(now, due and ())
-            again.preempted += step.preempted
-            return again
-        prefilling = [
-            request for request in prefilling if request.state is not RequestState.PREEMPTED
-        ]
-        short = bool(
-            self.stalled or step.failed or step.preempted
-        )  # somebody wanted memory in vain: nobody is let in
-        budget = self.max_step_tokens - (
-            len(self.running) - len(self.stalled) - len(prefilling)
-        )  # a token for each that decodes
+            gave_way = len(step.preempted)
+            prefilling = self._plan_running(None if due is None else (), step)
+        prefilling = [each for each in prefilling if each.state is not RequestState.PREEMPTED]
+        # Short of memory, no request is admitted; requests that gave way above may come back.
+        short = bool(self.stalled or step.failed or step.preempted[gave_way:])
+        num_decoding = len(self.running) - len(self.stalled) - len(prefilling)
+        budget = self.max_step_tokens - num_decoding
         for request in prefilling:
             if budget:
                 budget -= self._compute(request, budget, step)
-        self._admit(now, budget, short, step)
+        self._admit(budget, short, step)
         for request, _, stop in step.chunks:
-            self.blocks.tables[request.id].num_tokens = stop
+            request.table.num_tokens = stop
         return step
 
     def restart_all(self) -> None:
-        """Send every running request back to the queue, and those swapped out to their beginning:
-        what they had in the cache is lost.
-        """
+        """Send every running request back to the queue, and swapped ones to their beginning."""
         for request in list(self.running):
             self._leave(request)
             self._back_to_queue(request)
-        for sequence in list(self.swap.tables) if self.swap else ():
-            self.swap.free(sequence)
+        for request in self.waiting:
+            self._forget_swapped(request)
         self.blocks.moves_made()
-        self.blocks.forget_prefixes()
+        if self.blocks.prefix is not None:
+            self.blocks.prefix.forget_all()
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def _admit(self, now: float, budget: int, short: bool, step: Schedule) -> None:
+    def _plan_running(self, due: Sequence[Request] | None, step: Schedule) -> list[Request]:
+        """Plan the running requests with one token to compute; return those with more."""
+        asked = sorted({*due, *self.stalled}, key=_batch_order) if due is not None else self.running
+        prefilling = []
+        for request in list(asked):
+            if request.state is RequestState.PREEMPTED or request.is_full:
+                continue  # gave way a moment ago, or its last token is on its way
+            if request.num_tokens - request.num_computed > 1:
+                prefilling.append(request)
+            elif self._make_room(request, step):
+                self._compute(request, 1, step)
+        return prefilling
+
+    def _admit(self, budget: int, short: bool, step: Schedule) -> None:
+        """Admit from the queue while there is room; if ``short`` of memory, look at its head."""
         misplaced = False  # the head of the queue was refused, although enough blocks were free
         failed_before = len(step.failed)
         while self.waiting and budget and len(self.running) < self.max_batch_size:
             request = self.waiting[0]
             if short or not self._allocate(request):
-                misplaced |= self._wanted(request) <= self.blocks.free_blocks
+                wanted = self.blocks.blocks_wanted(request.need)
+                misplaced |= wanted <= self.blocks.free_blocks
                 if self.oom_policy != "fail" or short:
                     break
                 self._fail(self.waiting.pop(0), step)
                 continue
             self.waiting.pop(0)
             self._num_admissions += 1
-            request.enter(RequestState.PREFILLING, now)
+            request.enter(RequestState.PREFILLING, self._now)
             request.admission = self._num_admissions
             insort(self.running, request, key=_batch_order)
             if request.scheduled_at is None:
-                request.scheduled_at, request.cached_tokens = now, request.num_computed
+                request.scheduled_at, request.cached_tokens = self._now, request.num_computed
             budget -= self._compute(request, budget, step)
-        if self.waiting and not (
-            self.running or len(step.failed) > failed_before or short
-        ):  # refused by an empty pool: for ever
-            self._fail(self.waiting.pop(0), step)
+        if self.waiting and not (self.running or len(step.failed) > failed_before or short):
+            self._fail(self.waiting.pop(0), step)  # an empty pool refused it: for ever
         step.unusable_blocks = self.blocks.free_blocks if misplaced else 0
 
     def _compute(self, request: Request, budget: int, step: Schedule) -> int:
-        """Put as many of the request's tokens into the step as ``budget`` allows; their number."""
-        stop = min(request.num_tokens, request.num_computed + budget)
-        step.chunks.append(Chunk(request, request.num_computed, stop))
-        return stop - request.num_computed
+        """Put up to ``budget`` tokens of a request into the step; return how many."""
+        start = request.num_computed
+        chunk = Chunk(request, start, min(request.num_tokens, start + budget))
+        (step.decode if chunk.num_rows == 1 else step.prefill).append(chunk)
+        return chunk.num_rows
 
     def _allocate(self, request: Request) -> bool:
+        """Give the head of the queue its blocks, and its swapped tokens back."""
         if self._refused_before():
             return False
         self._refused = None
+        need = request.need
         kept = self.kept_blocks if self.running else 0  # for others, if there are any
-        short = kept and self.blocks.free_blocks < self._wanted(request) + kept
-        if short or not self.blocks.allocate(
-            request.id,
-            request.num_tokens,
-            request.max_slots,
-            request.prefix_ids,
-            len(request.prompt),
-        ):
+        short = kept and self.blocks.free_blocks < self.blocks.blocks_wanted(need) + kept
+        table = None if short else self.blocks.allocate(need)
+        if table is None:
             self._refused = (request, self.blocks.num_releases)
             return False
-        table = self.blocks.tables[request.id]
-        if self.swap and (swapped := self.swap.tables.get(request.id)):
+        request.table = table
+        if swapped := request.swapped:
             if (num_tokens := swapped.num_tokens) > table.num_tokens:
-                self.blocks.moves.append(
-                    Move(swapped.extents, table.all_extents, num_tokens, table.num_tokens, Way.BACK)
-                )
+                moved = swapped.extents, table.all_extents, num_tokens, table.num_tokens
+                self.blocks.moves.append(Move(*moved, Way.BACK))
                 table.num_tokens = num_tokens
-            self.swap.free(request.id)
-        request.num_computed = table.num_tokens
+            self._forget_swapped(request)
         return True
 
     def _refused_before(self) -> bool:
         return self._refused == (self.waiting[0], self.blocks.num_releases)
 
     def _make_room(self, request: Request, step: Schedule) -> bool:
-        """Grow the request's table, or do what ``oom_policy`` says; False when the request does not
-        run in this step.
-        """
+        """Grow the request's table, or do what ``oom_policy`` says; False if it does not run."""
         if self.stalled.pop(request, None) == self.blocks.num_releases:
             self.stalled[request] = self.blocks.num_releases
             return False
-        while not self.blocks.grow(request.id, request.num_tokens):
+        while not self.blocks.grow(request.table, request.num_tokens):
             if self.oom_policy == "wait" or self.blocks.is_deferred:
                 self.stalled[request] = self.blocks.num_releases
                 return False
@@ -304,41 +271,37 @@ class Scheduler:
     def _leave(self, request: Request, prefix_ids: Sequence[Hashable] = ()) -> None:
         self.running.remove(request)
         self.stalled.pop(request, None)
-        self.blocks.free(request.id, prefix_ids)
+        request.fills.append(request.table.num_tokens)
+        self.blocks.free(request.table, prefix_ids)
+        request.table = None
 
     def _preempt(self, request: Request, step: Schedule) -> None:
-        """Back to the queue without its blocks; it computes its tokens again when it is admitted,
-        or copies them back.
-        """
-        table, num_tokens = self.blocks.tables[request.id], request.num_computed
-        if self.swap and num_tokens and self.swap.allocate(request.id, num_tokens, num_tokens):
-            swapped = self.swap.tables[request.id]
-            swapped.num_tokens = num_tokens
-            self.blocks.moves.append(
-                Move(table.all_extents, swapped.extents, num_tokens, way=Way.OUT)
-            )
+        """Send a request back to the queue, its tokens swapped out where there is room."""
+        table, num_tokens = request.table, request.num_computed
+        if self.swap and num_tokens and (out := self.swap.allocate(Need(num_tokens, num_tokens))):
+            request.swapped, out.num_tokens = out, num_tokens
+            move = Move(table.all_extents, out.extents, num_tokens, way=Way.OUT)
+            self.blocks.moves.append(move)
         self._leave(request)
         self._back_to_queue(request)
         step.preempted.append(request)
 
     def _back_to_queue(self, request: Request) -> None:
-        request.restart(self._now)
+        request.enter(RequestState.PREEMPTED, self._now)
+        request.num_preemptions += 1
         self.num_preemptions += 1
         self._queue(request)
 
     def _fail(self, request: Request, step: Schedule) -> None:
         request.error = (
-            f"out of KV memory: request {request.id!r} wants {self._wanted(request)} blocks, "
-            f"{self.blocks.free_blocks} are free, and the allocator refused"
+            f"out of KV memory: request {request.id!r} wants "
+            f"{self.blocks.blocks_wanted(request.need)} blocks, {self.blocks.free_blocks} are "
+            "free, and the allocator refused"
         )
         step.failed.append(request)
         self._forget_swapped(request)
 
     def _forget_swapped(self, request: Request) -> None:
-        if self.swap and request.id in self.swap.tables:
-            self.swap.free(request.id)
-
-    def _wanted(self, request: Request) -> int:
-        return self.blocks.blocks_wanted(
-            request.num_tokens, request.max_slots, request.prefix_ids, len(request.prompt)
-        )
+        if request.swapped is not None:
+            self.swap.free(request.swapped)
+            request.swapped = None

@@ -1,4 +1,4 @@
-"""What arrives: made workloads and traces. No MLX."""
+"""Requests to come: synthetic workloads and traces. No MLX."""
 
 from .synthetic import (
     WorkItem,
@@ -10,14 +10,3 @@ from .synthetic import (
     with_arrivals,
 )
 from .traces import load_trace
-
-__all__ = [
-    "WorkItem",
-    "arrivals",
-    "conversations",
-    "generator",
-    "load_trace",
-    "make_workload",
-    "scale",
-    "with_arrivals",
-]

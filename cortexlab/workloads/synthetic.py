@@ -1,11 +1,10 @@
-"""Workloads: seeded arrivals and lengths, made or read from a trace. Tokens are drawn when a prompt
-is needed; no MLX.
+"""Workloads: seeded arrivals and lengths of requests, and random tokens for their prompts.
 
 Sources of the lengths:
 
 - ``chat``: quantiles of the Azure LLM inference trace, conversation (Patel et al., Splitwise, ISCA
-  2024; CC-BY-4.0), joined by straight lines on a logarithmic scale.
-- ``lognormal``, ``heavy-tail``: lognormal, clipped; medians and sigmas in `LENGTHS`.
+  2024; CC-BY-4.0), interpolated on a logarithmic scale.
+- ``lognormal``, ``heavy-tail``: clipped lognormals; their medians and sigmas stand in `LENGTHS`.
 - ``shared-prefix``: ``lognormal`` behind one system prompt of 512 tokens that all requests share.
 
 Arrivals follow `vllm bench serve`: gaps are gamma distributed with mean 1 / rate and shape
@@ -23,32 +22,31 @@ import numpy as np
 from ..errors import BadInput, at_least, one_of, shown
 
 SHARED_PREFIX_TOKENS = 512
-MAX_SCALE, MIN_RATE = 1e6, 1e-6  # beyond these a number is a slip of the hand
+MAX_SCALE, MIN_RATE = 1e6, 1e-6  # limits that no intended scale or rate exceeds
 MAX_REQUESTS = 10_000_000
+REPLAY_REQUESTS, REPLAY_RATE = 5000, 5.0  # of a replay by default; requests per second
 MAX_POOL_SHARE = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """One request to come. Equal ``prefix_ids`` mean equal tokens: id i stands for prompt tokens
-    ``i * prefix_block ...``.
+    """One request to come. Prompts with equal leading ``prefix_ids`` have equal tokens there: the
+    entry at index i stands for prompt tokens from ``i * prefix_block`` to the next multiple.
     """
 
-    arrived_at: float  # seconds from the start
+    arrived_at: float  # seconds since the workload's start
     prompt_tokens: int
     output_tokens: int
     prefix_ids: tuple[int, ...] = ()
     prefix_block: int = 512
-    max_tokens: int | None = (
-        None  # what it asks for, where that is more than the ``output_tokens`` it stops after
-    )
+    max_tokens: int | None = None  # limit of the request, if more than its ``output_tokens``
 
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.output_tokens
 
     def scaled(self, factor: float, rounded: Callable[[float], int] = math.ceil) -> "WorkItem":
-        """Both lengths and the prefix block times ``factor``, rounded, at least 1."""
+        """This item with its lengths and prefix block times ``factor``, rounded, at least 1."""
         lengths = (self.prompt_tokens, self.output_tokens, self.prefix_block)
         prompt, output, block = (max(1, rounded(length * factor)) for length in lengths)
         return replace(self, prompt_tokens=prompt, output_tokens=output, prefix_block=block)
@@ -76,7 +74,7 @@ def _quantiles(knots: dict[float, int]):
     return draw
 
 
-LENGTHS: dict[str, tuple[Callable, Callable]] = {  # prompt, output
+LENGTHS: dict[str, tuple[Callable, Callable]] = {  # workload -> (prompt, output) distributions
     "chat": (
         _quantiles({0: 2, 0.1: 207, 0.5: 1020, 0.9: 2734, 0.99: 4142, 1: 14050}),
         _quantiles({0: 7, 0.1: 54, 0.5: 129, 0.9: 424, 0.99: 601, 1: 1000}),
@@ -99,12 +97,12 @@ def make_workload(
 ) -> list[WorkItem]:
     """``num_requests`` items of the named workload, in order of arrival.
 
-    Lengths shrink by one factor where the workload's longest possible request would not fit
-    ``context`` tokens, then by ``scale_lengths``. ``request_rate`` is in requests a second;
-    infinite: all arrive at time 0.
+    Lengths shrink by one factor if the workload's longest possible request exceeds ``context``
+    tokens, and are then multiplied by ``scale_lengths``. ``request_rate`` is in requests per
+    second; with ``math.inf`` all requests arrive at time 0.
     """
     one_of("workload", name, LENGTHS)
-    at_least("requests", num_requests, 1, MAX_REQUESTS)
+    at_least("num_requests", num_requests, 1, MAX_REQUESTS)
     prompts, outputs = LENGTHS[name]
     shared = SHARED_PREFIX_TOKENS if name == "shared-prefix" else 0
     longest = prompts.longest + outputs.longest + shared
@@ -119,31 +117,29 @@ def make_workload(
             lengths, arrivals(num_requests, request_rate, burstiness, rng), strict=True
         )
     ]
-    if factor < 1:
-        items = [
-            item.scaled(factor, math.floor) for item in items
-        ]  # down, so that the longest still fits
+    if factor < 1:  # rounded down, so that the longest request fits the context
+        items = [item.scaled(factor, math.floor) for item in items]
     return scale(items, scale_lengths)
 
 
 def generator(seed: int) -> np.random.Generator:
-    """The source of lengths and arrivals for a seed."""
+    """Random generator of lengths and arrivals for ``seed``; `BadInput` for a negative seed."""
     return np.random.default_rng(at_least("seed", seed, 0))
 
 
 def with_arrivals(
     items: Sequence[WorkItem], request_rate: float, burstiness: float, seed: int
 ) -> list[WorkItem]:
-    """The same requests, arriving as `arrivals` says instead."""
+    """The requests ``items`` with new arrival times, drawn by `arrivals`."""
     times = arrivals(len(items), request_rate, burstiness, generator(seed))
     return [replace(item, arrived_at=at) for item, at in zip(items, times, strict=True)]
 
 
 def scale(items: Sequence[WorkItem], factor: float) -> list[WorkItem]:
-    """Every item `WorkItem.scaled`; `BadInput` unless ``factor`` is a positive finite number."""
+    """All items with lengths times ``factor``; `BadInput` unless it is positive and finite."""
     if not (isinstance(factor, int | float) and 0 < factor <= MAX_SCALE):
         raise BadInput(
-            f"scale-lengths must be a positive number of at most {MAX_SCALE:g}, not {factor!r}"
+            f"scale_lengths must be a positive number of at most {MAX_SCALE:g}, not {factor!r}"
         )
     return list(items) if factor == 1 else [item.scaled(factor) for item in items]
 
@@ -151,10 +147,10 @@ def scale(items: Sequence[WorkItem], factor: float) -> list[WorkItem]:
 def arrivals(
     num_requests: int, request_rate: float, burstiness: float, rng: np.random.Generator
 ) -> list[float]:
-    """Arrival times in seconds, the first at 0."""
+    """Arrival times of ``num_requests`` requests in seconds, the first at 0."""
     if not request_rate >= MIN_RATE:
         raise BadInput(
-            f"request-rate must be a number of requests per second from {MIN_RATE:g}, or inf, not "
+            f"request_rate must be a number of requests per second from {MIN_RATE:g}, or inf, not "
             f"{request_rate!r}"
         )
     if not 0 < burstiness < math.inf:
@@ -166,8 +162,8 @@ def arrivals(
 
 
 def default_max_seq_len(items: Sequence[WorkItem], context: int | None = None) -> int:
-    """The longest request, rounded up to a power of two, at most ``context``: the region of
-    ``static``.
+    """Tokens of a region of ``static``: the longest request rounded up to a power of two, at most
+    ``context``.
     """
     longest = max(
         item.prompt_tokens + max(item.output_tokens, item.max_tokens or 0) for item in items
@@ -177,26 +173,26 @@ def default_max_seq_len(items: Sequence[WorkItem], context: int | None = None) -
 
 
 def pool_blocks(given: int | str, full: Callable[[], int]) -> int:
-    """Blocks of a pool, given as a number or as a percentage of ``full()``, rounded up."""
+    """Blocks of a pool: a number, or a percentage of ``full()`` rounded up."""
     if isinstance(given, str) and given.removeprefix("-").isdecimal():
         given = int(given)
     if isinstance(given, int):
-        return at_least("num-blocks", given, 1)
+        return at_least("num_blocks", given, 1)
     try:
         share = float(given.removesuffix("%")) / 100 if given.endswith("%") else math.nan
     except ValueError:
         share = math.nan
     if not 0 < share <= MAX_POOL_SHARE:
         raise BadInput(
-            "num-blocks must be a whole number of at least 1 or a percentage like 60%, not "
+            "num_blocks must be a whole number of at least 1 or a percentage like 60%, not "
             f"{shown(given)}"
         )
-    return at_least("num-blocks", math.ceil(share * full()), 1)
+    return at_least("num_blocks", math.ceil(share * full()), 1)
 
 
 def shuffled_lengths(items: Sequence[WorkItem], seed: int) -> list[WorkItem]:
-    """The same arrivals, prompts and outputs, dealt out anew: what depends on one trace's order
-    does not survive it.
+    """A control for effects of a trace's order: its arrivals with its prompt lengths and its output
+    lengths, each shuffled by ``seed``.
     """
     rng = generator(seed)
     prompts, outputs = rng.permutation(len(items)).tolist(), rng.permutation(len(items)).tolist()
@@ -207,10 +203,10 @@ def shuffled_lengths(items: Sequence[WorkItem], seed: int) -> list[WorkItem]:
 
 
 def prompt_tokens(items: Sequence[WorkItem], vocabulary: int, seed: int = 0) -> list[list[int]]:
-    """Random tokens for every item's prompt, the same for the same seed; equal prefix ids give
-    equal tokens.
+    """Random tokens for every item's prompt, determined by ``seed``; equal prefix ids give equal
+    tokens.
 
-    What a token says does not matter to memory or time, so it is drawn evenly from the vocabulary.
+    Tokens are drawn evenly from the vocabulary: their meaning changes neither memory nor time.
     """
     at_least("seed", seed, 0)
     prompts = []
@@ -238,17 +234,17 @@ def conversations(
     unit: int = 16,
     seed: int = 0,
 ) -> list[WorkItem]:
-    """Conversations behind one system prompt; each turn's prompt is all that was said before, and
-    some more. In order of arrival.
+    """Turns of conversations that share one system prompt, in order of arrival. A turn's prompt is
+    the whole conversation so far and a new message of the user.
 
-    Conversations begin by a Poisson process of ``request_rate`` a second; a turn comes ``pause``
-    seconds behind the one before, on average (exponential). What a user says and what the model
-    answers is as long as in ``lognormal``. Prefix ids stand for ``unit`` tokens each, so block
-    sizes that are its multiples find them.
+    Conversations begin by a Poisson process of ``request_rate`` per second. The pause between two
+    turns is exponential with a mean of ``pause`` seconds. Messages and answers have the lengths of
+    ``lognormal``. A prefix id stands for ``unit`` tokens: a cache finds prefixes if its block size
+    is a multiple of ``unit``.
     """
-    at_least("conversations", num_conversations, 1)
-    at_least("turns", num_turns, 1)
-    at_least("system-tokens", system_tokens, 0)
+    at_least("num_conversations", num_conversations, 1)
+    at_least("num_turns", num_turns, 1)
+    at_least("system_tokens", system_tokens, 0)
     rng = generator(seed)
     says, answers = LENGTHS["lognormal"]
     new_id = itertools.count(system_tokens // unit)
@@ -263,6 +259,6 @@ def conversations(
             said += int(more)
             ids += [next(new_id) for _ in range(-(-said // unit) - len(ids))]
             items.append(WorkItem(float(at), said, int(answer), tuple(ids), unit))
-            del ids[said // unit :]  # the answer goes on inside it
+            del ids[said // unit :]  # the answer fills the prompt's last partial unit
             said += int(answer)
     return sorted(items, key=attrgetter("arrived_at"))

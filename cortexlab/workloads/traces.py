@@ -1,5 +1,5 @@
-"""Readers for real traces: Azure's CSV and Mooncake's JSONL. What is wrong with a file is named
-with its line.
+"""Readers of real traces: Azure's CSV and Mooncake's JSONL. An error names the file, the line and
+the column.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from ..errors import BadInput, shown
 from ..host.paths import cache_folder
 from .synthetic import WorkItem, generator
 
-KNOWN = {  # name -> (file, where to get it)
+KNOWN = {  # name of a trace -> (its file name, its public source)
     "azure_2023_conv": (
         "azure_2023_conv.csv",
         "data/AzureLLMInferenceTrace_conv.csv in the public repository Azure/AzurePublicDataset",
@@ -25,21 +25,21 @@ KNOWN = {  # name -> (file, where to get it)
         "kvcache-ai/Mooncake",
     ),
 }
-MAX_TOKENS = 10_000_000  # a request longer than this is a broken file, not a request
-MOONCAKE_BUCKET_S = 3.0  # its time stamps are rounded down to this
-MOONCAKE_BLOCK = 512
+MAX_TOKENS = 10_000_000  # limit of a length: a longer request means a broken file
+MOONCAKE_BUCKET_S = 3.0  # time stamps in Mooncake's file are rounded down to a multiple
+MOONCAKE_BLOCK = 512  # prompt tokens for each of Mooncake's hash ids
 
 
 def load_trace(name: str, seed: int = 0) -> list[WorkItem]:
-    """The trace in a file, or a known name looked up in ``$CORTEXLAB_TRACES`` and the user's cache.
-    In order of arrival.
+    """Requests of a trace in order of arrival: ``name`` is a file or a name of `KNOWN`. ``seed``
+    spreads Mooncake's time stamps (`read_mooncake`).
     """
     path = find_trace(name)
     return read_azure(path) if path.suffix.lower() == ".csv" else read_mooncake(path, seed)
 
 
 def known_here() -> list[str]:
-    """Known names whose file is on this machine."""
+    """Names of `KNOWN` whose trace file is on this machine."""
     found = []
     for name in KNOWN:
         with contextlib.suppress(BadInput):
@@ -48,6 +48,9 @@ def known_here() -> list[str]:
 
 
 def find_trace(name: str) -> Path:
+    """Path of a trace: ``name`` itself if it is a file, else the known trace's file in
+    ``$CORTEXLAB_TRACES`` or the user's cache. Raises `BadInput` if there is none.
+    """
     if name not in KNOWN:
         path = Path(name)
         if path.suffix.lower() not in (".csv", ".jsonl"):
@@ -68,12 +71,12 @@ def find_trace(name: str) -> Path:
     places = " or ".join(str(folder) for folder in folders)
     raise BadInput(
         f"trace {name!r} is not in {places}: save {source} there as {file} (or set "
-        "CORTEXLAB_TRACES to its folder)"
+        "CORTEXLAB_TRACES to the file's folder)"
     )
 
 
 def read_azure(path: Path) -> list[WorkItem]:
-    """``TIMESTAMP,ContextTokens,GeneratedTokens``; times count from the first row."""
+    """Read CSV with columns TIMESTAMP, ContextTokens, GeneratedTokens; its first row is time 0."""
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
     rows = _fields(path)
     _, header = next(rows)
@@ -102,11 +105,11 @@ def read_azure(path: Path) -> list[WorkItem]:
 
 
 def read_mooncake(path: Path, seed: int = 0) -> list[WorkItem]:
-    """``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids`` (one for every 512
-    prompt tokens).
+    """Read JSONL with ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids`` (one
+    id for every 512 prompt tokens).
 
-    The time stamps lie in buckets of three seconds; replayed as they are they make bursts that
-    never happened. They are spread evenly at random inside their bucket, by ``seed``.
+    Time stamps in the file are rounded down to three seconds, which would replay as bursts that
+    never happened. Each is moved by a random part of three seconds, drawn by ``seed``.
     """
     rng = generator(seed)
     items = []
@@ -144,8 +147,8 @@ def read_mooncake(path: Path, seed: int = 0) -> list[WorkItem]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank, checked to be UTF-8; `BadInput` when there is nothing
-    behind the header.
+    """Lines of a trace that are not blank, with their numbers. Raises `BadInput` for a file without
+    requests and for a line that is not UTF-8.
     """
     try:
         data = path.read_bytes()
@@ -164,7 +167,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Numbered rows of a CSV file, one a line."""
+    """Rows of a CSV file with their line numbers; one line is one row."""
     for number, line in _lines(path):
         try:
             yield number, next(csv.reader([line]))
@@ -173,7 +176,7 @@ def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _number(text: str) -> object:
-    """A whole number in plain digits; anything else stays the text it is, for the message."""
+    """``text`` as an int if it is plain digits, else unchanged: an error message quotes it."""
     text = text.strip()
     digits = text.removeprefix("-")
     return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else text
@@ -191,8 +194,8 @@ def _count(
 
 
 def _seconds(path: Path, number: int, stamp: str) -> float:
-    """A time stamp with up to 100 ns, as seconds since the epoch (its zone does not matter: only
-    differences are used).
+    """Seconds since the epoch of a time stamp with a resolution of 100 ns. It is taken as UTC: only
+    differences between time stamps are used.
     """
     whole, _, fraction = stamp.strip().partition(".")
     try:

@@ -1,0 +1,343 @@
+"""What a bench says: tables of its runs, one row a strategy, ratios to mlx-lm, and a
+recommendation.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.nn as nn
+import pandas as pd
+
+from .. import metrics
+from ..engine.records import StepRecord
+from ..replay.step_time import StepTime
+from ..scheduler.request import Request, RequestState
+from .mlx_lm import CacheUse, first_difference
+
+MLX_LM = "mlx-lm"
+TIMED = tuple(name for name, column in metrics.COLUMNS.items() if column.interval)
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """One strategy on the workload, once."""
+
+    strategy: str
+    requests: list[Request]
+    refused: int
+    started_at: float  # on the clock of the requests' time stamps
+    duration: float
+    steps: list[dict]
+    num_blocks: int | None = None
+    block_size: int | None = None
+    arena_bytes: int | None = None
+    copied_bytes: int | None = None
+    num_preemptions: int | None = None
+    peak_kv_bytes: int = 0
+    prefix_hit_rate: float | None = None
+
+    @property
+    def finished(self) -> list[Request]:
+        return [each for each in self.requests if each.state is RequestState.FINISHED]
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(len(request.output_tokens) for request in self.requests)
+
+    @property
+    def throughput(self) -> float:
+        """Output tokens a second."""
+        return self.output_tokens / self.duration
+
+
+@dataclass(slots=True)
+class Bench:
+    """All runs of a workload, and the tables made of them."""
+
+    runs: list[Run] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    ratios: list[dict] = field(default_factory=list)
+
+    @property
+    def held(self) -> bool:
+        """Whether every request finished, with the reference's tokens or a near tie."""
+        same = (row["requests_identical"] + row["requests_near_tie"] for row in self.rows)
+        ended = all(len(run.finished) == len(run.requests) for run in self.runs)
+        completed = [row["completed"] for row in self.rows]
+        return ended and completed == list(same)
+
+    def of(self, strategy: str) -> list[Run]:
+        """The runs of one strategy, in order."""
+        return [run for run in self.runs if run.strategy == strategy]
+
+    def steps(self) -> pd.DataFrame:
+        """One row a step of every run; times in seconds from the start of the run."""
+        return pd.DataFrame([which | step for which, run in self._numbered() for step in run.steps])
+
+    def requests(self) -> pd.DataFrame:
+        """One row a request of every run; times in seconds from the start of the run."""
+        return pd.DataFrame(
+            [
+                which | _request(request, run.started_at)
+                for which, run in self._numbered()
+                for request in run.requests
+            ]
+        )
+
+    def step_time(self) -> tuple[StepTime, dict] | None:
+        """Seconds a step as tokens and sequences explain them, over all steps of our engine, and
+        how well; None without any.
+        """
+        steps = [
+            (
+                step["ended_at"] - step["started_at"],
+                step["num_prefill_tokens"] + step["num_decode_tokens"],
+                step["num_running"],
+            )
+            for run in self.runs
+            if run.strategy != MLX_LM
+            for step in run.steps
+        ]
+        if not steps:
+            return None
+        fitted, r_squared = StepTime.fit(steps)
+        return fitted, {"r_squared": r_squared, "num_steps": len(steps)}
+
+    def _numbered(self) -> Iterator[tuple[dict, Run]]:
+        seen: dict[str, int] = {}
+        for run in self.runs:
+            seen[run.strategy] = seen.get(run.strategy, -1) + 1
+            yield {"strategy": run.strategy, "repeat": seen[run.strategy]}, run
+
+
+def engine_step(record: StepRecord, start: float, block_size: int, fills: dict) -> dict:
+    """A step of our engine. ``fills``: slots filled at the end of each hold, by request id."""
+    held = [
+        (
+            each.num_slots - each.num_counted,
+            each.num_tokens - each.num_counted,
+            fills[each.request_id][each.hold] - each.num_counted,
+        )
+        for each in record.held
+    ]
+    slots = metrics.step_shares(held, record.unusable_slots)
+    return {
+        "started_at": record.started_at - start,
+        "ended_at": record.ended_at - start,
+        "host_s": record.host_s,
+        "num_prefill_tokens": record.num_prefill_tokens,
+        "num_decode_tokens": record.num_decode_tokens,
+        "num_running": record.num_running,
+        "num_waiting": record.num_waiting,
+        **{f"{name}_slots": count for name, count in slots.items()},
+        "pool_slots": (record.pool.used_blocks + record.pool.free_blocks) * block_size,
+        **record.pool,
+        "copied_bytes": record.copied_bytes,
+        "extents": [  # [[request number, first block, blocks], ...]
+            [int(each.request_id[1:]), extent.start, extent.num_blocks]
+            for each in record.held
+            for extent in each.extents
+        ],
+    }
+
+
+def mlx_lm_step(use: CacheUse, start: float, slot_bytes: int) -> dict:
+    """A step of mlx-lm's own batching."""
+    return {
+        "started_at": use.started_at - start,
+        "ended_at": use.ended_at - start,
+        "num_running": use.num_running,
+        "num_waiting": use.num_waiting,
+        "token_slots": use.num_tokens,
+        "reserved_slots": 0,
+        "internal_slots": use.nbytes // slot_bytes - use.num_tokens,
+        "external_slots": 0,
+    }
+
+
+def strategy_row(
+    runs: list[Run], batch_size: int, prefix_caching: bool, model: nn.Module, references: dict
+) -> dict:
+    """One strategy's row: counts of the first run, medians over all, and a 95 % interval for what
+    is timed. ``references`` keeps what `first_difference` found, for outputs that come again.
+    """
+    first = runs[0]
+    each = pd.DataFrame([_measures(run) for run in runs]).astype(float)
+    medians = {name: None if pd.isna(value) else value for name, value in each.median().items()}
+    cached = sum(request.cached_tokens for request in first.requests) if prefix_caching else None
+    row = {
+        "strategy": first.strategy,
+        "block_size": first.block_size,
+        "num_blocks": first.num_blocks,
+        "batch_size": batch_size,
+        "completed": len(first.finished),
+        "refused": first.refused,
+        "total_input_tokens": sum(len(request.prompt) for request in first.requests),
+        "total_output_tokens": first.output_tokens,
+        **medians,
+        "copied_bytes": first.copied_bytes,
+        "peak_kv_bytes": max(run.peak_kv_bytes for run in runs),
+        "arena_bytes": first.arena_bytes,
+        "num_preemptions": first.num_preemptions,
+        "prefix_hit_rate": first.prefix_hit_rate,
+        "cached_tokens": cached,
+        "tokens_sha256": metrics.tokens_sha256([each.output_tokens for each in first.requests]),
+        **equality(runs, model, references),
+        "repeats": len(runs),
+    }
+    for name in TIMED:
+        interval = metrics.median_interval(each[name].dropna().tolist())
+        row[f"{name}_low"], row[f"{name}_high"] = interval or (None, None)
+    return row
+
+
+def equality(runs: list[Run], model: nn.Module, references: dict) -> dict:
+    """How the outputs compare to the unmodified model's greedy choice; the worst of the repeats
+    counts.
+    """
+    counts = []
+    for run in runs:
+        identical, near_tie, gaps = 0, 0, [0.0]
+        for request in run.finished:
+            whole = len(request.output_tokens) == request.max_tokens
+            if request.finish_reason != "stop" and not whole:
+                continue
+            key = (request.prompt, tuple(request.output_tokens))
+            if key not in references:
+                references[key] = first_difference(model, request.prompt, request.output_tokens)
+            difference = references[key]
+            identical += difference is None
+            near_tie += difference is not None and difference.near_tie
+            gaps += [] if difference is None else [difference.gap]
+        counts.append((identical + near_tie, identical, max(gaps)))
+    held, identical, _ = min(counts)
+    return {
+        "requests_identical": identical,
+        "requests_near_tie": held - identical,
+        "max_gap": max(gap for *_, gap in counts),
+    }
+
+
+def ratios(bench: Bench, names: Sequence[str]) -> list[dict]:
+    """Throughput of each strategy over mlx-lm's, repeat by repeat."""
+    if MLX_LM not in names:
+        return []
+    throughput = {name: [run.throughput for run in bench.of(name)] for name in names}
+    return [
+        {
+            "strategy": name,
+            "baseline": MLX_LM,
+            "output_throughput": metrics.ratio_summary(throughput[name], throughput[MLX_LM]),
+        }
+        for name in names
+        if name != MLX_LM
+    ]
+
+
+def _request(request: Request, started_at: float) -> dict:
+    done = request.state is RequestState.FINISHED
+    latency = dict.fromkeys(("ttft", "tpot", "e2el", "itl"))
+    if done:
+        latency = metrics.latencies(request)
+    stamps = ("arrived_at", "scheduled_at", "first_token_at", "finished_at")
+    at = {name: getattr(request, name) for name in stamps}
+    ms = {name: latency[name] for name in ("ttft", "tpot", "e2el")}
+    return {
+        "request": request.id,
+        "state": str(request.state),
+        "prompt_tokens": len(request.prompt),
+        "output_tokens": len(request.output_tokens),
+        **{name: None if value is None else value - started_at for name, value in at.items()},
+        **{f"{name}_ms": None if value is None else value * 1000 for name, value in ms.items()},
+        "itl_ms": [gap * 1000 for gap in latency["itl"]] if done else None,
+        "num_preemptions": request.num_preemptions,
+        "finish_reason": request.finish_reason,
+        "error": request.error,
+    }
+
+
+def _measures(run: Run) -> dict:
+    """What differs from run to run: times, shares weighted by time, and host time of the steps
+    without prompts (median, and its share of all their time).
+    """
+    timed = [(step["ended_at"] - step["started_at"], step) for step in run.steps]
+    slots = ((s, {name: step[f"{name}_slots"] for name in metrics.SHARES}) for s, step in timed)
+    decoding = [
+        (seconds, step["host_s"])
+        for seconds, step in timed
+        if "host_s" in step and not step["num_prefill_tokens"]
+    ]
+    host = pd.DataFrame(decoding, columns=["seconds", "host_s"])
+    spent = host["seconds"].sum()
+    return {
+        "duration": run.duration,
+        "request_throughput": len(run.finished) / run.duration,
+        "output_throughput": run.throughput,
+        **metrics.latency_summary(run.finished),
+        **metrics.shares(slots),
+        **{
+            name: metrics.weighted_mean((s, step[name]) for s, step in timed if name in step)
+            for name in ("external_fragmentation", "num_holes")
+        },
+        "median_host_us": host["host_s"].median() * 1e6 if len(host) else None,
+        "host_share": host["host_s"].sum() / spent if spent else None,
+    }
+
+
+def recommendation(bench: Bench) -> str:
+    """One sentence computed from the runs: which strategy, by how much, and whether that is more
+    than noise. Compared repeat by repeat: a lead is one only when it holds in every repeat, and one
+    repeat shows none.
+    """
+    ours = [row for row in bench.rows if row["strategy"] != MLX_LM]
+    if not ours:
+        return "Only mlx-lm was run: name a strategy to compare."
+    speed = {row["strategy"]: [run.throughput for run in bench.of(row["strategy"])] for row in ours}
+    by_speed = sorted(ours, key=lambda row: row["output_throughput"], reverse=True)
+    fastest = by_speed[0]["strategy"]
+    if len(speed[fastest]) == 1:
+        leanest = max(ours, key=lambda row: row["token_share"])
+        return (
+            f"Fastest in this one run: {fastest}, {by_speed[0]['output_throughput']:.1f} output "
+            f"tokens/s; leanest: {leanest['strategy']}, {leanest['token_share']:.0%} of the KV "
+            "memory it ties up is tokens. One run cannot tell speed from noise: add --repeats 3."
+        )
+    tied = [row for row in by_speed if not _ahead(speed[fastest], speed[row["strategy"]])]
+    best = max(tied, key=lambda row: row["token_share"])
+    name = best["strategy"]
+    parts = [
+        f"Use {name}: {best['output_throughput']:.1f} output tokens/s, {best['token_share']:.0%} "
+        "of the KV memory it ties up is tokens"
+    ]
+    if rivals := [row for row in tied if row is not best]:
+        leads = (
+            f"{_lead(speed[name], speed[row['strategy']])} {row['strategy']}" for row in rivals
+        )
+        shares = (f"{row['strategy']} has {row['token_share']:.0%}" for row in rivals)
+        parts.append(
+            f"no difference in speed beyond noise: {', '.join(leads)}, so memory decides: "
+            f"{', '.join(shares)}"
+        )
+    if slower := [row["strategy"] for row in by_speed if row not in tied]:
+        parts.append(f"{_lead(speed[name], speed[slower[0]])} {slower[0]}, the next")
+    if theirs := [run.throughput for run in bench.of(MLX_LM)]:
+        noise = (
+            "" if _ahead(speed[name], theirs) or _ahead(theirs, speed[name]) else ", within noise"
+        )
+        parts.append(f"{_lead(speed[name], theirs)} mlx-lm's own batching{noise}")
+    return "; ".join(parts) + "."
+
+
+def _lead(ours: list[float], theirs: list[float]) -> str:
+    """How much faster, in words: the median of the ratios repeat by repeat, which need not be the
+    ratio of the medians.
+    """
+    ratio = metrics.ratio_summary(ours, theirs)
+    return (
+        f"{ratio['median'] - 1:+.0%} run by run ({ratio['min'] - 1:+.0%} to "
+        f"{ratio['max'] - 1:+.0%}, {ratio['n']} repeats) against"
+    )
+
+
+def _ahead(ours: list[float], theirs: list[float]) -> bool:
+    return len(ours) > 1 and all(a > b for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,151 @@
+"""The command ``bench``."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..options import EngineOptions
+from .options import (
+    DEFAULT_REQUESTS,
+    STRATEGIES_HELP,
+    add_options,
+    add_result,
+    add_workload,
+    check_counts,
+    chosen,
+    filled,
+    given_arguments,
+    progress_bar,
+    save_figures,
+    strategies_of,
+    terminal_width,
+    workload_of,
+)
+
+BENCHED = ("static", "cortexstream", "paged", "runs", "mlx-lm")  # `bench.serve.DEFAULT`
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="smollm2", help="smollm2, tiny, a local folder, or a Hub repository")
+    add(
+        "--strategies",
+        help=f"{STRATEGIES_HELP} (default: {','.join(BENCHED)}; without static, which cannot "
+        "share, for --prefix-caching)",
+    )
+    add_options(parser, EngineOptions, "block_size")
+    add(
+        "--num-blocks",
+        help="blocks in the pool, or a percentage of what a full batch can ever use, at least one "
+        "region of static (default: 100%%)",
+    )
+    text = "requests run at once, for every strategy and for mlx-lm"
+    add("--batch-size", type=int, default=8, help=text)
+    add_workload(parser, DEFAULT_REQUESTS, "inf")
+    add_options(
+        parser, EngineOptions, "prefix_caching", "oom_policy", "preemption", "watermark",
+        "max_step_tokens", "attention",
+        prefix_caching="share equal prefixes of prompts; mlx-lm is given its own prompt cache",
+    )  # fmt: skip
+    add(
+        "--ignore-eos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let every request yield all of its max_tokens",
+    )
+    add_options(
+        parser, EngineOptions, "max_seq_len",
+        max_seq_len="longest request, and the region of static (default: the longest, as a power "
+        "of two)",
+    )  # fmt: skip
+    text = "runs of every strategy, in turn; medians and 95 %% intervals are reported"
+    add("--repeats", type=int, default=1, help=text)
+    add_result(parser, "bench")
+
+
+def run(args: argparse.Namespace) -> tuple[int, str]:
+    from ..results import store
+
+    default = ",".join(name for name in BENCHED if name != "static" or not args.prefix_caching)
+    strategies = strategies_of(args.strategies or default, others=("mlx-lm",))
+    check_counts(args, block_size=1, batch_size=1, requests=1, repeats=1, seed=0)
+    engine = chosen(args, EngineOptions, max_batch_size=args.batch_size)
+    del engine["max_seq_len"], engine["prefix_caching"]  # the setting's own
+    name = args.name or store.default_name("bench")
+    target = store.check_target(Path(args.out), name, args.overwrite)
+    make_items = workload_of(args, DEFAULT_REQUESTS)
+
+    from ..bench.environment import environment
+    from ..bench.serve import Setting, run_bench
+    from ..host.models import load_model, model_limits
+
+    setting = Setting(
+        args.block_size, args.num_blocks, args.batch_size, args.max_seq_len, args.ignore_eos,
+        args.seed, args.prefix_caching, engine,
+    )  # fmt: skip
+    model, tokenizer = load_model(args.model)
+    items = make_items(model_limits(model)[0])
+    stops = () if tokenizer is None else tuple(tokenizer.eos_token_ids)
+    total = sum(item.output_tokens for item in items) * args.repeats * len(strategies)
+    with progress_bar(total) as advance:
+        bench = run_bench(
+            model, items, strategies, setting, repeats=args.repeats, stop_token_ids=stops,
+            progress=advance,
+        )  # fmt: skip
+    where = environment()
+    document = {"environment": where, "rows": bench.rows, "ratios": bench.ratios}
+    text = json.dumps(document, allow_nan=False)
+    _write(target, args, bench, document)
+    return 0 if bench.held else 1, text if args.json else _report(args, bench, where, target)
+
+
+def _write(target: Path, args: argparse.Namespace, bench, document: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import pandas as pd
+
+    from .. import plots
+    from ..bench.summary import recommendation
+    from ..results import store
+
+    plots.use_style()
+    tables = {"rows": pd.DataFrame(bench.rows)}
+    tables |= {"requests": bench.requests(), "steps": bench.steps()}
+    run = {"command": "bench", "arguments": given_arguments(args)}
+    run |= {"recommendation": recommendation(bench)}
+    run |= {name: document[name] for name in ("environment", "ratios")}
+    with store.written_atomically(target) as folder:
+        store.write_tables(folder, run, **tables)
+        if fitted := bench.step_time():
+            step_time, quality = fitted
+            (folder / "step_time.json").write_text(step_time.to_json(model=args.model, **quality))
+        save_figures(folder, plots.bench_figures(**tables))
+
+
+def _report(args: argparse.Namespace, bench, where: dict, target: Path) -> str:
+    from ..bench.summary import recommendation
+    from ..results.console import bench_table
+
+    source = f"trace {args.trace}" if args.trace else f"workload {args.workload}"
+    blocks = next((row["num_blocks"] for row in bench.rows if row["num_blocks"]), None)
+    pool = f", pool of {blocks} blocks of {args.block_size}" if blocks else ""
+    head = (
+        f"{args.model} on {where['device']} ({where['blas']}), {source}, batch {args.batch_size}"
+        f"{pool}, {args.repeats} repeat{'s' * (args.repeats != 1)}"
+    )
+    table = bench_table(bench.rows, terminal_width())
+    lines = [filled(head), table, "", filled(recommendation(bench))]
+    if refused := max(row["refused"] for row in bench.rows):
+        total = refused + len(bench.runs[0].requests)
+        lines.append(
+            f"{refused} of {total} requests were refused, and left out for all strategies."
+        )
+    if not bench.held:
+        lines.append(
+            "SOMETHING DID NOT HOLD: a request failed, or its tokens are not the model's own "
+            "(column `same`)."
+        )
+    lines.append(f"Figures and tables: {target}/")
+    lines.append(f"Next: `make lab` opens the notebooks; `cortexlab report {target}` makes a page.")
+    return "\n".join(lines)

@@ -1,0 +1,242 @@
+"""Options that several commands share: how they are declared, read and named in messages."""
+
+import argparse
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from typing import get_args
+
+from ..allocators import STRATEGIES, make_allocator
+from ..errors import BadInput, at_least, one_of, shown
+from ..options import Options
+
+DEFAULT_REQUESTS = 16
+STRATEGIES_HELP = f"comma-separated: {', '.join(STRATEGIES)}, mlx-lm, or module:Factory of your own"
+ALIASES = {"num_requests": "requests"}  # parameter of the library -> option
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad usage is bad input: one line, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def add_options(
+    parser: argparse.ArgumentParser, kind: type[Options], *names: str, **words: str
+) -> None:
+    """One option for each of the named fields of ``kind``, with its default, choices and words;
+    ``words`` says it otherwise for some.
+    """
+    declared = {each.name: each for each in fields(kind)}
+    for name in names:
+        each, more = declared[name], {}
+        types_of = [one for one in get_args(each.type) or (each.type,) if one is not type(None)]
+        if types_of == [bool]:
+            more["action"] = "store_true"
+        elif choices := each.metadata["choices"]:
+            more = {"choices": choices, "default": each.default}
+        else:
+            more = {"type": types_of[0], "default": each.default}
+        parser.add_argument(_option(name), help=words.get(name, each.metadata["words"]), **more)
+
+
+def chosen(args: argparse.Namespace, kind: type[Options], **more) -> dict:
+    """The fields of ``kind`` on the command line, checked together with ``more``."""
+    given = {each.name: getattr(args, each.name) for each in fields(kind) if each.name in args}
+    given = {
+        name: value for name, value in given.items() if name not in ("num_blocks", "block_size")
+    }
+    kind(num_blocks=1, **given | more)
+    return given
+
+
+def add_workload(
+    parser: argparse.ArgumentParser, requests: int, rate: str, trace_rate: str | None = None
+) -> None:
+    """Options of what arrives. ``rate``: default of a workload; ``trace_rate``: of a trace."""
+    add = parser.add_argument
+    add("--requests", type=int, help=f"how many (default: {requests}, or all of a trace)")
+    add("--workload", default="chat", help="chat, lognormal, heavy-tail or shared-prefix")
+    add(
+        "--trace",
+        help="azure_2023_conv, mooncake_conversation, or a .csv or .jsonl file, instead of a "
+        "--workload",
+    )
+    text = "requests per second, inf (all at time 0) or trace (the trace's own times)"
+    if trace_rate is None:
+        add("--request-rate", type=_rate, default=rate, help=text)
+    else:
+        text += f" (default: {rate}, or {trace_rate} with a trace)"
+        add("--request-rate", type=_rate, help=text)
+    add(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        help="shape of the gamma-distributed gaps: 1 is Poisson, smaller is burstier",
+    )
+    add(
+        "--scale-lengths",
+        type=float,
+        default=1.0,
+        help="multiplies prompt and output lengths, rounded up",
+    )
+    add("--seed", type=int, default=0, help="of lengths, arrivals and tokens")
+
+
+def add_result(parser: argparse.ArgumentParser, command: str) -> None:
+    """Options of where a result goes."""
+    add = parser.add_argument
+    add("--name", help=f"folder under --out (default: {command}-<UTC time>)")
+    add("--out", default="results", help="where results go")
+    add("--overwrite", action="store_true", help="replace a result of that name")
+    add("--json", action="store_true", help="print one JSON document and nothing else")
+
+
+def workload_of(args: argparse.Namespace, requests: int) -> Callable[[int | None], list]:
+    """A function from the model's context to the items; a trace is read at once, and bad arguments
+    are refused before a model is loaded.
+    """
+    from ..workloads import synthetic, traces
+
+    if args.trace is None:
+        if args.request_rate == "trace":
+            raise BadInput("request_rate trace needs --trace")
+
+        def make(context: int | None) -> list:
+            return synthetic.make_workload(
+                args.workload, args.requests or requests, seed=args.seed, context=context,
+                request_rate=args.request_rate, burstiness=args.burstiness,
+                scale_lengths=args.scale_lengths,
+            )  # fmt: skip
+
+        make(None)
+        return make
+    items = traces.load_trace(args.trace, args.seed)[: args.requests]
+    items = synthetic.scale(items, args.scale_lengths)
+    if args.request_rate != "trace":
+        items = synthetic.with_arrivals(items, args.request_rate, args.burstiness, args.seed)
+    return lambda context: items
+
+
+def strategies_of(text: str, others: tuple[str, ...] = ()) -> list:
+    """The strategies that a comma-separated list names; ``others`` are names beside them."""
+    return [strategy_named(name.strip(), others) for name in text.split(",")]
+
+
+def strategy_named(name: str, others: tuple[str, ...] = ()) -> str | Callable:
+    """A strategy's name, or the factory that ``module:Factory`` names."""
+    if ":" not in name:
+        return one_of("strategy", name, (*STRATEGIES, *others))
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(import_module(module), attribute)
+        make_allocator(factory, 64)
+    except (Exception, SystemExit) as error:  # the user's module may do anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"cannot use strategy {shown(name)}: {reason[:200]}") from error
+    finally:
+        sys.path.pop(0)
+    return factory
+
+
+def numbers_of(name: str, text: str, number: type = int) -> list:
+    """The numbers that a comma-separated list names, each once."""
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(number(part))
+        except ValueError:
+            kind = "whole numbers" if number is int else "numbers"
+            raise BadInput(
+                f"{name} must be {kind} with commas between, not {shown(text)}"
+            ) from None
+    return list(dict.fromkeys(found))
+
+
+def check_counts(args: argparse.Namespace, **minimum: int) -> None:
+    """`BadInput` for a given option below its minimum."""
+    for name, least in minimum.items():
+        if (value := getattr(args, name)) is not None:
+            at_least(name, value, least)
+
+
+def named_as_options(message: str, args: argparse.Namespace) -> str:
+    """A library's message with the options of a command for the parameters it names."""
+    names = {name: name for name in vars(args)}
+    names |= {name: option for name, option in ALIASES.items() if option in names}
+    long = "|".join(name for name in names if "_" in name)
+    short = "|".join(name for name in names if "_" not in name)
+    pattern = rf"(?<![\w/.'\"-])(({long})(?![\w/.'\"-])|({short})(?= must be ))"
+    return re.sub(pattern, lambda found: _option(names[found[1]]), message)
+
+
+def given_arguments(args: argparse.Namespace) -> dict:
+    """What a result's ``run.json`` says of the command line."""
+    hidden = ("command", "name_of_command", "rest")
+    given = {name: value for name, value in vars(args).items() if name not in hidden}
+    return {name: str(value) if value == math.inf else value for name, value in given.items()}
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, 120 at most."""
+    return min(120, shutil.get_terminal_size((120, 24)).columns)
+
+
+def filled(text: str) -> str:
+    """``text`` in lines that fit the terminal."""
+    return textwrap.fill(text, terminal_width())
+
+
+def progress_bar(total: int, unit: str = "tok"):
+    """A context that gives a function ``(count, strategy)`` and shows a bar on standard error."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __enter__(self):
+            super().__enter__()
+            return self.advance
+
+        def advance(self, count: int, strategy: str) -> None:
+            self.set_description(f"{strategy:>12}", refresh=False)
+            self.update(count)
+
+    return Bar(total=total, unit=unit, file=sys.stderr, disable=None, leave=False, smoothing=0.05)
+
+
+def save_figures(folder, figures: dict) -> None:
+    """``<name>.png`` for each figure."""
+    import matplotlib.pyplot as plt
+
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png")
+        plt.close(figure)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _rate(text: str) -> float | str:
+    if text == "trace":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of requests per second, inf or trace, not {text!r}"
+        ) from None
