@@ -3,8 +3,8 @@
     keys[layer], values[layer]   [num_kv_heads, num_slots, head_dim]
 
 Head-major, so that any run of slots is a view that matmul and attention take as it is. MLX writes
-in place only while nothing else holds the array: write first, take views from what the write
-returned, and keep none of them to the next step.
+in place only while nothing else holds the array: write first, then take views from ``keys[layer]``,
+and keep none of them to the next step.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class LayerShape(NamedTuple):
 
 
 class Arena:
-    """K and V of ``num_slots`` tokens, by layer. ``copied_bytes``: all moves but first writes."""
+    """K and V of ``num_slots`` tokens, by layer. ``copied_bytes``: of moves and gathers."""
 
     def __init__(self, layers: Sequence[LayerShape], num_slots: int, dtype: mx.Dtype = mx.float32):
         self.layers = list(layers)
@@ -43,7 +43,7 @@ class Arena:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one token's K and V in every layer."""
+        """Bytes of a slot, all layers."""
         return slot_bytes(self.layers, self.dtype)
 
     @property
@@ -70,7 +70,7 @@ class Arena:
             arrays[layer] = mx.put_along_axis(arrays[layer], index, new.astype(self.dtype), axis=1)
 
     def read(self, layer: int, slots: "Slots") -> tuple[mx.array, mx.array]:
-        """A layer's K and V in ``slots``: views of one run; several are copied, and counted."""
+        """A layer's K and V in ``slots``: views if one run, else copies, which are counted."""
         if slots.run is not None:
             return slots.views(self.keys[layer])[0], slots.views(self.values[layer])[0]
         keys, values = slots.gather(self.keys[layer]), slots.gather(self.values[layer])
@@ -94,7 +94,7 @@ def slot_bytes(layers: Sequence[LayerShape], dtype: mx.Dtype) -> int:
 
 
 class Slots:
-    """Slots in token order, from runs ``(first, behind the last)``: one run stays a slice, several
+    """Slots in token order, from runs ``(first, after the last)``: one run stays a slice, several
     become an index array.
     """
 
@@ -116,7 +116,7 @@ class Slots:
         return mx.array(np.concatenate(flat))[None, :, None]
 
     def views(self, array: mx.array) -> list[mx.array]:
-        """These slots of ``[num_kv_heads, num_slots, head_dim]``, one view a run."""
+        """These slots of ``[num_kv_heads, num_slots, head_dim]``, one view per run."""
         return [array[:, start:stop] for start, stop in self.runs]
 
     def gather(self, array: mx.array) -> mx.array:

@@ -22,7 +22,7 @@ class TextStream:
         return self._shown(self._detokenizer.last_segment)
 
     def finish(self) -> tuple[str, bool]:
-        """The same of what is left, when no token comes any more."""
+        """As `add`, for the text left after the last token."""
         self._detokenizer.finalize()
         text, stopped = self._shown(self._detokenizer.last_segment)
         if not stopped:

@@ -31,8 +31,8 @@ from .records import StepRecord, holdings
 from .submission import new_request
 
 DEFAULT_STEP_TOKENS = 512
-# Tokens copied by relocation and compaction between two steps (one sequence may exceed it): for
-# SmolLM2 100 MB, a tenth of a second.
+# Tokens copied by relocation and compaction between two steps (the last copy may overshoot):
+# 100 MB of SmolLM2-135M in float32, 0.1 s.
 MAX_MOVED_TOKENS = 2048
 
 
@@ -41,16 +41,16 @@ class Engine:
 
     - ``model``: one of mlx-lm's, or a `ModelRunner` of it that several engines share.
     - ``options``: the fields of `EngineOptions`. By default ``max_seq_len`` is the model's context,
-      or the pool where that is smaller; ``pipeline`` is on where the device is not the CPU, whose
-      queue is too short to gain by it, or one request runs at a time.
+      or the pool where that is smaller; ``pipeline`` is on, except on the CPU (its queue is too
+      short to gain) with ``max_batch_size`` above 1.
     - ``tokenizer``: for prompts as text, text as it comes, stop strings, and to stop at its
       end-of-sequence tokens.
     - ``on_step`` is called with a `StepRecord` after every step; ``clock`` gives seconds.
 
     The tokens are those of `mlx_lm.generate.generate_step`, whatever the strategy. `ModelError` for
-    a model that cannot be driven exactly (a few tokens are tried), `BadInput` for an argument that
-    makes no sense. When a step raises, the error is passed on, and later steps compute all running
-    requests again.
+    a model that gives other logits over extents (a few tokens are tried), `BadInput` for an
+    argument that makes no sense. When a step raises, the error is passed on, and later steps
+    compute all running requests again.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Engine:
             max_step_tokens=options.step_tokens(DEFAULT_STEP_TOKENS),
             oom_policy=options.oom_policy, watermark=options.watermark, swap=self.cache.swap,
         )  # fmt: skip
-        gains = mx.default_device() != mx.cpu or options.max_batch_size == 1
-        self.pipeline = gains if options.pipeline is None else options.pipeline
+        default = mx.default_device() != mx.cpu or options.max_batch_size == 1
+        self.pipeline = default if options.pipeline is None else options.pipeline
         self.tokenizer = wrapped(tokenizer) if tokenizer is not None else None
         self.clock = a_function("clock", clock)
         self.requests: dict[str, Generation] = {}  # not ended yet
@@ -128,7 +128,7 @@ class Engine:
         return True
 
     def run(self) -> Iterator[TokenEvent]:
-        """Step until every request has ended, yielding events; those not taken come next time."""
+        """Step until every request has ended, yielding events; those not taken stay queued."""
         events = self._output.events
         while self.requests or events:
             if not events:
@@ -138,7 +138,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Run one step, if there is one to run, and return the events it delivered (pipelined,
-        those of the step before).
+        those of the step before: at first none).
         """
         self._advance()
         events = list(self._output.events)
@@ -148,21 +148,18 @@ class Engine:
     def stats(self) -> Stats:
         """The cache's statistics; queue, preemptions and tokens so far; rates since the first step.
 
-        ``occupancy``: blocks held / all. ``token_share`` and ``external_share`` as interface.md
-        defines them; ``empty_share`` is reserved and internal together, which only the end of a
-        sequence tells apart. None where nothing is held.
+        ``occupancy``: blocks held / all. Shares of the slots held, and free ones of no use to the
+        head of the queue: with a token (``token_share``), held but empty (``empty_share``), free
+        (``external_share``). None where there are none.
         """
         elapsed = self.clock() - self._started_at if self._started_at is not None else math.nan
-        blocks, prefix, running = (
-            self.cache.blocks,
-            self.cache.blocks.prefix,
-            self.scheduler.running,
-        )
+        blocks, running = self.cache.blocks, self.scheduler.running
+        prefix = blocks.prefix
         size, num_held = blocks.block_size, blocks.num_held
         held, unusable = num_held * size, self.scheduler.unusable_blocks * size
         tokens = sum(request.num_computed for request in running)
         if prefix is not None:
-            tokens -= prefix.num_shared * size
+            tokens -= prefix.num_shared * size  # a shared block counts once
         room = held + unusable
         asked = prefix.num_asked if prefix is not None else 0
         prefills, decodes = self._num_prefill_tokens, self._num_decode_tokens
@@ -218,7 +215,7 @@ class Engine:
                 "pool": blocks.stats(),
                 "held": tuple(holdings(self.scheduler.running, blocks.block_size)),
             }
-        before = self._in_flight[0] if self._in_flight else None
+        before = self._in_flight[0] if self._in_flight else None  # tokens unread
         flight = self.runner.launch(step, self.cache.arena, self.options.attention, before)
         record["host_s"] += flight.planning_s
         return flight, record
@@ -252,7 +249,7 @@ class Engine:
         self._landed_at = now
 
     def _recover(self) -> None:
-        """Start over behind a step that raised: the arena is not to be trusted any more."""
+        """After a step that raised: drop its tokens, clear the arena, compute all again."""
         self._in_flight = None
         for request in self.requests.values():
             request.num_pending = 0

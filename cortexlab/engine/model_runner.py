@@ -1,4 +1,4 @@
-"""The model over an arena: whether and how it can be driven, and a step from chunks to tokens."""
+"""The model over an arena: whether and how it can be run, and a step from chunks to tokens."""
 
 import time
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class ModelRunner:
     - ``batched``: all sequences of a step in one call, attention where K and V lie. Else (the model
       has an attention or positions of its own) one sequence after the other, K and V whole.
 
-    `ModelError` for a model that in neither way gives the logits which it gives by itself.
+    `ModelError` for a model that in neither way gives its own logits.
     """
 
     def __init__(self, model: nn.Module):
@@ -83,7 +83,7 @@ class ModelRunner:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one token's K and V in every layer."""
+        """Bytes of a slot, all layers."""
         return slot_bytes(self.layers, self.dtype)
 
     def launch(
@@ -119,7 +119,7 @@ class ModelRunner:
         self, rows: Sequence[RowRun], tokens: mx.array, ends: Sequence[int], arena: Arena,
         method: str,
     ) -> mx.array | None:  # fmt: skip
-        """``[len(ends), vocabulary]`` logits behind the rows numbered ``ends``, not evaluated yet;
+        """``[len(ends), vocabulary]`` logits after the rows numbered ``ends``, not evaluated yet;
         None when ``ends`` is empty. ``tokens``: one a row, all sequences' one after the other.
         ``method`` is for batched attention. ``planning_s`` afterwards: seconds spent on plans.
         """

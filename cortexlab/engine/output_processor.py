@@ -90,7 +90,7 @@ class OutputProcessor:
 
 
 def _text(request: Generation, token: int, reason: str | None) -> tuple[str, str | None]:
-    """What can be shown behind ``token``, and the reason to stop. A stop token says nothing."""
+    """What can be shown after ``token``, and the reason to stop. A stop token says nothing."""
     stream, text = request.stream, ""
     if reason is None:
         text, stopped = stream.add(token)
@@ -105,7 +105,7 @@ def _text(request: Generation, token: int, reason: str | None) -> tuple[str, str
 
 
 def _rest(request: Generation, text: str | None) -> str | None:
-    """``text`` and what is held back behind it, when no more tokens come."""
+    """``text`` and what is held back after it, when no more tokens come."""
     if request.stream is None or len(request.output_tokens) == request.max_tokens:
         return text
     more, _ = request.stream.finish()

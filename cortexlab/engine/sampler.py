@@ -18,7 +18,7 @@ MAX_SEED = 2**63 - 1
 class Chooser:
     """How one request's tokens are chosen: processors, then a sampler, under its own random state.
 
-    With ``seed`` the tokens are those of `mlx_lm.generate.generate_step` behind
+    With ``seed`` the tokens are those of `mlx_lm.generate.generate_step` after
     ``mx.random.seed(seed)``, in any batch. ``sampling`` may be a sampler of mlx-lm's kind:
     log-probabilities ``[1, vocabulary]`` to a token ``[1]``. ``num_logprobs``: best ones to tell
     beside the sampled one; None: none at all.
@@ -44,7 +44,7 @@ class Chooser:
         self._processors = [*_processors(params), *processors]
         self._vocabulary = vocabulary
         self._num_logprobs = num_logprobs
-        # Code of the user's own is run at once: an exception in it ends its request alone.
+        # A user's code is run at once: an exception in it ends its request alone.
         self._foreign = own_sampler or bool(processors)
         self.greedy = not own_sampler and params.temperature == 0
         self.wants_tokens = bool(self._processors)
@@ -56,7 +56,7 @@ class Chooser:
     def __call__(
         self, tokens: mx.array | None, logits: mx.array, state: mx.array | None
     ) -> "Choice":
-        """Choose behind ``tokens`` (prompt and output; None unless it ``wants_tokens``), from
+        """Choose after ``tokens`` (prompt and output; None unless it ``wants_tokens``), from
         logits ``[1, vocabulary]``. Lazy, but for functions of the user's own; `BadInput` for what
         they return. ``state``: random key before this token, of the token in flight if there is
         one, else the stored one.
@@ -97,7 +97,7 @@ class Chooser:
 
 
 class Choice:
-    """A sampled token ``[1]``, perhaps not computed yet, the random state behind it, and the
+    """A sampled token ``[1]``, perhaps not computed yet, the random state after it, and the
     log-probabilities wanted.
     """
 
@@ -117,8 +117,8 @@ class Choice:
 
 @contextmanager
 def random_state(state: mx.array):
-    """Within it MLX draws from ``state``; the list it yields holds the state behind that
-    afterwards. MLX's own state is restored.
+    """Within it MLX draws from ``state``; at its end, the list it yields holds the next
+    state. MLX's own state is restored.
     """
     current = mx.random.state[0]  # assigning to the array's elements is what sets the state
     before, after = mx.array(current), []

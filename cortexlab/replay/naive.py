@@ -199,7 +199,7 @@ class NaiveReplay:
         """
         blocks, size = self.blocks, self.blocks.block_size
         reserve = blocks.growth == "reserve"
-        wanted = ceil((need.max_tokens if reserve else need.num_tokens) / size)
+        wanted = ceil((need.max_slots if reserve else need.num_tokens) / size)
         held = {block.prefix_id for table in blocks.tables for block in table.shared}
         whole = need.prefix_ids[: need.prompt_tokens // size]
         shared = list(takewhile(held.__contains__, whole))

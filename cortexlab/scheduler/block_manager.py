@@ -13,13 +13,13 @@ from .prefix_cache import PrefixSharing
 class BlockManager:
     """Block tables of the live sequences over one allocator.
 
-    ``reserve`` takes room for a sequence's last token at once and never grows. ``chain`` takes room
-    for the tokens there are and lets the allocator extend it. ``relocate`` extends in place, else
-    moves the sequence to a larger place. Copies owed stand in ``moves``, in order, until
+    ``growth``: ``reserve`` takes room for all tokens to come at once and never grows. ``chain``
+    takes room for the tokens there are and lets it gain extents. ``relocate`` extends in place,
+    else moves the sequence to a larger place. The caller makes ``moves``, in order, then calls
     `moves_made`. With ``prefix_caching``, prompts share cached blocks (`PrefixSharing`).
 
-    ``max_moved_tokens``: upper bound on tokens copied between two steps (one sequence may exceed
-    it); `is_deferred` says that a sequence waits for the next step to be relocated.
+    ``max_moved_tokens``: upper bound on tokens copied between two steps (the last copy may
+    overshoot); `is_deferred` says that a sequence waits for the next step to be relocated.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class BlockManager:
         self.growth = strategy.growth
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
         self.block_size = at_least("block_size", block_size, 1)
-        self._region = None
+        self._region = None  # blocks per region of `Static`
         if max_seq_len is not None:
             self._region = self.blocks_for(at_least("max_seq_len", max_seq_len, 1))
         self.allocator = self.new_allocator()
@@ -44,7 +44,7 @@ class BlockManager:
         self.moves: list[Move] = []
         self.max_moved_tokens = max_moved_tokens
         self.is_deferred = False
-        self.num_releases = 0  # times blocks came back; a refused request asks again behind one
+        self.num_releases = 0  # version of what is free: a refusal holds until it changes
         self.prefix = PrefixSharing(self) if prefix_caching else None
 
     @property
@@ -59,7 +59,7 @@ class BlockManager:
         return self.num_blocks - self.num_held
 
     def new_allocator(self) -> Allocator:
-        """An empty pool like this one's."""
+        """An empty allocator like this manager's."""
         placement = self.strategy.placement
         allocator = make_allocator(placement, self.num_blocks, region_blocks=self._region)
         return counted(allocator)
@@ -77,8 +77,8 @@ class BlockManager:
         return True
 
     def blocks_wanted(self, need: Need) -> int:
-        """Free blocks that admitting a sequence takes now: for its last token under ``reserve``,
-        else for the tokens it has, without the cached blocks that live sequences hold.
+        """Free blocks that admission takes: for all tokens to come under ``reserve``, else for
+        those there are; less the cached blocks in use (idle ones count as free).
         """
         wanted = self._blocks_of(need)
         if self.prefix is not None and need.prefix_ids:
@@ -86,13 +86,13 @@ class BlockManager:
         return wanted
 
     def allocate(self, need: Need) -> BlockTable | None:
-        """A new table with room for the tokens there are (under ``reserve``, for the last one);
-        its ``num_tokens`` are found in the cache, but never all. None without room.
+        """A new table for ``need``; None without room. Its ``num_tokens`` are found in the cache:
+        never all, as one is computed to sample.
         """
         wanted = self._blocks_of(need)
         sharing = self.prefix is not None and need.prefix_ids
         table = self.prefix.allocate(need, wanted) if sharing else None
-        # Alone in the pool, a sequence does without sharing: idle blocks may lie in its way.
+        # With no live sequence, try again unshared: all idle blocks can then be evicted.
         if table is None and not (sharing and self.num_held):
             extents = self.take(wanted)
             if extents is None:
@@ -118,7 +118,7 @@ class BlockManager:
             own = table.extents
             extents = self.allocator.extend(own, missing) if own else self.take(missing)
             if extents is not None:
-                # All but the last extent stay, unless a user's own allocator joins them anew.
+                # All but the last extent stay, unless a user's allocator merged some.
                 more = table.replace(extents, len(own) - 1 if len(extents) >= len(own) > 0 else 0)
                 if more < missing:
                     raise BadInput(
@@ -132,8 +132,8 @@ class BlockManager:
                 return False
 
     def free(self, table: BlockTable, prefix_ids: Sequence[Hashable] = ()) -> None:
-        """Give the sequence's blocks back. ``prefix_ids`` name the whole blocks of all its tokens:
-        those in its own allocation stay behind as cached ones.
+        """Give the sequence's blocks back. ``prefix_ids`` name its full blocks, of prompt and
+        output: those of its own allocation stay in the cache.
         """
         del self.tables[table]
         if prefix_ids and self.prefix is not None:
@@ -145,14 +145,14 @@ class BlockManager:
         self.num_releases += 1
 
     def moves_made(self) -> None:
-        """Say that the copies owed have been made."""
+        """Forget copies that have been made; a deferred sequence may ask again."""
         self.moves.clear()
         if self.is_deferred:
             self.is_deferred = False
             self.num_releases += 1
 
     def take(self, num_blocks: int) -> tuple[Extent, ...] | None:
-        """Blocks of the allocator; idle cached blocks are evicted for them while that can help."""
+        """Blocks, after compaction if any; idle cached ones are evicted while that helps."""
         if self._compact and not self._owes_enough():
             self._follow(self._compact(num_blocks))
         extents = self.allocator.allocate(num_blocks)
@@ -161,7 +161,7 @@ class BlockManager:
         return extents
 
     def stats(self) -> Stats:
-        """The allocator's; one of the user's own may report a plain dict."""
+        """The allocator's statistics; a user's allocator may give a dict."""
         return Stats(self.allocator.stats())
 
     def check(self) -> None:
@@ -188,7 +188,7 @@ class BlockManager:
         return self.new_allocator()
 
     def _blocks_of(self, need: Need) -> int:
-        return self.blocks_for(need.max_tokens if self.growth == "reserve" else need.num_tokens)
+        return self.blocks_for(need.max_slots if self.growth == "reserve" else need.num_tokens)
 
     def _evict(self, wanted: int) -> bool:
         """Evict one idle block; False when that cannot help."""
@@ -198,6 +198,7 @@ class BlockManager:
         return True
 
     def _owes_enough(self) -> bool:
+        """Whether the copies owed have reached ``max_moved_tokens``."""
         if self.max_moved_tokens is None or not self.moves:
             return False
         owed = (move.num_tokens - move.skipped for move in self.moves if move.way is Way.WITHIN)
@@ -219,7 +220,7 @@ class BlockManager:
         return True
 
     def _follow(self, moved: Sequence[Moved]) -> None:
-        """Let the tables of compacted allocations follow their blocks."""
+        """Point tables at their compacted blocks; owe the copies."""
         if not moved:
             return
         owner = {table.extents[0].start: table for table in self.tables if table.extents}

@@ -1,6 +1,6 @@
 """Where a sequence's tokens lie: its extents in token order. Integers only.
 
-extents    [4, +1] [0, +2]     blocks of 2 slots
+extents    [4, +1] [0, +2]     [first block, +num_blocks]; a block is 2 slots
 token       0  1    2 3 4 5
 slot        8  9    0 1 2 3
 """
@@ -22,17 +22,17 @@ class Need(NamedTuple):
     last one included; equal ids mean equal prefixes.
     """
 
-    num_tokens: int  # has now
-    max_tokens: int  # can ever have in the cache
+    num_tokens: int  # tokens there are now
+    max_slots: int  # slots it can ever fill
     prefix_ids: Sequence[Hashable] = ()
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # prompt's length: tells whole blocks from a partial last one
 
 
 def slot_runs(
     extents: Sequence[Extent], block_size: int, start: int, stop: int
 ) -> Iterator[tuple[int, int]]:
-    """Slots of tokens ``start .. stop - 1`` as runs ``(first slot, slot behind the last)``."""
-    token = 0  # of the extent's first slot
+    """Slots of tokens ``start .. stop - 1`` as runs ``(first slot, slot after the last)``."""
+    token = 0  # in the extent's first slot
     if start >= stop:
         return
     for extent in extents:
@@ -47,7 +47,7 @@ def slot_runs(
 
 @dataclass(eq=False, slots=True)
 class CachedBlock:
-    """One block with the K and V of a block of tokens; ``extents`` is an allocation of its own."""
+    """One block with the K and V of a block of tokens; ``extents`` is allocated on its own."""
 
     prefix_id: Hashable
     extents: tuple[Extent, ...]
@@ -56,23 +56,21 @@ class CachedBlock:
 
 @dataclass(eq=False, slots=True)
 class BlockTable:
-    """A sequence's blocks. ``shared`` blocks of a cached prefix stand in front of the sequence's
-    own allocation, ``extents``.
-    """
+    """A sequence's blocks: ``shared`` ones of a cached prefix, then ``extents``, its own."""
 
     extents: tuple[Extent, ...]
     block_size: int
-    num_tokens: int = 0  # slots that hold a token, or will when the step under way has run
+    num_tokens: int = 0  # slots that hold a token, or will after the steps planned so far
     shared: tuple[CachedBlock, ...] = ()
-    num_found: int = 0  # prefix ids that were in the cache when the table was made
-    prompt_tokens: int = 0  # tokens that the shared blocks are for
+    num_found: int = 0  # prefix ids found in the cache at allocation
+    prompt_tokens: int = 0  # prompt's length, where blocks are shared
     num_blocks: int = field(init=False)
 
     def __post_init__(self):
         self.num_blocks = sum(map(_num_blocks, self.extents)) + len(self.shared)
 
     def replace(self, extents: tuple[Extent, ...], num_kept: int = 0) -> int:
-        """Take ``extents``, whose first ``num_kept`` are as before; return the blocks gained."""
+        """Take ``extents`` (the first ``num_kept`` are not recounted); return blocks gained."""
         before = map(_num_blocks, self.extents[num_kept:])
         more = sum(map(_num_blocks, extents[num_kept:])) - sum(before)
         self.extents = extents
@@ -96,12 +94,12 @@ class BlockTable:
         return merged(chain(*(block.extents for block in self.shared), self.extents))
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """As `slot_runs`."""
+        """`slot_runs` of all blocks."""
         return slot_runs(self.all_extents, self.block_size, start, stop)
 
 
 class Way(StrEnum):
-    """Between which pools tokens move."""
+    """Pools that a `Move` goes between."""
 
     WITHIN = "within"
     OUT = "out"  # swapped out, to the host's pool
@@ -110,8 +108,8 @@ class Way(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Tokens to copy before the next write: the first ``num_tokens`` in ``source``, without the
-    first ``skipped``, go to their places in ``target``.
+    """A copy owed before the next write: tokens ``skipped .. num_tokens - 1`` of ``source``, to the
+    same positions of ``target``.
     """
 
     source: tuple[Extent, ...]

@@ -75,7 +75,7 @@ class PrefixCache:
         return [self._blocks[i] for i in takewhile(self._blocks.__contains__, prefix_ids)]
 
     def closest(self, prefix_id: Hashable) -> tuple[CachedBlock, int] | None:
-        """The block behind that prefix that begins with most of the tokens of ``prefix_id``, and
+        """The block after that prefix that begins with most of the tokens of ``prefix_id``, and
         how many. An id that does not say its tokens is found whole (0 tokens) or not at all.
         """
         if not isinstance(prefix_id, BlockHash):
@@ -184,7 +184,7 @@ class PrefixSharing(PrefixCache):
 
         Where the prompt parts from all cached ones inside a block, the tokens before that are
         copied from the closest. Under ids that do not say their tokens, a partial last block is
-        cached too; its owner goes on writing behind it, so it is copied where it is found.
+        cached too; its owner goes on writing after it, so it is copied where it is found.
         """
         pool, num_whole = self._pool, need.prompt_tokens // self._pool.block_size
         shared = self.found(need)
@@ -247,7 +247,7 @@ class PrefixSharing(PrefixCache):
     def _partly_found(
         self, need: Need, shared: list[CachedBlock], num_whole: int
     ) -> tuple[CachedBlock | None, int, int]:
-        """Behind the ``shared`` blocks: the block to copy from, how many tokens, and ids found."""
+        """After the ``shared`` blocks: the block to copy from, how many tokens, and ids found."""
         num_found = len(shared)
         ids = need.prefix_ids
         found = self.closest(ids[num_found]) if num_found < len(ids) else None
@@ -285,7 +285,7 @@ class PrefixSharing(PrefixCache):
 
     def _is_written(self, block: CachedBlock) -> bool:
         """Whether an earlier step has computed a cached block, so that a copy holds something: no
-        holder is yet to compute it (the others count it as computed from their admission on).
+        holder is yet to compute it (others count it as computed from admission on).
         """
         for table in self._pool.tables:
             if block in table.shared:
@@ -295,7 +295,7 @@ class PrefixSharing(PrefixCache):
         return True
 
     def _give_up(self, shared: Sequence[CachedBlock], num_written: int) -> None:
-        """Release cached blocks; idle ones behind the first ``num_written`` are freed."""
+        """Release cached blocks; idle ones after the first ``num_written`` are freed."""
         self.release(shared)
         if unwritten := [block for block in shared[num_written:] if not block.num_holders]:
             self.forget(unwritten)

@@ -8,9 +8,7 @@ from .block_table import BlockTable, Need
 
 
 class RequestState(StrEnum):
-    """CortexStream's states (Pending -> Prefilling -> Decoding -> Finished / Failed), plus
-    preempted and cancelled.
-    """
+    """Pending -> prefilling -> decoding -> finished, failed, cancelled; preempted -> prefilling."""
 
     PENDING = "pending"
     PREFILLING = "prefilling"
@@ -23,11 +21,11 @@ class RequestState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token of one request, or (``token`` None) its end without one. ``finish_reason`` is set
-    on the last event.
+    """One token of one request, or (``token`` None) only its end. ``finish_reason`` is set on
+    the last event.
 
     ``text``, with a tokenizer: what can be shown now; half a character, or the beginning of a stop
-    string, waits. ``logprobs``, where asked for: token -> log-probability, the sampled one's first.
+    string, waits. ``logprobs``, where asked for: token -> log-probability, sampled token first.
     """
 
     request_id: str
@@ -39,8 +37,8 @@ class TokenEvent:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """``max_tokens`` tokens wanted behind ``prompt``. Times are seconds on the engine's clock; None
-    until they are reached.
+    """Up to ``max_tokens`` tokens wanted after ``prompt``. Times are seconds on the engine's clock;
+    None: not reached.
     """
 
     id: str
@@ -48,26 +46,26 @@ class Request:
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
     arrived_at: float = 0.0
-    prefix_ids: tuple[Hashable, ...] = ()  # of the prompt's blocks, as `Need` has them
-    priority: int = 0  # lower ones first
+    prefix_ids: tuple[Hashable, ...] = ()  # ids of the prompt's blocks: see `Need`
+    priority: int = 0  # lowest number first
     on_token: Callable[[TokenEvent], None] | None = None  # called with each event
-    stop_when: Callable[["Request"], bool] | None = None  # asked behind each token
+    stop_when: Callable[["Request"], bool] | None = None  # asked after each token; True: stop
 
     state: RequestState = RequestState.PENDING
     output_tokens: list[int] = field(default_factory=list)
-    text: str = ""  # of the output, with a tokenizer; without the stop string that ended it
-    logprobs: list[Mapping[int, float]] = field(default_factory=list)  # one an output token
+    text: str = ""  # output as text, with a tokenizer; a final stop string is left out
+    logprobs: list[Mapping[int, float]] = field(default_factory=list)  # one per output token
     finish_reason: str | None = None
     error: str | None = None
-    cached_tokens: int = 0  # prompt tokens whose K and V were found in the prefix cache
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
     table: BlockTable | None = None  # while the request runs
-    swapped: BlockTable | None = None  # in the host's pool, while its K and V wait there
-    fills: list[int] = field(default_factory=list)  # slots filled at the end of each hold of blocks
-    num_pending: int = 0  # tokens sampled, but not read yet
+    swapped: BlockTable | None = None  # table in the host's pool, while swapped out
+    fills: list[int] = field(default_factory=list)  # slots filled at each return of its blocks
+    num_pending: int = 0  # tokens sampled, not yet read by the host
     num_preemptions: int = 0
     number: int = 0  # place in the order of submission
-    admission: int = 0  # place in the order of admission; a preempted request gets a new one
-    scheduled_at: float | None = None
+    admission: int = 0  # place in the order of admission, renewed after preemption
+    scheduled_at: float | None = None  # first admission
     token_times: list[float] = field(default_factory=list)
     finished_at: float | None = None
     history: list[tuple[RequestState, float]] = field(default_factory=list)  # states entered, when
@@ -83,12 +81,12 @@ class Request:
 
     @property
     def num_computed(self) -> int:
-        """Tokens whose K and V are in the cache, or will be when the step under way has run."""
+        """Tokens whose K and V are in the cache, or will be after the steps planned so far."""
         return self.table.num_tokens if self.table is not None else 0
 
     @property
     def is_full(self) -> bool:
-        """Whether the last token is sampled, if perhaps not read yet."""
+        """Whether the last token is sampled, even if not yet read."""
         return len(self.output_tokens) + self.num_pending == self.max_tokens
 
     @property
@@ -105,7 +103,7 @@ class Request:
         self.history.append((state, now))
 
     def tokens(self, start: int, stop: int) -> Sequence[int]:
-        """Tokens ``start .. stop - 1`` of prompt and output as one list; a pending token is 0."""
+        """Tokens ``start .. stop - 1`` of prompt and output, joined; a pending token is 0."""
         split = len(self.prompt)
         if stop <= split:
             return self.prompt[start:stop]

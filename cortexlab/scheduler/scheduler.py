@@ -22,7 +22,7 @@ _batch_order = attrgetter("priority", "admission")
 
 
 class Chunk(NamedTuple):
-    """Tokens ``start .. stop - 1`` of a request, computed in one step, a row each."""
+    """Tokens ``start .. stop - 1`` of a request, run in one step, one row each."""
 
     request: Request
     start: int
@@ -34,14 +34,14 @@ class Chunk(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """Whether a new token is sampled behind this chunk."""
+        """Whether a new token is sampled after this chunk; ask before it is pending."""
         return self.stop == self.request.num_tokens
 
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: chunks of one row (``decode``) and of several (``prefill``); requests out of memory
-    that failed or were preempted; blocks that are free, but refused to the head of the queue.
+    """One step: chunks of one row (``decode``, even of a prompt) and of several (``prefill``);
+    requests out of memory that failed or were preempted; free blocks of no use to the queue's head.
     """
 
     decode: list[Chunk] = field(default_factory=list)
@@ -58,22 +58,25 @@ class Schedule:
 
 class Scheduler:
     """First come, first served within a priority, up to ``max_batch_size`` running requests and
-    ``max_step_tokens`` tokens a step.
+    ``max_step_tokens`` tokens per step.
 
-    A lower ``priority`` stands further ahead in the queue and is preempted later; it does not by
-    itself end the run of another. Running requests with one token to compute come first, so that a
-    long prompt never holds them up; prompts share the tokens left.
+    A lower ``priority`` stands further ahead in the queue and is preempted later; it alone
+    preempts no request. Running requests with one token to compute come first, so that a long
+    prompt never holds them up; prompts share the tokens left.
 
     When memory is out, ``oom_policy`` decides. ``wait``: the request waits, in the queue or with
-    the blocks it holds; only when all running requests wait for each other, the youngest goes back
-    to the queue. ``fail``: it fails at once. ``preempt``: the youngest running request of the last
-    priority gives way. A request that lost its blocks computes its tokens again later; with
+    the blocks it holds; only when all running requests wait for each other, the last goes back to
+    the queue: the youngest of the last priority. ``fail``: it fails at once. ``preempt``: the last
+    running request gives way. A request that lost its blocks computes its tokens again later; with
     ``swap``, a pool on the host, they are copied there and back while that pool has room.
 
     ``watermark``: share of the pool that an admission must leave free for running requests to grow
-    into, where they do grow and the new one can wait (vLLM's idea).
+    into (vLLM's idea); not for ``reserve`` or ``fail``.
 
-    A refused request is asked again only after blocks have come back, so waiting costs nothing.
+    Three ways to wait: refused at the head of the queue (``_refused``); ``stalled``, running but
+    refused a block; stalled until the next step by a deferred relocation (``is_deferred``). Each
+    is kept with the block manager's ``num_releases``, a version that changes when blocks come back
+    or a deferral ends: until then the allocator is not asked again.
     """
 
     def __init__(
@@ -95,11 +98,11 @@ class Scheduler:
         self.swap = swap
         self.waiting: list[Request] = []  # by priority, then first come, first served
         self.running: list[Request] = []  # by priority, then the oldest first: the last gives way
-        self.stalled: dict[Request, int] = {}  # running, refused a block at that `num_releases`
+        self.stalled: dict[Request, int] = {}  # running, refused a block: `num_releases` then
         self.num_preemptions = 0
-        self._now = 0.0  # of the step that is planned
+        self._now = 0.0  # time of the step being planned
         self._num_added = self._num_admissions = 0
-        self._refused: tuple[Request, int] | None = None  # head of the queue, and `num_releases`
+        self._refused: tuple[Request, int] | None = None  # head of the queue, `num_releases` then
 
     def add(self, request: Request) -> None:
         self._num_added += 1
@@ -107,7 +110,7 @@ class Scheduler:
         self._queue(request)
 
     def remove(self, request: Request, prefix_ids: Sequence[Hashable] = ()) -> None:
-        """Take an ended request out, and its blocks back; ``prefix_ids`` as `BlockManager.free`."""
+        """Take an ended request out, its blocks back; ``prefix_ids`` as in `BlockManager.free`."""
         if request.table is not None:
             self._leave(request, prefix_ids)
         else:
@@ -116,7 +119,7 @@ class Scheduler:
 
     @property
     def admits(self) -> bool:
-        """Whether the next step has to look at the queue."""
+        """Whether the next step may admit from the queue."""
         room = len(self.running) < self.max_batch_size and not self.stalled
         return bool(self.waiting) and room and not self._refused_before()
 
@@ -127,9 +130,7 @@ class Scheduler:
 
     @property
     def unusable_blocks(self) -> int:
-        """The free blocks, if they are enough for the head of the queue, which is refused all the
-        same (interface.md's X).
-        """
+        """Free blocks of no use to the head of the queue: all, if enough for it, yet it waits."""
         if not self.waiting or len(self.running) >= self.max_batch_size:
             return 0
         free = self.blocks.free_blocks
@@ -138,9 +139,9 @@ class Scheduler:
     def schedule(self, now: float, due: Sequence[Request] | None = None) -> Schedule:
         """Plan the next step: running requests first, then of the queue what there is room for.
 
-        ``due`` names the running requests to look at (default: all). The others must be decoding
-        with room for their next token; they run without a chunk in the plan, so that a replay can
-        pass over tokens that need no decision.
+        ``due``, for replays: running requests to look at (default: all). The others must be
+        decoding with room for their next token; they get no chunk, and the caller counts their
+        tokens.
         """
         step, self._now = Schedule(), now
         prefilling, gave_way = self._plan_running(due, step), 0
@@ -162,7 +163,7 @@ class Scheduler:
         return step
 
     def restart_all(self) -> None:
-        """Send every running request back to the queue, and swapped ones to their beginning."""
+        """Send running requests back to the queue; drop what is swapped out or cached."""
         for request in list(self.running):
             self._leave(request)
             self._back_to_queue(request)
@@ -171,8 +172,6 @@ class Scheduler:
         self.blocks.moves_made()
         if self.blocks.prefix is not None:
             self.blocks.prefix.forget_all()
-
-    # --- one step ---------------------------------------------------------------------------------
 
     def _plan_running(self, due: Sequence[Request] | None, step: Schedule) -> list[Request]:
         """Plan the running requests with one token to compute; return those with more."""
@@ -188,14 +187,14 @@ class Scheduler:
         return prefilling
 
     def _admit(self, budget: int, short: bool, step: Schedule) -> None:
-        """Admit from the queue while there is room; if ``short`` of memory, look at its head."""
-        misplaced = False  # the head of the queue was refused, although enough blocks were free
+        """Admit from the queue while there is room; if ``short``, only see what its head wants."""
+        enough_but_refused = False  # free blocks, for the head of the queue
         failed_before = len(step.failed)
         while self.waiting and budget and len(self.running) < self.max_batch_size:
             request = self.waiting[0]
             if short or not self._allocate(request):
                 wanted = self.blocks.blocks_wanted(request.need)
-                misplaced |= wanted <= self.blocks.free_blocks
+                enough_but_refused |= wanted <= self.blocks.free_blocks
                 if self.oom_policy != "fail" or short:
                     break
                 self._fail(self.waiting.pop(0), step)
@@ -209,8 +208,8 @@ class Scheduler:
                 request.scheduled_at, request.cached_tokens = self._now, request.num_computed
             budget -= self._compute(request, budget, step)
         if self.waiting and not (self.running or len(step.failed) > failed_before or short):
-            self._fail(self.waiting.pop(0), step)  # an empty pool refused it: for ever
-        step.unusable_blocks = self.blocks.free_blocks if misplaced else 0
+            self._fail(self.waiting.pop(0), step)  # refused by an empty pool: hopeless
+        step.unusable_blocks = self.blocks.free_blocks if enough_but_refused else 0
 
     def _compute(self, request: Request, budget: int, step: Schedule) -> int:
         """Put up to ``budget`` tokens of a request into the step; return how many."""
@@ -225,9 +224,9 @@ class Scheduler:
             return False
         self._refused = None
         need = request.need
-        kept = self.kept_blocks if self.running else 0  # for others, if there are any
-        short = kept and self.blocks.free_blocks < self.blocks.blocks_wanted(need) + kept
-        table = None if short else self.blocks.allocate(need)
+        kept = self.kept_blocks if self.running else 0  # for running ones to grow
+        low = kept and self.blocks.free_blocks < self.blocks.blocks_wanted(need) + kept
+        table = None if low else self.blocks.allocate(need)
         if table is None:
             self._refused = (request, self.blocks.num_releases)
             return False
@@ -245,7 +244,7 @@ class Scheduler:
 
     def _make_room(self, request: Request, step: Schedule) -> bool:
         """Grow the request's table, or do what ``oom_policy`` says; False if it does not run."""
-        if self.stalled.pop(request, None) == self.blocks.num_releases:
+        if self.stalled.pop(request, None) == self.blocks.num_releases:  # nothing came back
             self.stalled[request] = self.blocks.num_releases
             return False
         while not self.blocks.grow(request.table, request.num_tokens):

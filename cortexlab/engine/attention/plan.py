@@ -1,6 +1,6 @@
 """Attention over extents: every row of a step reads its sequence's K and V where they lie.
 
-views     one zero-copy view an extent
+views     a zero-copy view per extent
 windows   all decode rows in two calls over windows of the arena
 gather    copies a sequence's K and V together first; the bytes are counted
 auto      for each step what took least time where it was measured (SmolLM2 in float32, MLX's CPU
@@ -30,7 +30,7 @@ GATHER_BELOW, GATHER_FROM_EXTENTS, GATHER_PROMPTS_BELOW = 6, 4, 128
 class Plan:
     """Where the rows of one step read and write. Made once a step, used by every layer.
 
-    ``rows`` lists the step's sequences in row order. Decode rows (one row a sequence) come first.
+    ``rows`` lists the step's sequences in row order. Decode rows (one row per sequence) come first.
     """
 
     def __init__(self, rows: Sequence[RowRun], arena: Arena, method: str = "auto"):
@@ -66,7 +66,7 @@ class Plan:
         """``[num_rows, heads, key_dim]`` queries -> ``[num_rows, heads, value_dim]``, causal within
         each sequence.
 
-        ``sliding``: a row sees that many tokens, itself the last. ``sinks``: a logit a head which
+        ``sliding``: a row sees that many tokens, itself the last. ``sinks``: a logit per head which
         takes its share of the softmax.
         """
         keys, values = self.arena.keys[layer], self.arena.values[layer]
@@ -108,7 +108,7 @@ class Plan:
 
 
 def check_method(method: str, arena: Arena) -> None:
-    """`BadInput` for a method that is unknown, or that cannot be had for this arena."""
+    """`BadInput` for a method that is unknown or does not fit this arena."""
     one_of("attention", method, ATTENTION_METHODS)
     if method == "windows" and not can_use_windows(arena):
         raise BadInput(

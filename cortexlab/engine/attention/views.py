@@ -1,4 +1,4 @@
-"""Attention by views: a row reads its sequence's K and V in place, one zero-copy view an extent.
+"""Attention by views: a row reads its sequence's K and V in place, a zero-copy view per extent.
 Over several extents: scores per extent, one softmax, then each part of the weights times its V.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arena import Slots
 
-# Queries of a prompt attended at once: later blocks see more keys, and scores stay in the cache.
+# Queries of a prompt attended at once: early ones see fewer keys; scores fit the CPU's cache.
 QUERY_BLOCK = 64
 MASKED = -1e5  # added to a score that is not to be seen; finite, as `fast_math.exp` wants it
 
@@ -20,8 +20,8 @@ Exp = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True)
 class RowRun:
-    """Neighbouring rows of a step: tokens of one sequence from position ``start``. K and V of all
-    its tokens, these included, lie in ``runs`` of slots.
+    """Rows of a step that are one sequence's tokens from position ``start``. K and V of all its
+    tokens, these included, lie in ``runs`` of slots.
     """
 
     start: int
@@ -50,7 +50,7 @@ def tail(runs: list[tuple[int, int]], num_slots: int) -> list[tuple[int, int]]:
 
 
 class Biases(dict):
-    """Biases ``[length, n]`` of scores: 0 where one of the last n tokens sees a token, else MASKED.
+    """Score biases ``[length, n]``, keys by queries (the last n): 0 where seen, else MASKED.
     By ``(n, length, sliding)``, made once a step when the first layer asks.
     """
 
@@ -72,11 +72,11 @@ def attend_parts(
     """Causal attention of ``[n, heads, key_dim]`` queries at positions ``start ..`` over K and V in
     parts ``[kv_heads, length, dim]`` of ``start + n`` tokens; returns ``[n, heads, value_dim]``.
 
-    ``sliding``, ``sinks`` as `Plan.attend`. ``exp``: the one for prompts; None leaves prompts in
-    one part to MLX's own attention.
+    ``sliding``, ``sinks``: see `Plan.attend`, which cuts off tokens that no row sees. ``exp``: for
+    the softmax; None leaves K and V in one part to MLX's own attention.
     """
     n = len(queries)
-    if n == len(keys) == 1 and sinks is None:  # no mask, and products of one row: see `Windows`
+    if n == len(keys) == 1 and sinks is None:  # a single query sees all keys: no mask
         return mx.fast.scaled_dot_product_attention(
             queries[:, :, None], keys[0][None], values[0][None], scale=scale
         )[:, :, 0]
@@ -86,16 +86,16 @@ def attend_parts(
         stop = start + first + len(block)
         begin = 0 if sliding is None else max(0, start + first + 1 - sliding)
         k, v = _between(keys, begin, stop), _between(values, begin, stop)
-        key = len(block), stop - begin, sliding
+        shape = len(block), stop - begin, sliding
         if len(k) == 1 and exp is None:
             causal = sliding is None or stop - begin <= sliding
             out = mx.fast.scaled_dot_product_attention(
                 block.swapaxes(0, 1)[None], k[0][None], v[0][None], scale=scale, sinks=sinks,
-                mask="causal" if causal else (biases[key] == 0).T,
+                mask="causal" if causal else (biases[shape] == 0).T,
             )  # fmt: skip
             blocks.append(out[0].swapaxes(0, 1))
         else:
-            bias = biases[key] if len(block) > 1 else None
+            bias = biases[shape] if len(block) > 1 else None
             blocks.append(_attend_block(block * scale, k, v, bias, sinks, exp or mx.exp))
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
 
@@ -105,7 +105,7 @@ def _attend_block(
     sinks: mx.array | None, exp: Exp,
 ) -> mx.array:  # fmt: skip
     """Scaled ``[n, heads, dim]`` queries -> ``[n, heads, value_dim]``. Divides by the sum of
-    weights last, and repeats no K.
+    weights last; K is not repeated.
 
     Scores are ``[kv_heads, length, group * n]``: a maximum down the columns takes a third of the
     time of one along the rows.
@@ -125,7 +125,7 @@ def _attend_block(
         first += length
     largest = reduce(mx.maximum, [part.max(axis=1, keepdims=True) for part in scores])
     sums = 0
-    if sinks is not None:  # one more token, of no value
+    if sinks is not None:  # an extra key, its V zero
         sink = mx.repeat(sinks.astype(mx.float32).reshape(kv_heads, 1, group), n, axis=-1)
         largest = mx.maximum(largest, sink)
         sums = exp(sink - largest)

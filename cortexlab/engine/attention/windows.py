@@ -16,7 +16,7 @@ import numpy as np
 from ..arena import Arena
 from .views import MASKED, Exp, RowRun
 
-WINDOW = 128  # slots a window
+WINDOW = 128  # slots per window
 PRODUCTS_A_STREAM = 200  # fewer do not pay for another stream: starting and waiting take 70 us
 
 # One for each core besides the first; their threads begin with the first use.
@@ -56,7 +56,7 @@ class Windows:
             for a, b in _pieces(start, stop)
         ]
         row, first, stop = np.array(pieces, dtype=np.int32).T
-        # The arena's last window serves every extent behind its start.
+        # The arena's last window serves every extent after its start.
         window = np.minimum(first, self._num_starts - 1)
         slot = window[:, None] + np.arange(WINDOW, dtype=np.int32)
         outside = (slot < first[:, None]) | (slot >= stop[:, None])
@@ -102,7 +102,7 @@ class Windows:
         """Merge pairs into rows, by the row's largest score: ``[kv_heads, rows, group, dim]``."""
         kv_heads, _, group = largest.shape
         of_rows = largest[:, self._pairs_of_row].max(axis=2)
-        if sinks is not None:  # one more token, of no value
+        if sinks is not None:  # an extra key, its V zero
             sink = sinks.astype(mx.float32).reshape(kv_heads, 1, group)
             of_rows = mx.maximum(of_rows, sink)
         factors = exp(largest - of_rows[:, self._row])
