@@ -2,7 +2,7 @@
 does it cost?
 
 Importing the package loads no MLX: names that need it are resolved on first use. On Linux CPU it
-does load an optimized BLAS (`cortexlab.blas`), which must happen before anybody imports MLX.
+does load an optimized BLAS (`cortexlab.host.blas`), which must come before MLX is imported.
 """
 
 from importlib import import_module, metadata

@@ -23,6 +23,8 @@ OOM_POLICIES = ("wait", "fail", "preempt")
 PREEMPTIONS = ("recompute", "swap")
 ATTENTION_METHODS = ("auto", "views", "windows", "gather")
 WATERMARK = 0.02
+# What a bench compares: one of each family (fixed, contiguous, scattered, ours) and the baseline.
+BENCHED = ("static", "cortexstream", "paged", "runs", "mlx-lm")
 
 at_least_one = partial(at_least, minimum=1)
 

@@ -13,7 +13,7 @@ from cortexlab.engine.arena import Arena
 from cortexlab.engine.attention import Plan
 from cortexlab.host.models import load_model
 
-NEAR_TIE = 1e-3  # largest gap of two logits in float32: interface.md, "Equality with a reference"
+NEAR_TIE = 1e-3  # largest gap of two logits in float32 that a reference may decide otherwise
 NEAR_TIE_OF_SUMS = 1e-4  # largest gap of two cumulated probabilities
 
 

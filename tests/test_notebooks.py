@@ -258,7 +258,7 @@ def test_a_bad_sweep_file_is_refused_in_one_line(tmp_path, capsys, text, names):
     "path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_committed_sweep_files_are_valid(path):
-    assert list(sweep.grid_points(sweep.read_spec(path)))
+    assert list(sweep.grid_points(sweep.SweepSpec.load(path)))
 
 
 # --- figures --------------------------------------------------------------------------------------

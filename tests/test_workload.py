@@ -24,7 +24,7 @@ from cortexlab.workloads.synthetic import (
 )
 from cortexlab.workloads.traces import MOONCAKE_BUCKET_S, load_trace
 
-BOUNDS = {  # shortest and longest prompt, shortest and longest output (interface.md)
+BOUNDS = {  # shortest and longest prompt, shortest and longest output
     "lognormal": (8, 600, 4, 200),
     "heavy-tail": (8, 2000, 16, 200),
     "shared-prefix": (SHARED_PREFIX_TOKENS + 8, SHARED_PREFIX_TOKENS + 600, 4, 200),

@@ -16,6 +16,7 @@ from ..engine.engine import Engine
 from ..engine.model_runner import ModelRunner
 from ..engine.records import StepRecord
 from ..errors import BadInput, at_least, one_of
+from ..options import BENCHED
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.request import Request
 from ..workloads.synthetic import WorkItem, default_max_seq_len, pool_blocks, prompt_tokens
@@ -24,8 +25,6 @@ from .mlx_lm import CacheUse, Difference, run_batch_generator, run_one_by_one
 from .summary import MLX_LM, Bench, Run, engine_step, mlx_lm_step, ratios, strategy_row
 
 ALL = (*STRATEGIES, MLX_LM)
-# One of each family: fixed, contiguous, scattered, ours; and the baseline.
-DEFAULT = ("static", "cortexstream", "paged", "runs", MLX_LM)
 WARMUP_PROMPT, WARMUP_TOKENS = 32, 4  # tokens of each warm-up request
 
 Strategy = str | Callable[[int], Allocator]
@@ -72,7 +71,7 @@ def bench_pool(setting: Setting, items: Sequence[WorkItem], max_seq_len: int) ->
 def run_bench(
     model: nn.Module,
     items: Sequence[WorkItem],
-    strategies: Sequence[Strategy] = DEFAULT,
+    strategies: Sequence[Strategy] = BENCHED,
     setting: Setting = Setting(),
     *,
     repeats: int = 1,

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..options import EngineOptions
+from ..options import BENCHED, EngineOptions
 from .options import (
     DEFAULT_REQUESTS,
     STRATEGIES_HELP,
@@ -21,8 +21,6 @@ from .options import (
     terminal_width,
     workload_of,
 )
-
-BENCHED = ("static", "cortexstream", "paged", "runs", "mlx-lm")  # `bench.serve.DEFAULT`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, EngineOptions, "prefix_caching", "oom_policy", "preemption", "watermark",
         "max_step_tokens", "attention",
         prefix_caching="share equal prefixes of prompts; mlx-lm is given its own prompt cache",
+        max_step_tokens="tokens a step computes at most: longer prompts are cut into chunks "
+        "(default: 512)",
     )  # fmt: skip
     add(
         "--ignore-eos",

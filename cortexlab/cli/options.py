@@ -94,7 +94,7 @@ def add_workload(
         default=1.0,
         help="multiplies prompt and output lengths, rounded up",
     )
-    add("--seed", type=int, default=0, help="of lengths, arrivals and tokens")
+    add("--seed", type=int, default=0, help="seed of lengths, arrivals and tokens")
 
 
 def add_result(parser: argparse.ArgumentParser, command: str) -> None:

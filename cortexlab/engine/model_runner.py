@@ -34,17 +34,14 @@ class Flight:
     """A step that was launched and has not landed."""
 
     chunks: list[Chunk]
-    num_decode: int  # chunks of one row, which stand first
     sampling: list[Request]  # requests that get a token
     tokens: mx.array | None = None  # [len(sampling)]
     choices: dict[Request, Choice] = field(default_factory=dict)  # other than the largest logit
     errors: dict[Request, str] = field(default_factory=dict)  # why a request could get no token
     planning_s: float = 0.0  # of the host, for row runs and attention plans
 
-    @property
-    def num_prefill(self) -> int:
-        """Tokens of the chunks of several rows."""
-        return sum(chunk.num_rows for chunk in self.chunks) - self.num_decode
+    num_decode: int = 0  # rows of the last output token; all others are prefill
+    num_prefill: int = 0
 
 
 class ModelRunner:
@@ -95,7 +92,10 @@ class ModelRunner:
         started_at = time.perf_counter()
         chunks = step.chunks
         sampling = [chunk.request for chunk in chunks if chunk.samples]
-        flight = Flight(chunks, len(step.decode), sampling)
+        flight = Flight(chunks, sampling)
+        decode = (chunk.stop > len(chunk.request.prompt) for chunk in step.decode)
+        flight.num_decode = sum(decode)
+        flight.num_prefill = sum(chunk.num_rows for chunk in chunks) - flight.num_decode
         lasts = accumulate(chunk.num_rows for chunk in chunks)
         ends = [last - 1 for chunk, last in zip(chunks, lasts, strict=True) if chunk.samples]
         rows = [

@@ -5,7 +5,7 @@ steps that are alike cost no more than one.
                              stall      join
     pass_time                                             of all, for each run of steps
 
-The definitions are those of interface.md; `naive.py` follows them to the letter, slot by slot.
+`naive.py` follows the definitions to the letter, slot by slot.
 """
 
 import math
@@ -115,7 +115,7 @@ class Ledger:
     # --- one request ------------------------------------------------------------------------------
 
     def admit(self, request: Counted, num_cached: int) -> None:
-        """It holds blocks now, with ``num_cached`` tokens of its prompt in them."""
+        """Count a request whose blocks, from now on held, have ``num_cached`` tokens in them."""
         totals, table = self.totals, request.table
         request.capacity, request.grown_at = table.capacity, totals.weight
         self.still_tokens += num_cached
@@ -129,11 +129,11 @@ class Ledger:
             totals.hit_tokens += min(table.num_found * self.blocks.block_size, prompt)
 
     def compute(self, num_tokens: int) -> None:
-        """Prompt tokens of a request that does not decode yet are computed."""
+        """Count computed prompt tokens of a request that does not decode yet."""
         self.still_tokens += num_tokens
 
     def join(self, request: Counted, in_cache: int) -> None:
-        """It decodes from this step on; ``in_cache`` of its tokens were in the cache before."""
+        """Count it as decoding from this step on, with ``in_cache`` tokens in the cache."""
         self.still_tokens -= in_cache
         self.num_decoding += 1
         self.base_sum += request.tokens_then - self.clock.step
@@ -141,7 +141,7 @@ class Ledger:
         request.decoding_since = self.clock.step
 
     def grow(self, request: Counted) -> None:
-        """Its table, while it decodes, may have grown."""
+        """Count what its table, while it decodes, may have grown by."""
         before, final = request.capacity, request.final_slots
         capacity = request.table.num_blocks * self.blocks.block_size
         if capacity != before:
@@ -151,13 +151,13 @@ class Ledger:
             self.internal += capacity - max(final, before)
 
     def stall(self, request: Counted) -> None:
-        """It stands still with the blocks it holds."""
+        """Count it as standing still, with the blocks it holds."""
         self._part(request)
         self.still_tokens += request.tokens_then - 1
 
     def leave(self, request: Counted, ended: bool) -> None:
-        """Its blocks are gone. Unless it has ``ended``, slots thought reserved turn out to have
-        been internal.
+        """Count its blocks as gone. Unless it has ``ended``, slots thought reserved turn out to
+        have been internal.
         """
         if request.decoding_since is not None:
             self._part(request)
@@ -172,7 +172,7 @@ class Ledger:
         request.capacity = 0
 
     def finish(self, request: Counted) -> None:
-        """It is about to end: count the extents its tokens lie in."""
+        """Count the extents that the tokens of a request lie in that is about to end."""
         totals, size = self.totals, self.blocks.block_size
         extents, left = request.table.all_extents, request.final_slots
         totals.num_extents += len(extents)
@@ -184,7 +184,7 @@ class Ledger:
                 left -= num_blocks * size
 
     def _part(self, request: Counted) -> None:
-        """It decodes no more."""
+        """Take it out of the decoding requests."""
         tokens = request.num_tokens
         self.num_decoding -= 1
         self.base_sum -= request.tokens_then - request.decoding_since
@@ -195,8 +195,8 @@ class Ledger:
     # --- all of them ------------------------------------------------------------------------------
 
     def pass_time(self, dt: int, steps: int, unusable: int, waiting: bool) -> None:
-        """``steps`` steps of ``dt`` ns, in each of which every decoding request gains a token, and
-        ``unusable`` free blocks are of no use to the head of the queue.
+        """Count ``steps`` steps of ``dt`` ns, in each of which every decoding request gains a token
+        and ``unusable`` free blocks are of no use to the head of the queue.
         """
         totals, blocks, decoding = self.totals, self.blocks, self.num_decoding
         held, size = blocks.num_held, blocks.block_size
@@ -224,7 +224,7 @@ class Ledger:
             totals.queued_free += dt * steps * (blocks.num_blocks - held)
 
     def copy(self) -> None:
-        """The moves owed are made."""
+        """Count the moves owed as made."""
         for move in self.blocks.moves:
             self.totals.copied_tokens += move.num_tokens
             self.totals.copied_blocks += self.blocks.blocks_for(move.num_tokens)
@@ -246,7 +246,7 @@ class Ledger:
         }
 
     def row(self, requests: list[Counted], samples: list[dict], last_arrival: int) -> dict:
-        """The measures of interface.md, over ``requests`` and the ``samples`` of the pool."""
+        """The replay's row: measures over ``requests`` and the ``samples`` of the pool."""
         totals, blocks = self.totals, self.blocks
         done = [request for request in requests if request.state is RequestState.FINISHED]
         duration = self.clock.now / SECOND

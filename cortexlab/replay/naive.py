@@ -222,7 +222,7 @@ class NaiveReplay:
     # --- what it comes to -------------------------------------------------------------------------
 
     def row(self) -> dict:
-        """The measures by the definitions of interface.md."""
+        """The measures by their definitions."""
         done = [each for each in self.served if each.request.state is RequestState.FINISHED]
         decoded = [pair for step in self.steps for pair in step.decoded]
         live, held = sum(tokens for tokens, _ in decoded), sum(slots for _, slots in decoded)

@@ -85,8 +85,8 @@ class Replay:
         self._sample_every = self._next_sample = 0
 
     def run(self, items: Sequence[WorkItem]) -> dict:
-        """Serve ``items`` until the last has ended; the row of `interface.md`. ``seconds`` is the
-        wall time it took.
+        """Serve ``items`` until the last has ended; return the row of measures. Its ``seconds`` is
+        the wall time it took.
         """
         started = time.perf_counter()
         self.requests = _accepted(items, self.blocks, self.clock)
@@ -205,7 +205,7 @@ class Replay:
         if scheduler.waiting:
             if scheduler.admits:
                 return 1
-        elif next_arrival is not None:  # up to the first step that starts behind the arrival
+        elif next_arrival is not None:  # up to the first step that starts after the arrival
             limit = min(limit, -((self.clock.now - next_arrival) // dt))
         if scheduler.stalled and scheduler.may_resume:
             return 1
@@ -250,7 +250,8 @@ class Replay:
     # --- requests ---------------------------------------------------------------------------------
 
     def _start_decoding(self, request: Counted) -> None:
-        """All its tokens are computed: it has given one now, and gives one in each step to come."""
+        """Let a request decode whose tokens are all computed: it has given one now, and gives one
+        in each step to come."""
         now = self.clock.now
         del self._prefilling[request]
         if request.first_ns is None:
@@ -262,7 +263,7 @@ class Replay:
         self._grown(request)
 
     def _grown(self, request: Counted) -> None:
-        """It decodes, and its table may have grown: put what comes next into a calendar."""
+        """Put what comes next for a decoding request into a calendar: its table may have grown."""
         self.ledger.grow(request)
         base = request.tokens_then - request.decoding_since
         if request.final_slots <= request.capacity:
@@ -278,7 +279,7 @@ class Replay:
             if since is not None and request.final_slots == request.tokens_then + last - since:
                 ended.append(request)
         if len(ended) > 1:
-            # Blocks come back in the engine's order: the oldest first, and behind them requests
+            # Blocks come back in the engine's order: the oldest first, and after them requests
             # that computed several tokens in this step.
             several = {chunk.request for chunk in prefills if chunk.num_rows > 1}
             ended.sort(key=lambda request: (request in several, request.admission))

@@ -301,7 +301,6 @@ class SweepSpec:
 
 
 KEYS = tuple(each.name for each in fields(SweepSpec) if each.name != "file")
-read_spec = SweepSpec.load
 
 
 def grid_points(spec: SweepSpec) -> Iterator[dict]:

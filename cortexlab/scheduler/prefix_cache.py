@@ -91,29 +91,23 @@ class PrefixCache:
             self._behind[_place(prefix_id)][block] = None
         return block
 
-    def hold(self, blocks: Iterable[CachedBlock]) -> int:
-        """One more holder for each; return how many of them were idle."""
-        idle = 0
+    def hold(self, blocks: Iterable[CachedBlock]) -> None:
+        """One more holder for each."""
         for block in blocks:
             if block.num_holders:
                 self.num_shared += 1
             else:
                 del self._idle[block.prefix_id]
-                idle += 1
             block.num_holders += 1
-        return idle
 
-    def release(self, blocks: Sequence[CachedBlock]) -> int:
-        """One holder less for each, the last block first; return how many are idle now."""
-        idle = 0
+    def release(self, blocks: Sequence[CachedBlock]) -> None:
+        """One holder less for each, the last block first."""
         for block in reversed(blocks):
             block.num_holders -= 1
             if block.num_holders:
                 self.num_shared -= 1
             else:
                 self._idle[block.prefix_id] = block
-                idle += 1
-        return idle
 
     def touch(self, block: CachedBlock) -> None:
         """Count a read of a block, held or not, as its last use."""
