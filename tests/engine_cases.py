@@ -16,8 +16,7 @@ import numpy as np
 import cortexlab as cl
 from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit
 from cortexlab.allocators.runs import Runs
-from cortexlab.engine.attention import METHODS
-from cortexlab.options import PREEMPTIONS
+from cortexlab.options import ATTENTION_METHODS, PREEMPTIONS
 from cortexlab.scheduler.request import Request, RequestState
 
 # Strategies given as factories: `Runs` that compacts as often as possible, and first fit.
@@ -35,7 +34,7 @@ PRODUCT = {
     "preemption": list(PREEMPTIONS),
     "oom_policy": ["wait", "preempt"],
     "pipeline": [False, True],
-    "attention": list(METHODS),
+    "attention": list(ATTENTION_METHODS),
 }
 DRAWN = {
     "growth": [None, None, *GROWTHS],

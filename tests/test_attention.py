@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from cortexlab.bench.environment import attention_rule
 from cortexlab.engine.arena import Arena, LayerShape
-from cortexlab.engine.attention import METHODS, WINDOW, Plan, RowRun, windows
+from cortexlab.engine.attention import WINDOW, Plan, RowRun, windows
 from cortexlab.host.fast_math import SWITCH
+from cortexlab.options import ATTENTION_METHODS
 
 KV_HEADS, GROUP, DIM, SLOTS = 2, 3, 8, 600
 SHAPE = LayerShape(KV_HEADS, DIM, DIM)
@@ -35,7 +36,7 @@ def sequences(draw):
 @settings(max_examples=100, deadline=None)
 @given(
     sequences(),
-    st.sampled_from(METHODS),
+    st.sampled_from(ATTENTION_METHODS),
     st.sampled_from([None, 1, 7, 100, 1000]),
     st.booleans(),
     st.sampled_from([DIM, DIM - 3]),
@@ -96,10 +97,18 @@ def test_views_and_windows_copy_nothing_and_gather_counts_its_bytes():
     arena = Arena([SHAPE], SLOTS)
     queries = mx.zeros((2, KV_HEADS * GROUP, DIM))
     rows = [RowRun(99, 1, [(0, 100)]), RowRun(49, 1, [(200, 230), (300, 320)])]
-    for method in METHODS:
+    for method in ATTENTION_METHODS:
         arena.copied_bytes = 0
         mx.eval(Plan(rows, arena, method).attend(queries, 0, 1.0))
         assert arena.copied_bytes == (150 * 2 * KV_HEADS * DIM * 4 if method == "gather" else 0)
+
+
+def test_gather_copies_no_token_that_a_sliding_window_hides():
+    arena = Arena([SHAPE], SLOTS)
+    rows = [RowRun(99, 1, [(0, 60), (100, 140)]), RowRun(40, 10, [(200, 230), (300, 320)])]
+    mx.eval(Plan(rows, arena, "gather").attend(mx.zeros((11, KV_HEADS * GROUP, DIM)), 0, 1.0, 7))
+    seen = 7 + (6 + 10)  # the first of ten rows sees itself and six tokens before
+    assert arena.copied_bytes == seen * 2 * KV_HEADS * DIM * 4
 
 
 def test_an_unknown_method_is_refused():

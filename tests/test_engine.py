@@ -14,9 +14,9 @@ import cortexlab as cl
 from cortexlab.allocators import GROWTHS, STRATEGIES, FirstFit
 from cortexlab.bench.mlx_lm import first_difference
 from cortexlab.engine import mlx_lm_hook
-from cortexlab.engine.attention import METHODS, windows
+from cortexlab.engine.attention import windows
 from cortexlab.engine.mlx_lm_hook import ATTENTION
-from cortexlab.options import OOM_POLICIES
+from cortexlab.options import ATTENTION_METHODS, OOM_POLICIES
 from cortexlab.scheduler.request import RequestState
 
 # Lengths of prompts, 1 to 600 tokens, block edges among them.
@@ -52,7 +52,7 @@ def test_the_default_model_yields_the_reference_tokens_under_every_strategy(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
-@pytest.mark.parametrize("attention", METHODS)
+@pytest.mark.parametrize("attention", ATTENTION_METHODS)
 def test_a_tiny_model_yields_the_reference_tokens_under_every_strategy_and_attention(
     tiny, tiny_reference, ways, strategy, batch_size, attention
 ):
@@ -74,7 +74,7 @@ def test_a_tiny_model_yields_the_reference_tokens_under_every_strategy_and_atten
     strategy=st.sampled_from([*STRATEGIES, FirstFit]),
     growth=st.sampled_from([None, *GROWTHS]),
     oom_policy=st.sampled_from([policy for policy in OOM_POLICIES if policy != "fail"]),
-    attention=st.sampled_from(METHODS),
+    attention=st.sampled_from(ATTENTION_METHODS),
     block_size=st.sampled_from([1, 3, 16, 64]),
     batch_size=st.integers(1, 9),
     step_tokens=st.integers(9, 200),  # at least the largest batch size
@@ -276,7 +276,7 @@ def test_a_step_writes_the_arena_in_place(tiny, monkeypatch, pipeline, products_
     attention methods.
     """
     monkeypatch.setattr(windows, "PRODUCTS_A_STREAM", products_a_stream)
-    for attention in METHODS:
+    for attention in ATTENTION_METHODS:
         options = {"attention": attention, "max_batch_size": 4, "pipeline": pipeline}
         engine = cl.Engine(tiny, num_blocks=64, **options)
         engine.cache.warmup()

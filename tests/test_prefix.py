@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from named_blocks import NamedBlocks
@@ -15,12 +15,22 @@ from cortexlab import Extent, Request, RequestState
 from cortexlab.allocators import STRATEGIES, strategy_of
 from cortexlab.options import OOM_POLICIES
 from cortexlab.scheduler.block_table import Move
-from cortexlab.scheduler.prefix_cache import PrefixCache
+from cortexlab.scheduler.prefix_cache import PrefixCache, block_hashes
 from cortexlab.scheduler.scheduler import Scheduler
 
 
 def ids_of(blocks) -> list[int]:
     return [block.prefix_id for block in blocks]
+
+
+@given(st.lists(st.integers(0, 9), max_size=20), st.integers(1, 4), st.integers(0, 5))
+def test_hashing_goes_on_after_the_blocks_hashed_before(tokens, size, num_known):
+    whole = list(block_hashes(tokens, size))
+    known = whole[:num_known]
+    rest = block_hashes(tokens[len(known) * size :], size, known[-1] if known else b"")
+    found = [*known, *rest]
+    assert found == whole
+    assert [(one.before, one.tokens) for one in found] == [(i.before, i.tokens) for i in whole]
 
 
 # --- the cache alone ------------------------------------------------------------------------------

@@ -20,9 +20,8 @@ import cortexlab as cl
 from cortexlab.allocators import Extent, strategy_of
 from cortexlab.allocators.runs import MAX_BRIDGE, MAX_COPIES, Runs
 from cortexlab.engine.arena import Slots
-from cortexlab.engine.attention import METHODS
 from cortexlab.lab.cortexstream_cache import KVCache
-from cortexlab.options import OOM_POLICIES
+from cortexlab.options import ATTENTION_METHODS, OOM_POLICIES
 from cortexlab.replay import replay
 from cortexlab.replay.step_time import StepTime
 from cortexlab.scheduler.block_table import Move
@@ -599,7 +598,7 @@ LENGTHS = [3, 40, 9, 17, 33, 5, 26, 12, 48, 7, 21, 30, 4, 37, 15, 11, 28, 44, 6,
 NUM_TOKENS = (30, 6, 22, 14)  # lengths of answers, in turn: some end while others grow
 
 
-@pytest.mark.parametrize("attention", METHODS)
+@pytest.mark.parametrize("attention", ATTENTION_METHODS)
 @pytest.mark.parametrize("oom_policy", OOM_POLICIES)
 @pytest.mark.parametrize(("block_size", "num_slots"), [(1, 160), (2, 160), (4, 200)])
 def test_an_engine_yields_the_reference_tokens_while_blocks_move(

@@ -26,10 +26,10 @@ from cortexlab.bench.step_profile import (
 )
 from cortexlab.bench.step_profile import _neighbours as neighbours
 from cortexlab.engine.arena import LayerShape
-from cortexlab.engine.attention import METHODS
 from cortexlab.engine.mlx_lm_hook import LayerCache
 from cortexlab.engine.model_runner import ModelRunner
 from cortexlab.errors import BadInput
+from cortexlab.options import ATTENTION_METHODS
 from cortexlab.plots import engine as plots_engine
 
 
@@ -82,9 +82,9 @@ def test_extents_are_measured_for_each_method_and_drawn_as_measured():
         [LayerShape(1, 8, 8)] * 2, 2, [4, 100, 256], num_sequences=2, context=256, repeats=1
     )
     assert list(found["num_extents"].unique()) == [64, 3, 1]
-    assert len(found) == 3 * len(METHODS) and (found["ms"] > 0).all()
+    assert len(found) == 3 * len(ATTENTION_METHODS) and (found["ms"] > 0).all()
     axes = plots_engine.attention_against_extents(found)
-    for line, method in zip(axes.lines, METHODS, strict=True):
+    for line, method in zip(axes.lines, ATTENTION_METHODS, strict=True):
         assert line.get_label() == method
         assert list(line.get_ydata()) == list(found[found["method"] == method]["ms"])
     assert axes.get_xticklabels()[0].get_text() == "4\n(64)" and "ms" in axes.get_ylabel()
@@ -122,10 +122,10 @@ def test_doctor_prints_what_each_way_of_attention_takes_here(monkeypatch):
     measured = doctor.attention_ms(repeats=1)
     lines = doctor._attention_lines(measured)
     assert (
-        lines[0].split()[-len(METHODS) :] == list(METHODS)
+        lines[0].split()[-len(ATTENTION_METHODS) :] == list(ATTENTION_METHODS)
         and len({len(line) for line in lines}) == 1
     )
-    assert [float(word) for word in lines[2].split()[-len(METHODS) :]] == [
-        round(row["ms"], 2) for row in measured[len(METHODS) :]
+    assert [float(word) for word in lines[2].split()[-len(ATTENTION_METHODS) :]] == [
+        round(row["ms"], 2) for row in measured[len(ATTENTION_METHODS) :]
     ]
     assert mx.default_device() == mx.cpu or environment()["attention"]["streams"] == 1

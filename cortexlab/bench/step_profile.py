@@ -25,12 +25,13 @@ import numpy as np
 import pandas as pd
 
 from ..engine.arena import Arena, LayerShape
-from ..engine.attention import METHODS, Plan, RowRun
+from ..engine.attention import Plan, RowRun
 from ..engine.mlx_lm_hook import SWIGLU, LayerCache
 from ..engine.model_runner import ModelRunner
 from ..errors import ModelError, at_least
 from ..host import fast_math
 from ..metrics import PARTS, REST
+from ..options import ATTENTION_METHODS
 from .measure import in_turn
 
 PRODUCTS, ATTENTION, ACTIVATION, ROPE, NORMS, WRITES = PARTS
@@ -90,7 +91,7 @@ def measure_extents(
     extent_slots: Sequence[int],
     num_sequences: int,
     context: int,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = ATTENTION_METHODS,
     repeats: int = 5,
     dtype: mx.Dtype = mx.float32,
     seed: int = 0,

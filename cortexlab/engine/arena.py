@@ -73,6 +73,10 @@ class Arena:
         """A layer's K and V in ``slots``: views if one run, else copies, which are counted."""
         if slots.run is not None:
             return slots.views(self.keys[layer])[0], slots.views(self.values[layer])[0]
+        return self.gather(layer, slots)
+
+    def gather(self, layer: int, slots: "Slots") -> tuple[mx.array, mx.array]:
+        """A layer's K and V in ``slots``, copied together and counted."""
         keys, values = slots.gather(self.keys[layer]), slots.gather(self.values[layer])
         self.copied_bytes += keys.nbytes + values.nbytes
         return keys, values
@@ -110,10 +114,13 @@ class Slots:
         self.run = joined[0] if len(joined) == 1 else None
 
     @cached_property
+    def numbers(self) -> np.ndarray:
+        return np.concatenate([np.arange(*run, dtype=np.int32) for run in self.runs])
+
+    @cached_property
     def index(self) -> mx.array:
         """Slot numbers ``[1, n, 1]``."""
-        flat = [np.arange(start, stop, dtype=np.int32) for start, stop in self.runs]
-        return mx.array(np.concatenate(flat))[None, :, None]
+        return mx.array(self.numbers)[None, :, None]
 
     def views(self, array: mx.array) -> list[mx.array]:
         """These slots of ``[num_kv_heads, num_slots, head_dim]``, one view per run."""

@@ -271,9 +271,11 @@ class Engine:
         blocks = self.cache.blocks
         if blocks.prefix is None:
             return ()
-        known = min(request.num_computed, len(request.prompt) + len(request.output_tokens))
-        whole = request.tokens(0, known - known % blocks.block_size)
-        return tuple(block_hashes(whole, blocks.block_size))
+        size, prompt = blocks.block_size, len(request.prompt)
+        whole = min(request.num_computed, prompt + len(request.output_tokens)) // size
+        ids = request.prefix_ids[: min(whole, prompt // size)]
+        rest = request.tokens(len(ids) * size, whole * size)
+        return (*ids, *block_hashes(rest, size, ids[-1] if ids else b""))
 
     # --- what a request may be --------------------------------------------------------------------
 

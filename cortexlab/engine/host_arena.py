@@ -23,17 +23,13 @@ class HostArena:
         """Copy tokens out of ``arena``, and count their bytes there."""
         for layer, pair in enumerate(self._pairs):
             for array, kept in zip((arena.keys[layer], arena.values[layer]), pair, strict=True):
-                kept[:, _indices(target)] = np.array(source.gather(array).view(self._bits))
+                kept[:, target.numbers] = np.array(source.gather(array).view(self._bits))
         arena.copied_bytes += source.count * arena.slot_bytes
 
     def give(self, arena: Arena, source: Slots, target: Slots) -> None:
         """Copy tokens back into ``arena``, and count their bytes there."""
         for layer, pair in enumerate(self._pairs):
-            keys, values = (mx.array(kept[:, _indices(source)]).view(arena.dtype) for kept in pair)
+            keys, values = (mx.array(kept[:, source.numbers]).view(arena.dtype) for kept in pair)
             arena.write(layer, target, keys, values)
         mx.eval(arena.arrays())
         arena.copied_bytes += source.count * arena.slot_bytes
-
-
-def _indices(slots: Slots) -> np.ndarray:
-    return np.concatenate([np.arange(start, stop) for start, stop in slots.runs])

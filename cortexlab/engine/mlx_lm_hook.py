@@ -23,8 +23,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from ..errors import ModelError
 from ..host import fast_math
-from .arena import Slots
-from .attention import Plan, tail
+from .attention import Plan
 
 ATTENTION, SWIGLU = "scaled_dot_product_attention", "swiglu"
 INNER = ("language_model", "model", "transformer")  # names of a model's inner model
@@ -73,8 +72,7 @@ class _InArena:
     window: int | None = None
 
     def _over(self, plan: Plan, layer: int) -> None:
-        self._plan, self._layer, (self._row,) = plan, layer, plan.rows
-        self.offset = self._row.start
+        self._plan, self._layer, self.offset = plan, layer, plan.positions
 
     def make_mask(self, *args, window_size: int | None = None, **kwargs):
         _check_window(self._layer, window_size, self.window)
@@ -82,12 +80,12 @@ class _InArena:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write ``[1, kv_heads, rows, dim]`` K and V; return all that the rows see of both."""
-        arena, row = self._plan.arena, self._row
-        arena.write(self._layer, self._plan.write_slots, keys[0], values[0])
-        seen = row.stop if self.window is None else row.num_rows + min(row.start, self.window - 1)
-        k, v = arena.read(self._layer, Slots(tail(row.runs, seen)))
+        plan = self._plan
+        plan.arena.write(self._layer, plan.write_slots, keys[0], values[0])
+        (seen,) = plan.seen(self.window)
+        k, v = plan.arena.read(self._layer, seen.slots)
         self.keys, self.values = k[None], v[None]
-        self.offset = row.stop
+        self.offset = plan.rows[0].stop
         return self.keys, self.values
 
 

@@ -33,15 +33,13 @@ PROBE = [0, 1, 2, 2], [1, 2, 0]  # two short sequences
 class Flight:
     """A step that was launched and has not landed."""
 
-    chunks: list[Chunk]
     sampling: list[Request]  # requests that get a token
+    num_decode: int  # rows of the last output token; all others are prefill
+    num_prefill: int
     tokens: mx.array | None = None  # [len(sampling)]
     choices: dict[Request, Choice] = field(default_factory=dict)  # other than the largest logit
     errors: dict[Request, str] = field(default_factory=dict)  # why a request could get no token
     planning_s: float = 0.0  # of the host, for row runs and attention plans
-
-    num_decode: int = 0  # rows of the last output token; all others are prefill
-    num_prefill: int = 0
 
 
 class ModelRunner:
@@ -92,11 +90,9 @@ class ModelRunner:
         started_at = time.perf_counter()
         chunks = step.chunks
         sampling = [chunk.request for chunk in chunks if chunk.samples]
-        flight = Flight(chunks, sampling)
-        decode = (chunk.stop > len(chunk.request.prompt) for chunk in step.decode)
-        flight.num_decode = sum(decode)
-        flight.num_prefill = sum(chunk.num_rows for chunk in chunks) - flight.num_decode
-        lasts = accumulate(chunk.num_rows for chunk in chunks)
+        num_decode = sum(chunk.stop > len(chunk.request.prompt) for chunk in step.decode)
+        lasts = list(accumulate(chunk.num_rows for chunk in chunks))
+        flight = Flight(sampling, num_decode, lasts[-1] - num_decode)
         ends = [last - 1 for chunk, last in zip(chunks, lasts, strict=True) if chunk.samples]
         rows = [
             RowRun(chunk.start, chunk.num_rows, list(chunk.request.table.runs(0, chunk.stop)))

@@ -39,9 +39,10 @@ class BlockHash(bytes):
     tokens: tuple[int, ...]
 
 
-def block_hashes(tokens: Sequence[int], block_size: int) -> Iterator[BlockHash]:
-    """One id for each block of ``tokens``, a partial last one included."""
-    before = b""
+def block_hashes(
+    tokens: Sequence[int], block_size: int, before: bytes = b""
+) -> Iterator[BlockHash]:
+    """One id for each block of ``tokens``, a partial last one included, after the id ``before``."""
     for start in range(0, len(tokens), block_size):
         block = tuple(tokens[start : start + block_size])
         found = BlockHash(hashlib.sha256(before + array("q", block).tobytes()).digest())

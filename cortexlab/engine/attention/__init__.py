@@ -1,6 +1,5 @@
 """Attention over extents; `Plan` is where a step's rows read and write."""
 
-from ...options import ATTENTION_METHODS as METHODS
 from .plan import Plan, check_method
-from .views import RowRun, tail
+from .views import RowRun
 from .windows import WINDOW

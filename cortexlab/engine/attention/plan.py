@@ -41,13 +41,13 @@ class Plan:
         self.exp = fast_math.exp if arena.dtype == mx.float32 and fast_math.wanted() else None
         # One sequence is fed as [1, n] with an integer offset, as mlx-lm does.
         self.single = len(rows) == 1
-        self._decode = [run for run in rows if run.num_rows == 1]
-        way = _way_of_decode(self._decode, arena, method)
+        way = _way_of_decode([run for run in rows if run.num_rows == 1], arena, method)
         self.ways = [  # of each sequence
             way if run.num_rows == 1 else _way_of_prompt(run, method) for run in rows
         ]
         self._num_by_windows = self.ways.count("windows")
-        # By KV heads and sliding window, made when a layer asks.
+        # By sliding window, the second by KV heads too; made when a layer asks.
+        self._seen: dict[int | None, list[RowRun]] = {None: self.rows}
         self._windows: dict[tuple[int, int | None], Windows] = {}
         self.write_slots = Slots([run for row in rows for run in tail(row.runs, row.num_rows)])
         self.positions: int | mx.array = rows[0].start
@@ -75,34 +75,28 @@ class Plan:
             windows = self._windows_for(keys.shape[0], sliding)
             exp = self.exp or mx.exp
             outputs.append(windows.attend(queries[:first], keys, values, scale, exp, sinks))
-        for run, way in zip(self.rows[first:], self.ways[first:], strict=True):
+        for run, way in zip(self.seen(sliding)[first:], self.ways[first:], strict=True):
             rows = queries[first : first + run.num_rows]
             first += run.num_rows
-            # Tokens before the rows that any of them sees.
-            start = run.start if sliding is None else min(run.start, sliding - 1)
             if way == "gather":
-                k, v = self._gathered(run, keys, values)
-                k, v = [k[:, run.start - start :]], [v[:, run.start - start :]]
+                k, v = ([copy] for copy in self.arena.gather(layer, run.slots))
             else:
-                runs = run.runs if sliding is None else tail(run.runs, start + run.num_rows)
-                k, v = ([array[:, a:b] for a, b in runs] for array in (keys, values))
+                k, v = ([array[:, a:b] for a, b in run.runs] for array in (keys, values))
             outputs.append(
-                attend_parts(rows, k, v, start, scale, self._biases, self.exp, sliding, sinks)
+                attend_parts(rows, k, v, run.start, scale, self._biases, self.exp, sliding, sinks)
             )
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
-    def _gathered(self, run: RowRun, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
-        """A sequence's K and V, copied together; the bytes are counted."""
-        k, v = (run.slots.gather(array) for array in (keys, values))
-        self.arena.copied_bytes += k.nbytes + v.nbytes
-        return k, v
+    def seen(self, sliding: int | None) -> list[RowRun]:
+        """The step's rows with the tokens that they see under a sliding window."""
+        if sliding not in self._seen:
+            self._seen[sliding] = [run.within(sliding) for run in self.rows]
+        return self._seen[sliding]
 
     def _windows_for(self, num_kv_heads: int, sliding: int | None) -> "Windows":
         key = num_kv_heads, sliding
         if key not in self._windows:
-            rows = self._decode
-            if sliding is not None:
-                rows = [RowRun(run.start, 1, tail(run.runs, sliding)) for run in rows]
+            rows = self.seen(sliding)[: self._num_by_windows]
             self._windows[key] = Windows(rows, self.arena, num_kv_heads)
         return self._windows[key]
 

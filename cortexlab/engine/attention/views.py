@@ -34,8 +34,12 @@ class RowRun:
 
     @cached_property
     def slots(self) -> Slots:
-        """The slots of all its tokens."""
         return Slots(self.runs)
+
+    def within(self, sliding: int) -> "RowRun":
+        """These rows without the tokens before them that a window of ``sliding`` hides from all."""
+        start = min(self.start, sliding - 1)
+        return RowRun(start, self.num_rows, tail(self.runs, start + self.num_rows))
 
 
 def tail(runs: list[tuple[int, int]], num_slots: int) -> list[tuple[int, int]]:
