@@ -157,9 +157,7 @@ class Engine:
         prefix = blocks.prefix
         size, num_held = blocks.block_size, blocks.num_held
         held, unusable = num_held * size, self.scheduler.unusable_blocks * size
-        tokens = sum(request.num_computed for request in running)
-        if prefix is not None:
-            tokens -= prefix.num_shared * size  # a shared block counts once
+        tokens = sum(request.num_computed for request in running) - blocks.shared_tokens
         room = held + unusable
         asked = prefix.num_asked if prefix is not None else 0
         prefills, decodes = self._num_prefill_tokens, self._num_decode_tokens

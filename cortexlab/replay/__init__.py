@@ -2,7 +2,6 @@
 tensors.
 """
 
-from ..options import ReplayOptions
 from .simulation import Replay, replay
 from .step_time import StepTime, reference
 from .tables import tables

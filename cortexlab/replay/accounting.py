@@ -30,7 +30,7 @@ class Clock:
 
 
 @dataclass(eq=False, slots=True)
-class Counted(Request):
+class CountedRequest(Request):
     """A request of which only the number of tokens counts; it ends after ``output_length`` of them,
     at most ``max_tokens``.
     """
@@ -93,7 +93,7 @@ class Totals:
         parts = {"token": self.token, "internal": self.internal, "external": self.external}
         # fsum, since Python 3.12 adds floats in another way than 3.11.
         parts["reserved"] = max(0.0, self.time - math.fsum(parts.values()))
-        return {f"{name}_share": _over(parts[name], self.time) for name in SHARES}
+        return {f"{name}_share": over(parts[name], self.time) for name in SHARES}
 
 
 class Ledger:
@@ -114,7 +114,7 @@ class Ledger:
 
     # --- one request ------------------------------------------------------------------------------
 
-    def admit(self, request: Counted, num_cached: int) -> None:
+    def admit(self, request: CountedRequest, num_cached: int) -> None:
         """Count a request whose blocks, from now on held, have ``num_cached`` tokens in them."""
         totals, table = self.totals, request.table
         request.capacity, request.grown_at = table.capacity, totals.weight
@@ -132,7 +132,7 @@ class Ledger:
         """Count computed prompt tokens of a request that does not decode yet."""
         self.still_tokens += num_tokens
 
-    def join(self, request: Counted, in_cache: int) -> None:
+    def join(self, request: CountedRequest, in_cache: int) -> None:
         """Count it as decoding from this step on, with ``in_cache`` tokens in the cache."""
         self.still_tokens -= in_cache
         self.num_decoding += 1
@@ -140,7 +140,7 @@ class Ledger:
         self.decode_slots += request.capacity
         request.decoding_since = self.clock.step
 
-    def grow(self, request: Counted) -> None:
+    def grow(self, request: CountedRequest) -> None:
         """Count what its table, while it decodes, may have grown by."""
         before, final = request.capacity, request.final_slots
         capacity = request.table.num_blocks * self.blocks.block_size
@@ -150,12 +150,12 @@ class Ledger:
         if final <= capacity:
             self.internal += capacity - max(final, before)
 
-    def stall(self, request: Counted) -> None:
+    def stall(self, request: CountedRequest) -> None:
         """Count it as standing still, with the blocks it holds."""
         self._part(request)
         self.still_tokens += request.tokens_then - 1
 
-    def leave(self, request: Counted, ended: bool) -> None:
+    def leave(self, request: CountedRequest, ended: bool) -> None:
         """Count its blocks as gone. Unless it has ``ended``, slots thought reserved turn out to
         have been internal.
         """
@@ -171,7 +171,7 @@ class Ledger:
             self.totals.internal += (self.totals.weight - request.grown_at) * never
         request.capacity = 0
 
-    def finish(self, request: Counted) -> None:
+    def finish(self, request: CountedRequest) -> None:
         """Count the extents that the tokens of a request lie in that is about to end."""
         totals, size = self.totals, self.blocks.block_size
         extents, left = request.table.all_extents, request.final_slots
@@ -183,7 +183,7 @@ class Ledger:
                     totals.long_tokens += max(0, min(left, num_blocks * size))
                 left -= num_blocks * size
 
-    def _part(self, request: Counted) -> None:
+    def _part(self, request: CountedRequest) -> None:
         """Take it out of the decoding requests."""
         tokens = request.num_tokens
         self.num_decoding -= 1
@@ -202,9 +202,7 @@ class Ledger:
         held, size = blocks.num_held, blocks.block_size
         decode_tokens = (self.base_sum + decoding * self.clock.step) * steps
         decode_tokens += decoding * steps * (steps - 1) // 2
-        still = self.still_tokens
-        if blocks.prefix is not None:
-            still -= blocks.prefix.num_shared * size
+        still = self.still_tokens - blocks.shared_tokens
         weight = dt / ((held + unusable) * size)
         totals.time += dt * steps
         totals.weight += weight * steps
@@ -233,8 +231,7 @@ class Ledger:
     def slots(self, unusable: int, ahead: int) -> dict[str, int]:
         """The four shares in slots, ``ahead`` steps from now, and ``pool_slots``."""
         blocks, size = self.blocks, self.blocks.block_size
-        shared = blocks.prefix.num_shared if blocks.prefix is not None else 0
-        token = self.still_tokens + self.base_sum - shared * size
+        token = self.still_tokens + self.base_sum - blocks.shared_tokens
         token += self.num_decoding * (self.clock.step + ahead)
         held = blocks.num_held * size
         return {
@@ -245,7 +242,7 @@ class Ledger:
             "pool_slots": blocks.num_blocks * size,
         }
 
-    def row(self, requests: list[Counted], samples: list[dict], last_arrival: int) -> dict:
+    def row(self, requests: list[CountedRequest], samples: list[dict], last_arrival: int) -> dict:
         """The replay's row: measures over ``requests`` and the ``samples`` of the pool."""
         totals, blocks = self.totals, self.blocks
         done = [request for request in requests if request.state is RequestState.FINISHED]
@@ -264,12 +261,12 @@ class Ledger:
             "duration": duration,
             "total_input_tokens": inputs,
             "total_output_tokens": outputs,
-            "request_throughput": _over(len(done), duration),
-            "output_throughput": _over(outputs, duration),
+            "request_throughput": over(len(done), duration),
+            "output_throughput": over(outputs, duration),
             **counted_latency_summary(_latencies(done, totals.gaps)),
             **totals.shares(),
-            "utilization": _over(totals.decode_tokens, totals.decode_slots),
-            "mean_live_tokens": _over(totals.decode_tokens, totals.decode_steps),
+            "utilization": over(totals.decode_tokens, totals.decode_slots),
+            "mean_live_tokens": over(totals.decode_tokens, totals.decode_steps),
             **{
                 name: weighted_mean(zip(spans, (each[name] for each in samples), strict=True))
                 for name in ("external_fragmentation", "num_holes")
@@ -287,7 +284,7 @@ class Ledger:
         }
 
 
-def _latencies(done: list[Counted], gaps: Counter) -> dict[str, Counter]:
+def _latencies(done: list[CountedRequest], gaps: Counter) -> dict[str, Counter]:
     """Nanoseconds -> how often, of each latency."""
     return {
         "ttft": Counter(request.first_ns - request.arrived_ns for request in done),
@@ -301,5 +298,6 @@ def _latencies(done: list[Counted], gaps: Counter) -> dict[str, Counter]:
     }
 
 
-def _over(part: float, whole: float) -> float | None:
+def over(part: float, whole: float) -> float | None:
+    """A quotient; None over nothing."""
     return part / whole if whole else None

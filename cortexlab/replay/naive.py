@@ -17,7 +17,7 @@ from ..scheduler.block_table import BlockTable, Need
 from ..scheduler.request import Request, RequestState
 from ..scheduler.scheduler import Chunk, Schedule, Scheduler
 from ..workloads.synthetic import WorkItem
-from .accounting import LONG_EXTENT
+from .accounting import LONG_EXTENT, over
 from .step_time import SECOND
 
 
@@ -232,6 +232,7 @@ class NaiveReplay:
         num_ids, num_found = self._prefix_ids()
         final, long, extents = self._final_extents()
         moved = [move.num_tokens for move in self.moves]
+        blocks, queued = self.blocks.num_blocks, [step for step in self.steps if step.num_waiting]
         return {
             "requests": len(self.served) + self.refused,
             "completed": len(done),
@@ -244,17 +245,22 @@ class NaiveReplay:
             "duration": seconds,
             "total_input_tokens": inputs,
             "total_output_tokens": outputs,
-            "request_throughput": _over(len(done), seconds),
-            "output_throughput": _over(outputs, seconds),
+            "request_throughput": over(len(done), seconds),
+            "output_throughput": over(outputs, seconds),
             **metrics.shares((step.ns, step.shares()) for step in self.steps),
-            "utilization": _over(live, held),
-            "mean_live_tokens": _over(live, len(decoded)),
-            "prefix_hit_rate": _over(num_found, num_ids),
-            "long_extent_share": _over(long, final),
-            "extents_per_sequence": _over(extents, len(done)),
+            "utilization": over(live, held),
+            "mean_live_tokens": over(live, len(decoded)),
+            "prefix_hit_rate": over(num_found, num_ids),
+            "prefix_hit_tokens_rate": self._hit_tokens_rate() if num_ids else None,
+            "long_extent_share": over(long, final),
+            "extents_per_sequence": over(extents, len(done)),
+            "empty_share": over(
+                sum(step.ns * (blocks - step.num_held) for step in queued),
+                sum(step.ns * blocks for step in queued),
+            ),
             "peak_blocks": max((step.num_held for step in self.steps), default=0),
             "copied_blocks": sum(ceil(num_tokens / size) for num_tokens in moved),
-            "copied_share": _over(sum(moved), self.written),
+            "copied_share": over(sum(moved), self.written),
             "num_preemptions": self.scheduler.num_preemptions,
         }
 
@@ -279,6 +285,16 @@ class NaiveReplay:
                 num_found += min(len(each.item.prefix_ids), slots // each.item.prefix_block)
         return num_ids, num_found
 
+    def _hit_tokens_rate(self) -> float:
+        """Tokens in the blocks that were found, of all tokens of admitted prompts."""
+        found = prompts = 0
+        for each in self.served:
+            if each.first_table:
+                prompt = len(each.request.prompt)
+                found += min(each.first_table.num_found * self.blocks.block_size, prompt)
+                prompts += prompt
+        return found / prompts
+
     def _final_extents(self) -> tuple[int, int, int]:
         """Tokens of finished requests, those in an extent of `LONG_EXTENT` or more, and extents."""
         tokens = long = num_extents = 0
@@ -297,7 +313,7 @@ def _served(index: int, item: WorkItem, options: ReplayOptions) -> Served:
     request = Request(
         f"r{index}",
         tuple(range(item.prompt_tokens)),
-        max(item.output_tokens, item.max_tokens or 0),
+        item.limit,
         arrived_at=round(item.arrived_at * SECOND) / SECOND,
     )
     if options.prefix_caching:  # an id stands for all before it, so a block's last id names it
@@ -306,7 +322,3 @@ def _served(index: int, item: WorkItem, options: ReplayOptions) -> Served:
         ids = tuple(item.prefix_ids[(block + 1) * per_block - 1] for block in range(whole))
         request.prefix_ids = ids + item.prefix_ids[-1:] * bool(part)
     return Served(request, item, round(item.arrived_at * SECOND))
-
-
-def _over(part: float, whole: float) -> float | None:
-    return part / whole if whole else None

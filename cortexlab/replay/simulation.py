@@ -30,7 +30,7 @@ from ..scheduler.block_manager import BlockManager
 from ..scheduler.request import RequestState
 from ..scheduler.scheduler import Chunk, Scheduler
 from ..workloads.synthetic import WorkItem, default_max_seq_len, pool_blocks
-from .accounting import Clock, Counted, Ledger
+from .accounting import Clock, CountedRequest, Ledger
 from .step_time import SECOND, StepTime, reference
 
 DEFAULT_STEP_TOKENS = 2048  # as vLLM's for a small server
@@ -74,14 +74,14 @@ class Replay:
         self._nanoseconds = step_time.nanoseconds
         self.clock = Clock()
         self.ledger = Ledger(self.blocks, self.clock)
-        self.requests: list[Counted] = []
+        self.requests: list[CountedRequest] = []
         self.samples: list[dict] = []
         self.row: dict = {}
         self._num_arrived = 0
-        self._prefilling: dict[Counted, None] = {}
+        self._prefilling: dict[CountedRequest, None] = {}
         # Calendars: by the step before which requests need a block, and by their last step.
-        self._crossings: dict[int, list[Counted]] = defaultdict(list)
-        self._finishes: dict[int, list[Counted]] = defaultdict(list)
+        self._crossings: dict[int, list[CountedRequest]] = defaultdict(list)
+        self._finishes: dict[int, list[CountedRequest]] = defaultdict(list)
         self._sample_every = self._next_sample = 0
 
     def run(self, items: Sequence[WorkItem]) -> dict:
@@ -115,7 +115,7 @@ class Replay:
         assert self.blocks.num_held == held_before, "an ended request kept its blocks"
         return self.row
 
-    def _serve(self, coming: list[Counted]) -> None:
+    def _serve(self, coming: list[CountedRequest]) -> None:
         scheduler, clock, arrived = self.scheduler, self.clock, 0
         self._num_arrived = 0
         next_arrival = coming[0].arrived_ns
@@ -172,7 +172,7 @@ class Replay:
             self._finish_due(last, prefills)
         clock.step = last + 1
 
-    def _due(self) -> list[Counted]:
+    def _due(self) -> list[CountedRequest]:
         """Requests that need a block before this step and did not get it. The oldest is served
         first, as the scheduler does.
         """
@@ -215,7 +215,7 @@ class Replay:
                 return ahead
         return max(1, limit)
 
-    def _decide(self, due: list[Counted]) -> tuple[list[Chunk], list[Counted], int]:
+    def _decide(self, due: list[CountedRequest]) -> tuple[list[Chunk], list[CountedRequest], int]:
         """Ask the scheduler. Returns the prompts' chunks, requests that had waited for a block and
         got it, and the blocks free but not usable.
         """
@@ -249,7 +249,7 @@ class Replay:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def _start_decoding(self, request: Counted) -> None:
+    def _start_decoding(self, request: CountedRequest) -> None:
         """Let a request decode whose tokens are all computed: it has given one now, and gives one
         in each step to come."""
         now = self.clock.now
@@ -262,7 +262,7 @@ class Replay:
         self.ledger.join(request, request.tokens_then)
         self._grown(request)
 
-    def _grown(self, request: Counted) -> None:
+    def _grown(self, request: CountedRequest) -> None:
         """Put what comes next for a decoding request into a calendar: its table may have grown."""
         self.ledger.grow(request)
         base = request.tokens_then - request.decoding_since
@@ -316,7 +316,9 @@ class Replay:
             self._on_sample(self, sample, ahead)
 
 
-def _accepted(items: Sequence[WorkItem], blocks: BlockManager, clock: Clock) -> list[Counted]:
+def _accepted(
+    items: Sequence[WorkItem], blocks: BlockManager, clock: Clock
+) -> list[CountedRequest]:
     """Requests that can ever be served, in order of arrival."""
     coming, fits = [], {}
     if blocks.prefix is not None and not any(item.prefix_ids for item in items):
@@ -325,15 +327,14 @@ def _accepted(items: Sequence[WorkItem], blocks: BlockManager, clock: Clock) -> 
             "workload shared-prefix"
         )
     for index, item in enumerate(items):
-        limit = max(item.output_tokens, item.max_tokens or 0)
-        slots = item.prompt_tokens + limit - 1
+        slots = item.prompt_tokens + item.limit - 1
         need = blocks.blocks_for(slots)
         if need not in fits:
             fits[need] = blocks.could_ever_hold(slots)
         if not fits[need]:
             continue
-        request = Counted(
-            f"r{index}", range(item.prompt_tokens), limit, output_length=item.output_tokens,
+        request = CountedRequest(
+            f"r{index}", range(item.prompt_tokens), item.limit, output_length=item.output_tokens,
             final_slots=item.prompt_tokens + item.output_tokens - 1,
             tokens_then=item.prompt_tokens, clock=clock,
             arrived_ns=round(item.arrived_at * SECOND), arrived_at=item.arrived_at,
@@ -429,9 +430,7 @@ def unlimited_blocks(
     items: Sequence[WorkItem], block_size: int, max_batch_size: int, prefix_caching: bool = False
 ) -> int:
     """Blocks that no workload's run can ever use up, whatever the placement."""
-    longest = max(
-        item.prompt_tokens + max(item.output_tokens, item.max_tokens or 0) - 1 for item in items
-    )
+    longest = max(item.prompt_tokens + item.limit - 1 for item in items)
     region = 1 << (-(-longest // block_size) - 1).bit_length()
     blocks = 2 * region * min(max_batch_size, len(items))
     if prefix_caching:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from .accounting import Counted
+from .accounting import CountedRequest
 from .simulation import Replay
 from .step_time import SECOND
 
@@ -29,7 +29,7 @@ def tables(replays: Sequence[Replay]) -> dict[str, pd.DataFrame]:
     }
 
 
-def _request(request: Counted) -> dict:
+def _request(request: CountedRequest) -> dict:
     stamps = {
         "arrived_at": request.arrived_ns,
         "first_token_at": request.first_ns,

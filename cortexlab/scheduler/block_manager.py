@@ -58,6 +58,11 @@ class BlockManager:
         """Blocks held by no live sequence; idle cached blocks are free."""
         return self.num_blocks - self.num_held
 
+    @property
+    def shared_tokens(self) -> int:
+        """Slots that sharing saves: of blocks, once for each holder beyond the first."""
+        return self.prefix.num_shared * self.block_size if self.prefix is not None else 0
+
     def new_allocator(self) -> Allocator:
         """An empty allocator like this manager's."""
         placement = self.strategy.placement

@@ -6,7 +6,4 @@ from .synthetic import (
     conversations,
     generator,
     make_workload,
-    scale,
-    with_arrivals,
 )
-from .traces import load_trace

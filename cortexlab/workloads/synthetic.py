@@ -45,6 +45,11 @@ class WorkItem:
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.output_tokens
 
+    @property
+    def limit(self) -> int:
+        """Tokens that its request may yield."""
+        return max(self.output_tokens, self.max_tokens or 0)
+
     def scaled(self, factor: float, rounded: Callable[[float], int] = math.ceil) -> "WorkItem":
         """This item with its lengths and prefix block times ``factor``, rounded, at least 1."""
         lengths = (self.prompt_tokens, self.output_tokens, self.prefix_block)
@@ -165,9 +170,7 @@ def default_max_seq_len(items: Sequence[WorkItem], context: int | None = None) -
     """Tokens of a region of ``static``: the longest request rounded up to a power of two, at most
     ``context``.
     """
-    longest = max(
-        item.prompt_tokens + max(item.output_tokens, item.max_tokens or 0) for item in items
-    )
+    longest = max(item.prompt_tokens + item.limit for item in items)
     rounded = 1 << (longest - 1).bit_length()
     return rounded if context is None else min(context, rounded)
 

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -137,12 +138,7 @@ def read_mooncake(path: Path, seed: int = 0) -> list[WorkItem]:
             WorkItem(at + rng.random() * MOONCAKE_BUCKET_S, prompt, output, ids, MOONCAKE_BLOCK)
         )
     first = min(item.arrived_at for item in items)
-    spread = [
-        WorkItem(
-            i.arrived_at - first, i.prompt_tokens, i.output_tokens, i.prefix_ids, i.prefix_block
-        )
-        for i in items
-    ]
+    spread = [replace(item, arrived_at=item.arrived_at - first) for item in items]
     return sorted(spread, key=lambda item: item.arrived_at)
 
 
