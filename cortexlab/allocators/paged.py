@@ -4,14 +4,24 @@ extents of a sequence.
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from itertools import accumulate, compress, count, islice
-from operator import add, eq, itemgetter
+from itertools import accumulate
+from operator import itemgetter
 
 from ..errors import at_least
-from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, assert_tiles, split_off
+from .base import (
+    NEW,
+    Extent,
+    Live,
+    Stats,
+    allocation_in,
+    allocations_in,
+    assert_tiles,
+    merged,
+    split_off,
+)
 from .free_map import FREE, USED, FreeMap
 
-START, SIZE = itemgetter(0), itemgetter(1)
+SIZE = itemgetter(1)
 
 
 class Paged:
@@ -107,24 +117,6 @@ class Paged:
             missing = num_blocks - (reached[-1] if reached else 0)
             top.append(NEW(Extent, (self._fresh, missing)))
             self._fresh += missing
-        extents = joined(top)
+        extents = merged(top)
         self._map.mark(extents, USED)
         return extents
-
-
-def joined(extents: list[Extent]) -> tuple[Extent, ...]:
-    """`merged` of at least one extent, in C functions: most extents do not follow each other."""
-    starts, ends = (
-        map(START, islice(extents, 1, None)),
-        map(add, map(START, extents), map(SIZE, extents)),
-    )
-    at, runs = 0, []
-    for behind in compress(
-        count(1), map(eq, ends, starts)
-    ):  # extents[behind] follows the one before it
-        if behind > at:
-            runs += extents[at:behind]
-        start, size = runs.pop()
-        runs.append(NEW(Extent, (start, size + extents[behind][1])))
-        at = behind + 1
-    return tuple(runs + extents[at:]) if runs else tuple(extents)

@@ -124,11 +124,9 @@ class Runs:
     def free(self, extents: Iterable[Extent]) -> None:
         for whole in allocations_in(self._live, extents):
             del self._live[whole[0].start]
-            if len(whole) > 1:
-                for start, size in whole[:-1]:
-                    self._holes.give(start, size)
-                for start, _ in whole[1:]:
-                    del self._chained[start]
+            for start, size in whole[:-1]:
+                self._holes.give(start, size)
+            self._unchain(whole)
             start, size = whole[-1]
             self._holes.give(start, size, ended=start not in self._fixed)
             self._fixed.discard(start)
@@ -140,8 +138,7 @@ class Runs:
         whole = allocation_in(self._live, extents)
         grows = whole[0].start not in self._fixed
         singles, rest = split_off(self._live, whole, num_blocks)
-        for start, _ in whole[1:]:
-            del self._chained[start]
+        self._unchain(whole)
         self._chain(rest)
         self._fixed.update(one[0].start for one in singles)
         if grows and not rest:
@@ -204,7 +201,7 @@ class Runs:
         hole = self._gaps.pop(gap_size)
         return hole, hole + (room or gap_size - num_blocks), num_blocks
 
-    def _part(self, num_blocks: int, growth: bool = False) -> Place:
+    def _part(self, num_blocks: int, growth: bool) -> Place:
         """A place where no hole fits: the longest hole for prompts, the smallest for growth, the
         far half of a gap where all holes are gaps.
         """
@@ -222,9 +219,7 @@ class Runs:
         """
         extents = [extent]
         while num_blocks:
-            hole, start, size = (
-                self._place(num_blocks) if num_blocks <= self._largest() else self._part(num_blocks)
-            )
+            hole, start, size = self._place(num_blocks)
             self._holes.take(hole, start, size, size == num_blocks)
             extents.append(Extent(start, size))
             num_blocks -= size
@@ -238,6 +233,10 @@ class Runs:
     def _chain(self, whole: tuple[Extent, ...]) -> None:
         for index, (start, _) in enumerate(whole[1:], 1):
             self._chained[start] = whole[0].start, index
+
+    def _unchain(self, whole: tuple[Extent, ...]) -> None:
+        for start, _ in whole[1:]:
+            del self._chained[start]
 
     # --- compaction -------------------------------------------------------------------------------
 
@@ -330,8 +329,7 @@ class Runs:
         self._holes.drop(target)
         self._holes.take(target, target, copy.num_blocks, ends=last)
         self._holes.give(*source, ended=last)
-        for start, _ in whole[1:]:
-            del self._chained[start]
+        self._unchain(whole)
         self._chain(after)
         self._live[first] = after
         return whole, after, ((source, copy),)

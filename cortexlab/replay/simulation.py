@@ -116,13 +116,12 @@ class Replay:
         return self.row
 
     def _serve(self, coming: list[CountedRequest]) -> None:
-        scheduler, clock, arrived = self.scheduler, self.clock, 0
-        self._num_arrived = 0
+        scheduler, clock = self.scheduler, self.clock
         next_arrival = coming[0].arrived_ns
         while True:
             while next_arrival is not None and next_arrival <= clock.now:
-                scheduler.add(coming[arrived])
-                arrived = self._num_arrived = arrived + 1
+                scheduler.add(coming[self._num_arrived])
+                arrived = self._num_arrived = self._num_arrived + 1
                 next_arrival = coming[arrived].arrived_ns if arrived < len(coming) else None
             if scheduler.running or scheduler.waiting:
                 self._step(next_arrival)
@@ -383,8 +382,8 @@ def replay(
 
     ``num_blocks``: a number, ``unlimited``, or a percentage of what ``paged`` holds at its peak
     when unlimited, at the same block size. ``max_seq_len``, the region of ``static``: by default
-    the longest request, rounded up to a power of two. ``options`` are those of `Replay`. Raises
-    `BadInput` before anything runs.
+    the longest request, rounded up to a power of two. ``options`` are those of `Replay`.
+    `BadInput` where one makes no sense.
     """
     check_names(strategies)
     options["max_seq_len"] = max_seq_len or default_max_seq_len(items)
