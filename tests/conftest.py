@@ -1,6 +1,8 @@
 """Fixtures of the tests: the models, mlx-lm's own tokens as the reference, and the marker `cpu`."""
 
-from collections import defaultdict  # noqa: I001
+import os  # noqa: I001
+from collections import defaultdict
+from pathlib import Path
 
 import cortexlab  # noqa: F401 - first, so that the optimized BLAS is in place before MLX
 import mlx.core as mx
@@ -12,15 +14,20 @@ from mlx_lm.sample_utils import make_sampler
 from cortexlab.engine.arena import Arena
 from cortexlab.engine.attention import Plan
 from cortexlab.host.models import load_model
+from cortexlab.workloads.synthetic import WorkItem
+from cortexlab.workloads.traces import KNOWN, load_trace
 
 NEAR_TIE = 1e-3  # largest gap of two logits in float32 that a reference may decide otherwise
 NEAR_TIE_OF_SUMS = 1e-4  # largest gap of two cumulated probabilities
+TRACES = Path(__file__).parents[2] / "shared" / "traces"  # real ones, where they are
+if TRACES.is_dir():
+    os.environ.setdefault("CORTEXLAB_TRACES", str(TRACES))
 
 
 def pytest_collection_modifyitems(items):
     """Skip the tests marked ``cpu`` when MLX's default device is not the CPU."""
     if mx.default_device() != mx.cpu:
-        skip = pytest.mark.skip(reason="holds for MLX's CPU build only")
+        skip = pytest.mark.skip(reason="holds on MLX's CPU device only: the test says why")
         for item in items:
             if item.get_closest_marker("cpu"):
                 item.add_marker(skip)
@@ -162,6 +169,20 @@ def ways(monkeypatch) -> dict[Arena, set[str]]:
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+def real_trace(name: str) -> list[WorkItem]:
+    """Requests of a real trace; skips the test where its file is not here."""
+    folder, file = os.environ.get("CORTEXLAB_TRACES"), KNOWN[name][0]
+    if not folder or not Path(folder, file).is_file():
+        pytest.skip(f"no {file} in $CORTEXLAB_TRACES ({folder})")
+    return load_trace(name)
+
+
+def address(array: mx.array) -> int:
+    """Address of an array's data."""
+    mx.eval(array)
+    return np.array(array, copy=False).__array_interface__["data"][0]
 
 
 def prompts_of(lengths, vocabulary: int, seed: int = 0) -> list[list[int]]:

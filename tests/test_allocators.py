@@ -235,7 +235,9 @@ class AgainstABitmap(RuleBasedStateMachine):
 
 
 @every_strategy
-@pytest.mark.parametrize("stretch_blocks", [4, 512], ids=["many stretches", "one stretch"])
+@pytest.mark.parametrize(
+    "stretch_blocks", [4, HoleAddresses.STRETCH_BLOCKS], ids=["many stretches", "one stretch"]
+)
 def test_an_allocator_never_disagrees_with_a_bitmap(case, stretch_blocks, monkeypatch):
     monkeypatch.setattr(HoleAddresses, "STRETCH_BLOCKS", stretch_blocks)
     run_state_machine_as_test(

@@ -12,9 +12,8 @@ import threading
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from conftest import Reference, prompts_of
+from conftest import Reference, address, prompts_of
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import CONFIGS, VOCABULARY, modules, tiny_model
@@ -80,11 +79,11 @@ def test_an_architecture_that_is_served_gives_the_tokens_of_mlx_lm(name):
         )
         requests = [engine.submit(prompt, 24) for prompt in prompts_of(LENGTHS, VOCABULARY)]
         engine.cache.warmup()
-        places = [pointer(array) for array in engine.cache.arena.arrays()]
+        places = [address(array) for array in engine.cache.arena.arrays()]
         list(engine.run())
         # On a GPU steps are pipelined, and a step in flight may hold the arena's arrays.
         assert mx.default_device() != mx.cpu or places == [
-            pointer(array) for array in engine.cache.arena.arrays()
+            address(array) for array in engine.cache.arena.arrays()
         ], "the arena was copied"
         assert sum(reference.check(request) for request in requests) >= 3, (
             "near ties end a comparison early"
@@ -216,11 +215,6 @@ def last_logits(model, prompt: list[int], chunk_size: int) -> mx.array:
     for start in range(0, len(prompt), chunk_size):
         logits = model(mx.array([prompt[start : start + chunk_size]]), cache=cache)
     return logits[0, -1, :VOCABULARY]
-
-
-def pointer(array: mx.array) -> int:
-    """Address of an evaluated array's data."""
-    return np.array(array, copy=False).__array_interface__["data"][0]
 
 
 def attention_functions() -> dict:

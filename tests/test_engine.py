@@ -5,7 +5,7 @@ of mlx-lm, one sequence at a time.
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import prompts_of
+from conftest import address, prompts_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import llama
@@ -286,11 +286,6 @@ def test_a_step_writes_the_arena_in_place(tiny, monkeypatch, pipeline, products_
         list(engine.run())
         after = [address(array) for array in engine.cache.arena.arrays()]
         assert after == before, f"{attention} copied the arena"
-
-
-def address(array: mx.array) -> int:
-    """Address of an evaluated array's data."""
-    return np.array(array, copy=False).__array_interface__["data"][0]
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import cortexlab
+
 PACKAGE = Path(__file__).parent.parent / "cortexlab"
 FLOORS = (  # from the ground up; folders of one floor do not import each other
     {"errors", "metrics"},
@@ -35,28 +37,42 @@ def imports():
         if parts[0] == "__init__":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
-            names = imported_by(node, parts) if isinstance(node, IMPORT) else []
-            yield from (("/".join(parts), parts[0], name[0]) for name in names if name)
+            for name in imported_by(node, parts):
+                yield "/".join(parts), parts[0], name
 
 
-IMPORT = ast.Import | ast.ImportFrom
-
-
-def imported_by(node: IMPORT, parts: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Names inside the package that ``node`` of the file ``parts`` imports, in parts."""
-    aliases = [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom) and node.level:
-        base = parts[: len(parts) - node.level]
-        return [(*base, *name.split(".")) for name in ([node.module] if node.module else aliases)]
-    found = [node.module] if isinstance(node, ast.ImportFrom) else aliases
-    split = [tuple(name.split(".")) for name in found]
-    return [inner for package, *inner in split if package == "cortexlab"]
+def imported_by(node: ast.AST, parts: tuple[str, ...]) -> list[str]:
+    """Folders of the package, and other packages, that ``node`` of the file ``parts`` imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        names = [node.module] if node.module else [alias.name for alias in node.names]
+        base = parts[: len(parts) - node.level] if node.level else ()
+        return [(*base, *name.split("."))[0] for name in names]
+    by_name = isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func)
+    return ["import_module"] if by_name else []
 
 
 def test_imports_go_down_only():
     seen = [(file, folder, below) for file, folder, below in imports() if folder != below]
-    assert len(seen) > 100
-    assert [each for each in seen if FLOOR_OF[each[1]] <= FLOOR_OF[each[2]]] == []
+    inner = [each for each in seen if each[2] in FLOOR_OF]
+    assert len(inner) > 100
+    assert [each for each in inner if FLOOR_OF[each[1]] <= FLOOR_OF[each[2]]] == []
+
+
+def test_no_import_hides_from_the_test_of_floors():
+    hidden = {(file, name) for file, _, name in imports() if name in ("cortexlab", "import_module")}
+    assert hidden == {("cli/options", "import_module")}, "a user's own allocator, by its name"
+
+
+def test_no_import_in_a_function_of_bookkeeping_names_mlx():
+    named = [each for each in imports() if each[1] in NO_MLX and each[2] in ("mlx", "mlx_lm")]
+    assert named == []
+
+
+def test_every_name_that_the_package_loads_late_comes_from_its_own_file():
+    for name, path in cortexlab._NEED_MLX.items():
+        assert getattr(cortexlab, name).__module__ == f"cortexlab{path}"
 
 
 @pytest.mark.parametrize("folder", NO_MLX)

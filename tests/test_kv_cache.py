@@ -9,6 +9,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import address
 
 import cortexlab as cl
 
@@ -38,12 +39,6 @@ def filled(
         k, v = tokens(n, seed=100 * seed + layer)
         kv.write(sequence, layer, k, v, 0)
     return k, v
-
-
-def address(array: mx.array) -> int:
-    """Address of an array's data."""
-    mx.eval(array)
-    return np.array(array, copy=False).__array_interface__["data"][0]
 
 
 def equal(a: mx.array, b: mx.array) -> bool:

@@ -15,6 +15,7 @@ from math import ceil
 from unittest.mock import patch
 
 import pytest
+from conftest import real_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,6 @@ from cortexlab.scheduler.block_manager import BlockManager
 from cortexlab.scheduler.block_table import Need
 from cortexlab.scheduler.scheduler import Scheduler
 from cortexlab.workloads.synthetic import WorkItem, make_workload
-from cortexlab.workloads.traces import KNOWN, load_trace
 
 NS = 1e-9
 LONG = 6  # tokens of a long extent, in place of `LONG_EXTENT`, in toy pools
@@ -946,21 +946,14 @@ def test_a_step_time_file_that_cannot_be_read_is_named(tmp_path, content):
 # --- the real traces ------------------------------------------------------------------------------
 
 
-def trace(name: str):
-    folder, file = os.environ.get("CORTEXLAB_TRACES"), KNOWN[name][0]
-    if not folder or not os.path.isfile(os.path.join(folder, file)):
-        pytest.skip(f"no {file} in $CORTEXLAB_TRACES ({folder})")
-    return load_trace(name)
-
-
 @pytest.fixture(scope="module")
 def azure():
-    return trace("azure_2023_conv")
+    return real_trace("azure_2023_conv")
 
 
 @pytest.fixture(scope="module")
 def mooncake():
-    return trace("mooncake_conversation")
+    return real_trace("mooncake_conversation")
 
 
 def served(
@@ -1008,7 +1001,7 @@ def test_mooncakes_prefix_hit_rate_is_near_that_of_an_lru_cache(mooncake, num_bl
 
 def test_the_first_seconds_of_azure_equal_the_naive_replay():
     """Six seconds of real lengths in a pool too small for them."""
-    items = [it for it in trace("azure_2023_conv") if it.arrived_at < 6]
+    items = [it for it in real_trace("azure_2023_conv") if it.arrived_at < 6]
     options = {
         "growth": None,
         "oom_policy": "wait",

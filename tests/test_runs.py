@@ -2,16 +2,15 @@
 the content of blocks and the tokens of a model.
 """
 
-import os
 import random
 from collections import Counter
 from functools import partial
 from itertools import cycle, groupby
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from conftest import prompts_of
+from allocator_cases import blocks_of
+from conftest import address, prompts_of, real_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from named_blocks import NamedBlocks
@@ -27,11 +26,6 @@ from cortexlab.replay.step_time import StepTime
 from cortexlab.scheduler.block_table import Move
 from cortexlab.scheduler.request import RequestState
 from cortexlab.workloads.synthetic import shuffled_lengths
-from cortexlab.workloads.traces import KNOWN, load_trace
-
-
-def blocks_of(extents) -> list[int]:
-    return [block for extent in extents for block in range(extent.start, extent.end)]
 
 
 class Pool:
@@ -637,20 +631,12 @@ def test_an_engine_yields_the_reference_tokens_while_blocks_move(
     assert len(finished) > 2 if oom_policy == "fail" else finished == requests
 
 
-def address(array: mx.array) -> int:
-    """Address of an evaluated array's data."""
-    return np.array(array, copy=False).__array_interface__["data"][0]
-
-
 # --- a real trace ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def azure():
-    folder, file = os.environ.get("CORTEXLAB_TRACES"), KNOWN["azure_2023_conv"][0]
-    if not folder or not os.path.isfile(os.path.join(folder, file)):
-        pytest.skip(f"no {file} in $CORTEXLAB_TRACES ({folder})")
-    return load_trace("azure_2023_conv")
+    return real_trace("azure_2023_conv")
 
 
 def assert_long_runs_in_pageds_memory(items, **options) -> None:

@@ -28,6 +28,7 @@ class Simulation:
     finished: list[Request] = field(default_factory=list)
     failed: list[Request] = field(default_factory=list)
     num_steps: int = 0
+    computed: dict[Request, int] = field(default_factory=dict)  # tokens whose K and V are kept
 
     def add(self, *requests: Request) -> None:
         for each in requests:
@@ -63,7 +64,12 @@ class Simulation:
         assert not set(scheduler.running) & set(scheduler.waiting)
         assert [each.table for each in scheduler.running if each.table not in blocks.tables] == []
         assert len(blocks.tables) == len(scheduler.running), "running requests alone hold blocks"
+        for preempted in step.preempted:
+            if preempted.swapped is None:
+                self.computed.pop(preempted, None)
         for chunk in step.chunks:
+            assert chunk.start == self.computed.get(chunk.request, 0), "a token is skipped"
+            self.computed[chunk.request] = chunk.stop
             assert chunk.start < chunk.stop <= chunk.request.num_tokens
             assert chunk.request.num_computed == chunk.stop <= chunk.request.table.capacity
         if step.unusable_blocks:
