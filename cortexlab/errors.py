@@ -41,18 +41,22 @@ def at_least(name: str, value: object, minimum: int, maximum: int = MAX_COUNT) -
     return value
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an int or a float; True and False are neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def a_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     """``value``, or `BadInput` naming ``name`` when it is no finite number from low to high."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or not math.isfinite(value):
+    if not is_number(value) or not low <= value <= high or not math.isfinite(value):
         raise BadInput(f"{name} must be a number from {low} to {high}, not {shown(value)}")
     return value
 
 
 def share(name: str, value: object) -> float:
     """``value``, or `BadInput` naming ``name`` when it is no number from 0 to below 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise BadInput(f"{name} must be a share of the pool, from 0 to below 1, not {value!r}")
+    if not is_number(value) or not 0 <= value < 1:
+        raise BadInput(f"{name} must be a share of the pool, from 0 to below 1, not {shown(value)}")
     return value
 
 
@@ -87,7 +91,7 @@ def a_text(name: str, value: object) -> str:
 
 def seconds(name: str, value: object) -> float:
     """``value``, or `BadInput` naming ``name`` when it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         raise BadInput(f"{name} must be seconds on the engine's clock, not {shown(value)}")
     return value
 
@@ -117,6 +121,11 @@ def shown(value: object, longest: int = 160) -> str:
     """``value`` as text for a message: one line of at most ``longest`` characters."""
     text = repr(value)
     return text if len(text) <= longest else text[:longest] + "…"
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def one_of(kind: str, value: object, allowed) -> str:

@@ -4,7 +4,7 @@ read them from here.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 
 from .allocators import GROWTHS, Allocator
@@ -13,6 +13,7 @@ from .errors import (
     a_function,
     a_number,
     at_least,
+    is_number,
     one_of,
     share,
     shown,
@@ -23,8 +24,10 @@ OOM_POLICIES = ("wait", "fail", "preempt")
 PREEMPTIONS = ("recompute", "swap")
 ATTENTION_METHODS = ("auto", "views", "windows", "gather")
 WATERMARK = 0.02
+DEFAULT_STEP_TOKENS = 512  # of an engine
 # What a bench compares: one of each family (fixed, contiguous, scattered, ours) and the baseline.
 BENCHED = ("static", "cortexstream", "paged", "runs", "mlx-lm")
+BENCH_BATCH_SIZE = 8
 
 at_least_one = partial(at_least, minimum=1)
 
@@ -50,7 +53,7 @@ class Checked:
 class Options(Checked):
     """What scheduler and block manager want to know."""
 
-    num_blocks: int = field(metadata={"words": "blocks in the pool", "check": at_least_one})
+    num_blocks: int = option(MISSING, "blocks in the pool", at_least_one)
     block_size: int = option(16, "slots a block", at_least_one)
     strategy: str | Callable[[int], Allocator] = option(
         "paged", "name of a strategy, or a factory of your own"
@@ -59,9 +62,7 @@ class Options(Checked):
         None, "what a sequence does that outgrows its blocks; else the strategy's", choices=GROWTHS
     )
     max_batch_size: int = option(16, "requests run at once", at_least_one)
-    max_step_tokens: int | None = option(
-        None, "tokens a step computes at most: longer prompts are cut into chunks", at_least_one
-    )
+    max_step_tokens: int | None = option(None, check=at_least_one)
     max_seq_len: int | None = option(
         None, "longest request in tokens, and the region of static", at_least_one
     )
@@ -87,6 +88,12 @@ class Options(Checked):
 class EngineOptions(Options):
     """`Options` of an engine."""
 
+    max_step_tokens: int | None = option(
+        None,
+        "tokens a step computes at most: longer prompts are cut into chunks (default: "
+        f"{DEFAULT_STEP_TOKENS}, or the batch size where that is more)",
+        at_least_one,
+    )
     preemption: str = option(
         "recompute",
         "how a preempted request goes on: computed again, or swapped to the host",
@@ -120,6 +127,10 @@ class ReplayOptions(Options):
     """
 
     max_batch_size: int = option(256, "requests run at once", at_least_one)
+    max_seq_len: int | None = option(
+        None, "region of static, in tokens (default: the longest request, as a power of two)",
+        at_least_one,
+    )  # fmt: skip
 
 
 def _from_to(low: float, high: float) -> Callable:
@@ -156,7 +167,7 @@ class SamplingParams(Checked):
             raise BadInput(f"logit_bias must be a dict of token -> number, not {shown(biases)}")
         for token, bias in (biases or {}).items():
             at_least("token of logit_bias", token, 0)
-            if isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias):
+            if not is_number(bias) or math.isnan(bias):
                 raise BadInput(f"logit_bias of token {token} must be a number, not {shown(bias)}")
 
     @classmethod
@@ -201,3 +212,8 @@ class RequestOptions(Checked):
     logprobs: int | None = None
     priority: int = option(0, check=partial(at_least, minimum=-(2**31)))
     on_token: Callable | None = option(None, check=a_function)
+
+
+def as_option(name: str) -> str:
+    """A parameter's name as the command line spells it."""
+    return f"--{name.replace('_', '-')}"

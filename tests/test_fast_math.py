@@ -22,9 +22,7 @@ def test_exp_is_exact_to_rounding_in_the_range_of_softmax():
     error = np.abs(np.array(fast_math.exp(mx.array(x))) - expected) / expected
     assert error.max() < 4.1e-6
     assert error[np.abs(x) < 1].max() < 4e-7
-    zero, masked, lowest, nan = fast_math.exp(
-        mx.array([0.0, -1e5, -fast_math.LARGEST, float("nan")])
-    ).tolist()
+    zero, masked, lowest, nan = fast_math.exp(mx.array([0.0, -1e5, -2e6, float("nan")])).tolist()
     assert zero == 1.0
     assert 0 <= masked < 2e-38 and 0 <= lowest < 2e-38
     assert nan != nan

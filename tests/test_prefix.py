@@ -362,7 +362,7 @@ def test_a_prompt_that_fits_an_empty_pool_is_served_though_idle_blocks_divide_it
 
 @pytest.mark.parametrize(("strategy", "max_seq_len"), [("static", 4), ("cortexstream_buddy", None)])
 def test_a_strategy_that_hands_out_several_blocks_at_once_cannot_share(strategy, max_seq_len):
-    with pytest.raises(ValueError, match=f"prefix caching.*'{strategy}'"):
+    with pytest.raises(ValueError, match=f"prefix_caching.*'{strategy}'"):
         manager(strategy, num_blocks=8, max_seq_len=max_seq_len)
 
 

@@ -140,7 +140,7 @@ def test_scaling_shrinks_the_shared_prefix_too():
     )
 
 
-@pytest.mark.parametrize("factor", [0, -1, math.nan, math.inf, "2", None])
+@pytest.mark.parametrize("factor", [0, -1, math.nan, math.inf, "2", None, True])
 def test_a_scale_that_is_no_positive_number_is_refused_by_name_and_value(factor):
     with pytest.raises(ValueError, match=f"scale_lengths.*{factor}"):
         scale([WorkItem(0.0, 1, 1)], factor)

@@ -30,7 +30,7 @@ taken back), however large the pool.
 from collections.abc import Container, Iterable
 from itertools import islice
 
-from ..errors import BadInput, at_least, shown
+from ..errors import a_number, at_least
 from .base import (
     NEW,
     Extent,
@@ -62,9 +62,7 @@ class Runs:
     def __init__(self, num_blocks: int, *, gap_blocks: int = 8, copy_share: float = 0.02):
         self.num_blocks = at_least("num_blocks", num_blocks, 1)
         self.gap_blocks = at_least("gap_blocks", gap_blocks, 0)
-        if not (isinstance(copy_share, int | float) and 0 <= copy_share <= 1):
-            raise BadInput(f"copy_share must be a number from 0 to 1, not {shown(copy_share)}")
-        self.copy_share = copy_share
+        self.copy_share = a_number("copy_share", copy_share, 0, 1)
         self._credit = 0.0  # blocks that may be copied
         self._left_over: float = num_blocks  # decaying minimum of the blocks free after admissions
         self._gaps = HoleSizes(num_blocks)  # holes that begin where an allocation ends

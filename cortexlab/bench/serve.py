@@ -16,7 +16,7 @@ from ..engine.engine import Engine
 from ..engine.model_runner import ModelRunner
 from ..engine.records import StepRecord
 from ..errors import BadInput, at_least, one_of
-from ..options import BENCHED
+from ..options import BENCH_BATCH_SIZE, BENCHED, EngineOptions
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.request import Request
 from ..workloads.synthetic import WorkItem, default_max_seq_len, pool_blocks, prompt_tokens
@@ -37,13 +37,13 @@ class Setting:
     `full_pool`; ``engine``: more of `EngineOptions`.
     """
 
-    block_size: int = 16
+    block_size: int = EngineOptions.block_size
     num_blocks: int | str | None = None
-    batch_size: int = 8
-    max_seq_len: int | None = None
+    batch_size: int = BENCH_BATCH_SIZE
+    max_seq_len: int | None = EngineOptions.max_seq_len
     ignore_eos: bool = True
     seed: int = 0
-    prefix_caching: bool = False  # for mlx-lm: its own `LRUPromptCache`
+    prefix_caching: bool = EngineOptions.prefix_caching  # for mlx-lm: its own `LRUPromptCache`
     engine: Mapping = field(default_factory=dict)
 
 

@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from ..allocators import Allocator, Stats, strategy_of
 from ..errors import BadInput, a_function
-from ..options import EngineOptions, RequestOptions
+from ..options import DEFAULT_STEP_TOKENS, EngineOptions, RequestOptions
 from ..scheduler.prefix_cache import block_hashes
 from ..scheduler.request import Request, RequestState, TokenEvent
 from ..scheduler.scheduler import Scheduler
@@ -30,7 +30,6 @@ from .output_processor import Generation, OutputProcessor
 from .records import StepRecord, holdings
 from .submission import new_request
 
-DEFAULT_STEP_TOKENS = 512
 # Tokens copied by relocation and compaction between two steps (the last copy may overshoot):
 # 100 MB of SmolLM2-135M in float32, 0.1 s.
 MAX_MOVED_TOKENS = 2048

@@ -22,7 +22,6 @@ from mlx_lm.models import activations
 
 SWITCH = "CORTEXLAB_FAST_MATH"
 FROM_SIZE = 4096  # array size from which six small functions cost less than one scalar exp
-LARGEST = 2e6  # limit of |x| in exp: beyond it n does not fit a float's lowest bits
 LOG2_E = 1.4426950408889634
 # Coefficients of 2^f on [-1/2, 1/2], with c0 = 1: best polynomial of degree 5 (Lawson's reweighted
 # least squares), relative error 9.2e-8.
@@ -82,7 +81,10 @@ def _gate(e: mx.array, gate: mx.array, x: mx.array) -> mx.array:
 
 
 def exp(x: mx.array) -> mx.array:
-    """e^x of float32 ``-LARGEST <= x <= 87``, softmax's range; about 1e-38 for all x below -87."""
+    """e^x of float32 ``-2e6 <= x <= 87``, softmax's range; about 1e-38 for all x below -87.
+
+    Beyond 2e6 n does not fit a float's lowest bits.
+    """
     return _exp(x, _scale)
 
 

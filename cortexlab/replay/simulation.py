@@ -411,7 +411,8 @@ def replay(
 def _pool(num_blocks: int | str, block_size: int, unlimited: int, peak: Callable[[], int]) -> int:
     """Blocks of a pool given as a number, ``unlimited``, or a percentage of ``peak()``."""
     if num_blocks != "unlimited":
-        return at_least("num_blocks", pool_blocks(num_blocks, peak), 1, LARGEST_POOL)
+        blocks = pool_blocks(num_blocks, peak, "unlimited, ")
+        return at_least("num_blocks", blocks, 1, LARGEST_POOL)
     if unlimited > LARGEST_POOL:
         raise BadInput(
             f"an unlimited pool would need {unlimited} blocks of {block_size}, at most "

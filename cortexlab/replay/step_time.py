@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import BadInput, shown
+from ..errors import BadInput, a_number, shown
 
 SECOND = 1_000_000_000  # nanoseconds: the unit of the replay's clock
 FIELDS = ("base_s", "token_s", "sequence_s")
@@ -26,15 +26,7 @@ class StepTime:
 
     def __post_init__(self):
         for name in FIELDS:
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 <= value <= 3600
-            ):
-                raise BadInput(
-                    f"step time: {name} must be seconds from 0 to 3600, not {shown(value)}"
-                )
+            a_number(f"step time: {name}", getattr(self, name), 0, 3600)
         if not any(self.nanoseconds):
             raise BadInput("step time: a step must take at least a nanosecond")
 

@@ -165,7 +165,7 @@ class PrefixSharing(PrefixCache):
         one = blocks.new_allocator().allocate(1)
         if one is not None and sum(size for _, size in one) > 1:
             raise BadInput(
-                f"prefix caching shares single blocks, and strategy {blocks.strategy.name!r} hands "
+                f"prefix_caching shares single blocks, and strategy {blocks.strategy.name!r} hands "
                 "out more than one at a time"
             )
 

@@ -19,7 +19,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from ..errors import BadInput, at_least, one_of, shown
+from ..errors import BadInput, at_least, is_number, one_of, shown
 
 SHARED_PREFIX_TOKENS = 512
 MAX_SCALE, MIN_RATE = 1e6, 1e-6  # limits that no intended scale or rate exceeds
@@ -142,9 +142,9 @@ def with_arrivals(
 
 def scale(items: Sequence[WorkItem], factor: float) -> list[WorkItem]:
     """All items with lengths times ``factor``; `BadInput` unless it is positive and finite."""
-    if not (isinstance(factor, int | float) and 0 < factor <= MAX_SCALE):
+    if not (is_number(factor) and 0 < factor <= MAX_SCALE):
         raise BadInput(
-            f"scale_lengths must be a positive number of at most {MAX_SCALE:g}, not {factor!r}"
+            f"scale_lengths must be a positive number of at most {MAX_SCALE:g}, not {shown(factor)}"
         )
     return list(items) if factor == 1 else [item.scaled(factor) for item in items]
 
@@ -156,10 +156,10 @@ def arrivals(
     if not request_rate >= MIN_RATE:
         raise BadInput(
             f"request_rate must be a number of requests per second from {MIN_RATE:g}, or inf, not "
-            f"{request_rate!r}"
+            f"{shown(request_rate)}"
         )
     if not 0 < burstiness < math.inf:
-        raise BadInput(f"burstiness must be a positive number, not {burstiness!r}")
+        raise BadInput(f"burstiness must be a positive number, not {shown(burstiness)}")
     if math.isinf(request_rate):
         return [0.0] * num_requests
     gaps = rng.gamma(burstiness, 1 / (request_rate * burstiness), num_requests - 1)
@@ -175,8 +175,10 @@ def default_max_seq_len(items: Sequence[WorkItem], context: int | None = None) -
     return rounded if context is None else min(context, rounded)
 
 
-def pool_blocks(given: int | str, full: Callable[[], int]) -> int:
-    """Blocks of a pool: a number, or a percentage of ``full()`` rounded up."""
+def pool_blocks(given: int | str, full: Callable[[], int], other: str = "") -> int:
+    """Blocks of a pool: a number, or a percentage of ``full()`` rounded up. ``other``: what a
+    message names before these two.
+    """
     if isinstance(given, str) and given.removeprefix("-").isdecimal():
         given = int(given)
     if isinstance(given, int):
@@ -187,7 +189,7 @@ def pool_blocks(given: int | str, full: Callable[[], int]) -> int:
         share = math.nan
     if not 0 < share <= MAX_POOL_SHARE:
         raise BadInput(
-            "num_blocks must be a whole number of at least 1 or a percentage like 60%, not "
+            f"num_blocks must be {other}a whole number of at least 1 or a percentage like 60%, not "
             f"{shown(given)}"
         )
     return at_least("num_blocks", math.ceil(share * full()), 1)
