@@ -2,6 +2,7 @@
 file.
 """
 
+import argparse
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 
 from cortexlab import allocators
 from cortexlab.cli import main as cli
+from cortexlab.cli import options
 from cortexlab.lab import conformance
 from cortexlab.results import store as results
 
@@ -194,7 +196,7 @@ def test_a_name_in_use_is_refused_without_overwrite(run, tmp_path):
     before = (tmp_path / "mine" / "run.json").read_bytes()
     code, stdout, stderr = run(*words)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert "mine" in stderr and "--overwrite" in stderr
+    assert "mine" in stderr and "choose another name, or --overwrite\n" in stderr
     assert (tmp_path / "mine" / "run.json").read_bytes() == before
     assert run(*words, "--overwrite", "--seed", "7")[0] == 0
     assert results.read(tmp_path / "mine")["run"]["arguments"]["seed"] == 7
@@ -286,6 +288,7 @@ BAD = [  # words of the command line, and a pattern of the line on standard erro
     ("--strategies fancy", "'fancy'"),
     ("--strategies paged,fancy", "'fancy'"),
     ("--strategies paged,", "strategy"),
+    ("--strategies=", "unknown strategy ''"),
     ("--model no-such-model", "'no-such-model'"),
     ("--workload holiday", "'holiday'"),
     ("--trace azure_2030", "'azure_2030'"),
@@ -443,6 +446,28 @@ def test_an_unknown_strategy_is_refused_with_the_names_of_all_strategies(tmp_pat
     allowed = ", ".join(sorted([*allocators.STRATEGIES, "mlx-lm"]))
     assert done.stderr == f"cortexlab bench: unknown strategy 'fancy': use one of {allowed}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("name must be a text", "--name must be a text"),
+        ("block_size of a/block_size 'block_size'", "--block-size of a/block_size 'block_size'"),
+        ("choose another name, or overwrite=True", "choose another name, or --overwrite"),
+        ("num_requests must be 1", "--requests must be 1"),
+    ],
+)
+def test_a_parameter_that_a_message_names_is_told_as_an_option(message, expected):
+    args = argparse.Namespace(name=None, overwrite=False, block_size=16, requests=1)
+    assert options.named_as_options(message, args) == expected
+    assert options.named_as_options(message, argparse.Namespace()) == message
+
+
+@pytest.mark.parametrize("command", ["bench", "replay", "allocbench"])
+def test_a_default_of_zero_is_on_the_help_page(command, run):
+    _, stdout, _ = run(command, "--help")
+    (seed,) = re.findall(r"--seed SEED ([^-]*)", stdout)
+    assert seed.split()[-2:] == ["(default:", "0)"]
 
 
 # --- results are written whole or not at all ------------------------------------------------------

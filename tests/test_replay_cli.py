@@ -11,6 +11,7 @@ import pytest
 from cortexlab.allocators import STRATEGIES
 from cortexlab.cli import main as cli
 from cortexlab.metrics import SHARES
+from cortexlab.replay import reference
 from cortexlab.results import console
 
 ROW = ["strategy", "block_size", "num_blocks", "batch_size", "completed", "refused", "duration"]
@@ -142,6 +143,14 @@ def test_a_column_without_a_value_in_any_row_is_not_printed():
     assert "hits" in console.replay_table([row | {"prefix_hit_rate": 0.5}], 200)
 
 
+def test_the_help_page_tells_the_reference_step_time(run):
+    told = (
+        f"{1e3 * reference.base_s:g} ms + {1e6 * reference.token_s:g} us a token + "
+        f"{1e3 * reference.sequence_s:g} ms a sequence"
+    )
+    assert told in " ".join(run("replay", "--help")[1].split())
+
+
 BAD = [
     ("--strategies fancy", "'fancy'"),
     ("--strategies mlx-lm", "'mlx-lm'"),
@@ -154,6 +163,7 @@ BAD = [
     ),
     ("--block-size 16,", "block-size"),
     ("--num-blocks 0%", "num-blocks.*0%"),
+    ("--num-blocks foo", "--num-blocks must be unlimited, a whole number.* 60%, not 'foo'"),
     ("--num-blocks 1", "none of 60 can ever fit"),
     ("--growth sideways", "sideways"),
     ("--oom-policy hope", "hope"),
@@ -204,7 +214,7 @@ def test_prefix_caching_needs_the_traces_block_size_or_a_multiple(run, tmp_path)
 def test_prefix_caching_is_refused_for_a_strategy_that_hands_out_regions(run):
     words = "--workload shared-prefix --block-size 512 --strategies static --prefix-caching"
     code, _, stderr = run("replay", *words.split())
-    assert code == 2 and "static" in stderr
+    assert code == 2 and "static" in stderr and "--prefix-caching shares" in stderr
 
 
 def test_allocbench_prints_a_document_and_refuses_an_empty_pool(run):

@@ -29,7 +29,7 @@ from ..bench.allocator_cost import (
     pool_of,
 )
 from ..bench.environment import machine
-from ..errors import BadInput, at_least
+from ..errors import BadInput, at_least, share
 from .options import numbers_of, strategy_named
 
 LARGEST_POOL = 1 << 22  # the peer takes half a kilobyte a block
@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     at_least("request_blocks", args.request_blocks, 1, min(sizes))
     at_least("seed", args.seed, 0)
     occupancies = numbers_of("occupancy", args.occupancy, float)
-    if wrong := [share for share in occupancies if not 0 <= share < 1]:
-        raise BadInput(f"occupancy must be numbers of at least 0 and below 1, not {wrong[0]}")
+    occupancies = [share("occupancy", each) for each in occupancies]
     total = len(sizes) * len(occupancies) * len(strategies) * ROUNDS
     with tqdm(total=total, unit="round", file=sys.stderr, disable=None, leave=False) as bar:
         rows, pools = measure(
@@ -121,8 +120,7 @@ def ratios(rows: Sequence[dict]) -> list[dict]:
     """Each row's median by its median in the smallest pool, and by the peer's in a pool of equal
     size.
     """
-    keys = "strategy", "num_blocks", "occupancy", "operation"
-    at = {tuple(row[key] for key in keys): row["median_us"] for row in rows}
+    at = _medians(rows)
     smallest = min(row["num_blocks"] for row in rows)
     return [
         {"strategy": name, "num_blocks": num_blocks, "occupancy": occupancy, "operation": operation}
@@ -154,7 +152,11 @@ def report(document: dict) -> str:
         f"Requests of {rows[0]['request_blocks']} blocks; turnover, a request: two of many sizes "
         "leave, two come.",
     ]
-    medians = _medians(document)
+    turnovers = (
+        pool | {"operation": TURNOVER, "median_us": pool[f"{TURNOVER}_median_us"]}
+        for pool in document["pools"]
+    )
+    medians = _medians([*rows, *turnovers])
     for operation, first in product((*OPERATIONS, TURNOVER), range(0, len(occupancies), 3)):
         shares = occupancies[first : first + 3]
         lines += ["", *_block(medians, operation, names, shares, small, large)]
@@ -162,36 +164,29 @@ def report(document: dict) -> str:
     return "\n".join([*lines, "", *findings])
 
 
-def _medians(document: dict) -> dict[tuple, float | None]:
+def _medians(rows: Sequence[dict]) -> dict[tuple, float | None]:
     """Microseconds by strategy, pool, occupancy and operation."""
-    keys = "strategy", "num_blocks", "occupancy"
-    found = {
-        (*(row[key] for key in keys), row["operation"]): row["median_us"]
-        for row in document["rows"]
-    }
-    return found | {
-        (*(pool[key] for key in keys), TURNOVER): pool[f"{TURNOVER}_median_us"]
-        for pool in document["pools"]
-    }
+    keys = "strategy", "num_blocks", "occupancy", "operation"
+    return {tuple(row[key] for key in keys): row["median_us"] for row in rows}
 
 
 def _block(
     medians: dict[tuple, float | None],
     operation: str,
     names: Sequence[str],
-    shares: Sequence[float],
+    occupancies: Sequence[float],
     small: int,
     large: int,
 ) -> Iterator[str]:
     """An operation's lines: two of heading, one a strategy."""
-    in_use = (f"{100 * share:.4g} % in use" for share in shares)
+    in_use = (f"{100 * occupancy:.4g} % in use" for occupancy in occupancies)
     yield f"{operation:<18}" + "".join(f"{text:>20}" for text in in_use)
     two = small != large
-    yield " " * 18 + (f"{small:>7}{large:>8}{'x':>5}" if two else f"{small:>20}") * len(shares)
+    yield " " * 18 + (f"{small:>7}{large:>8}{'x':>5}" if two else f"{small:>20}") * len(occupancies)
     for name in names:
         line = f"{name if len(name) <= 18 else name[:17] + '…':<18}"
-        for share in shares:
-            low, high = (medians[name, size, share, operation] for size in (small, large))
+        for occupancy in occupancies:
+            low, high = (medians[name, size, occupancy, operation] for size in (small, large))
             both = f"{_short(low):>7}{_short(high):>8}{_short(_over(high, low)):>5}"
             line += both if two else f"{_short(low):>20}"
         yield line

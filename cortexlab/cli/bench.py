@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..options import BENCHED, EngineOptions
+from ..options import BENCH_BATCH_SIZE, BENCHED, EngineOptions
 from .options import (
     DEFAULT_REQUESTS,
     STRATEGIES_HELP,
@@ -17,7 +17,9 @@ from .options import (
     given_arguments,
     progress_bar,
     save_figures,
+    source_of,
     strategies_of,
+    target_of,
     terminal_width,
     workload_of,
 )
@@ -38,14 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "region of static (default: 100%%)",
     )
     text = "requests run at once, for every strategy and for mlx-lm"
-    add("--batch-size", type=int, default=8, help=text)
+    add("--batch-size", type=int, default=BENCH_BATCH_SIZE, help=text)
     add_workload(parser, DEFAULT_REQUESTS, "inf")
     add_options(
         parser, EngineOptions, "prefix_caching", "oom_policy", "preemption", "watermark",
         "max_step_tokens", "attention",
         prefix_caching="share equal prefixes of prompts; mlx-lm is given its own prompt cache",
-        max_step_tokens="tokens a step computes at most: longer prompts are cut into chunks "
-        "(default: 512)",
     )  # fmt: skip
     add(
         "--ignore-eos",
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_options(
         parser, EngineOptions, "max_seq_len",
-        max_seq_len="longest request, and the region of static (default: the longest, as a power "
-        "of two)",
+        max_seq_len="longest request, and the region of static (default: the longest as a power of "
+        "two, at most the model's context)",
     )  # fmt: skip
     text = "runs of every strategy, in turn; medians and 95 %% intervals are reported"
     add("--repeats", type=int, default=1, help=text)
@@ -64,19 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, str]:
-    from ..results import store
-
     default = ",".join(name for name in BENCHED if name != "static" or not args.prefix_caching)
-    strategies = strategies_of(args.strategies or default, others=("mlx-lm",))
+    given = default if args.strategies is None else args.strategies
+    strategies = strategies_of(given, others=("mlx-lm",))
     check_counts(args, block_size=1, batch_size=1, requests=1, repeats=1, seed=0)
     engine = chosen(args, EngineOptions, max_batch_size=args.batch_size)
     del engine["max_seq_len"], engine["prefix_caching"]  # the setting's own
-    name = args.name or store.default_name("bench")
-    target = store.check_target(Path(args.out), name, args.overwrite)
+    target = target_of(args)
     make_items = workload_of(args, DEFAULT_REQUESTS)
 
     from ..bench.environment import environment
     from ..bench.serve import Setting, run_bench
+    from ..bench.summary import recommendation
     from ..host.models import load_model, model_limits
 
     setting = Setting(
@@ -92,28 +91,24 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
             model, items, strategies, setting, repeats=args.repeats, stop_token_ids=stops,
             progress=advance,
         )  # fmt: skip
-    where = environment()
+    where, advice = environment(), recommendation(bench)
     document = {"environment": where, "rows": bench.rows, "ratios": bench.ratios}
     text = json.dumps(document, allow_nan=False)
-    _write(target, args, bench, document)
-    return 0 if bench.held else 1, text if args.json else _report(args, bench, where, target)
+    _write(target, args, bench, document, advice)
+    code = 0 if bench.held else 1
+    return code, text if args.json else _report(args, bench, where, advice, target)
 
 
-def _write(target: Path, args: argparse.Namespace, bench, document: dict) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+def _write(target: Path, args: argparse.Namespace, bench, document: dict, advice: str) -> None:
     import pandas as pd
 
-    from .. import plots
-    from ..bench.summary import recommendation
     from ..results import store
 
-    plots.use_style()
+    plots = store.drawing()
     tables = {"rows": pd.DataFrame(bench.rows)}
     tables |= {"requests": bench.requests(), "steps": bench.steps()}
     run = {"command": "bench", "arguments": given_arguments(args)}
-    run |= {"recommendation": recommendation(bench)}
+    run |= {"recommendation": advice}
     run |= {name: document[name] for name in ("environment", "ratios")}
     with store.written_atomically(target) as folder:
         store.write_tables(folder, run, **tables)
@@ -123,19 +118,17 @@ def _write(target: Path, args: argparse.Namespace, bench, document: dict) -> Non
         save_figures(folder, plots.bench_figures(**tables))
 
 
-def _report(args: argparse.Namespace, bench, where: dict, target: Path) -> str:
-    from ..bench.summary import recommendation
+def _report(args: argparse.Namespace, bench, where: dict, advice: str, target: Path) -> str:
     from ..results.console import bench_table
 
-    source = f"trace {args.trace}" if args.trace else f"workload {args.workload}"
     blocks = next((row["num_blocks"] for row in bench.rows if row["num_blocks"]), None)
     pool = f", pool of {blocks} blocks of {args.block_size}" if blocks else ""
     head = (
-        f"{args.model} on {where['device']} ({where['blas']}), {source}, batch {args.batch_size}"
-        f"{pool}, {args.repeats} repeat{'s' * (args.repeats != 1)}"
+        f"{args.model} on {where['device']} ({where['blas']}), {source_of(args)}, "
+        f"batch {args.batch_size}{pool}, {args.repeats} repeat{'s' * (args.repeats != 1)}"
     )
     table = bench_table(bench.rows, terminal_width())
-    lines = [filled(head), table, "", filled(recommendation(bench))]
+    lines = [filled(head), table, "", filled(advice)]
     if refused := max(row["refused"] for row in bench.rows):
         total = refused + len(bench.runs[0].requests)
         lines.append(

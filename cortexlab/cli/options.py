@@ -10,11 +10,12 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 from typing import get_args
 
 from ..allocators import STRATEGIES, make_allocator
-from ..errors import BadInput, at_least, one_of, shown
-from ..options import Options
+from ..errors import BadInput, at_least, one_of, reason_of, shown
+from ..options import Options, as_option
 
 DEFAULT_REQUESTS = 16
 STRATEGIES_HELP = f"comma-separated: {', '.join(STRATEGIES)}, mlx-lm, or module:Factory of your own"
@@ -32,7 +33,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to show."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def add_options(
@@ -51,7 +53,7 @@ def add_options(
             more = {"choices": choices, "default": each.default}
         else:
             more = {"type": types_of[0], "default": each.default}
-        parser.add_argument(_option(name), help=words.get(name, each.metadata["words"]), **more)
+        parser.add_argument(as_option(name), help=words.get(name, each.metadata["words"]), **more)
 
 
 def chosen(args: argparse.Namespace, kind: type[Options], **more) -> dict:
@@ -106,6 +108,19 @@ def add_result(parser: argparse.ArgumentParser, command: str) -> None:
     add("--json", action="store_true", help="print one JSON document and nothing else")
 
 
+def target_of(args: argparse.Namespace) -> Path:
+    """The folder that a result goes to."""
+    from ..results import store
+
+    name = args.name or store.default_name(args.name_of_command)
+    return store.check_target(Path(args.out), name, args.overwrite)
+
+
+def source_of(args: argparse.Namespace) -> str:
+    """Words for what arrives."""
+    return f"trace {args.trace}" if args.trace else f"workload {args.workload}"
+
+
 def workload_of(args: argparse.Namespace, requests: int) -> Callable[[int | None], list]:
     """A function from the model's context to the items; a trace is read at once, and bad arguments
     are refused before a model is loaded.
@@ -147,8 +162,8 @@ def strategy_named(name: str, others: tuple[str, ...] = ()) -> str | Callable:
         factory = getattr(import_module(module), attribute)
         make_allocator(factory, 64)
     except (Exception, SystemExit) as error:  # the user's module may do anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"cannot use strategy {shown(name)}: {reason[:200]}") from error
+        reason = reason_of(error)[:200]
+        raise BadInput(f"cannot use strategy {shown(name)}: {reason}") from error
     finally:
         sys.path.pop(0)
     return factory
@@ -176,13 +191,18 @@ def check_counts(args: argparse.Namespace, **minimum: int) -> None:
 
 
 def named_as_options(message: str, args: argparse.Namespace) -> str:
-    """A library's message with the options of a command for the parameters it names."""
+    """A library's message with the options of a command for the parameters it names: a name with
+    an underscore, and any name before ``must be`` or ``=True``.
+    """
     names = {name: name for name in vars(args)}
     names |= {name: option for name, option in ALIASES.items() if option in names}
-    long = "|".join(name for name in names if "_" in name)
-    short = "|".join(name for name in names if "_" not in name)
-    pattern = rf"(?<![\w/.'\"-])(({long})(?![\w/.'\"-])|({short})(?= must be ))"
-    return re.sub(pattern, lambda found: _option(names[found[1]]), message)
+
+    def option(found: re.Match) -> str:
+        name, rest = found[1], message[found.end() :]
+        told = "_" in name or found[2] or rest.startswith(" must be ")
+        return as_option(names[name]) if told and name in names else found[0]
+
+    return re.sub(r"(?<![\w/.'\"-])(\w+)(=True)?(?![\w/.'\"-])", option, message)
 
 
 def given_arguments(args: argparse.Namespace) -> dict:
@@ -218,17 +238,13 @@ def progress_bar(total: int, unit: str = "tok"):
     return Bar(total=total, unit=unit, file=sys.stderr, disable=None, leave=False, smoothing=0.05)
 
 
-def save_figures(folder, figures: dict) -> None:
+def save_figures(folder: Path, figures: dict) -> None:
     """``<name>.png`` for each figure."""
     import matplotlib.pyplot as plt
 
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
         plt.close(figure)
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _rate(text: str) -> float | str:

@@ -19,7 +19,9 @@ from .options import (
     numbers_of,
     progress_bar,
     save_figures,
+    source_of,
     strategies_of,
+    target_of,
     terminal_width,
     workload_of,
 )
@@ -43,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(
         parser, ReplayOptions, "growth", "oom_policy", "watermark", "max_batch_size",
         "max_seq_len", "prefix_caching",
-        max_seq_len="the region of static (default: the longest request, as a power of two)",
         prefix_caching="share prompt blocks by the trace's hashes, least recently used evicted "
         "first",
     )  # fmt: skip
@@ -64,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[int, str]:
     from ..bench.environment import machine
     from ..replay import StepTime, reference, replay
-    from ..results import store
     from ..workloads.synthetic import shuffled_lengths
 
     if args.request_rate is None:
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     block_sizes = [at_least("block_size", size, 1) for size in sizes]
     check_counts(args, requests=1, seed=0)
     options = chosen(args, ReplayOptions)
-    name = args.name or store.default_name("replay")
-    target = store.check_target(Path(args.out), name, args.overwrite)
+    target = target_of(args)
     step_time = StepTime.load(args.step_time) if args.step_time else reference
     items = workload_of(args, REPLAY_REQUESTS)(None)
     if args.shuffle_lengths:
@@ -97,14 +96,10 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
 
 def _write(target: Path, args: argparse.Namespace, done, where: dict, step_time) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from .. import plots
     from ..replay import tables
     from ..results import store
 
-    plots.use_style()
+    plots = store.drawing()
     frames = tables(done)
     run = {"command": "replay", "arguments": given_arguments(args), "environment": where}
     run |= {"step_time": json.loads(step_time.to_json())}
@@ -116,16 +111,17 @@ def _write(target: Path, args: argparse.Namespace, done, where: dict, step_time)
 def _report(args: argparse.Namespace, rows: list[dict], num_requests: int, target: Path) -> str:
     from ..results.console import replay_table
 
-    source = f"trace {args.trace}" if args.trace else f"workload {args.workload}"
     head = (
-        f"{source}, {num_requests} requests, at most {args.max_batch_size} at once, pool: "
+        f"{source_of(args)}, {num_requests} requests, at most {args.max_batch_size} at once, pool: "
         f"{args.num_blocks}; times are the virtual clock's"
     )
     lines = [filled(head), replay_table(rows, terminal_width())]
     for row in rows:
         which = f"{row['strategy']}, blocks of {row['block_size']}"
         if row["refused"]:
-            lines.append(f"{which}: {row['refused']} requests can never fit its pool.")
+            lines.append(
+                f"{which}: {row['refused']} requests can never fit its pool or --max-seq-len."
+            )
         if row["failed"]:
             lines.append(f"{which}: {row['failed']} requests FAILED for want of memory.")
     made = f"Figures and tables: {target}/ (`cortexlab report {target}` makes a page)"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..errors import BadInput
+from ..errors import BadInput, shown
 
 LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, temporary names are longer
 TABLES = ("rows", "requests", "steps")
@@ -29,23 +29,32 @@ def check_target(out: Path, name: str, overwrite: bool = False) -> Path:
     """The folder ``out/name``, or `BadInput` before any work is done: a bad name, one in use, a
     place that cannot be written.
     """
-    if not name or name in (".", "..") or "/" in name or os.sep in name:
-        raise BadInput(f"name must be a plain folder name, not {name!r}")
+    if not name or name in (".", "..") or "/" in name:
+        raise BadInput(f"name must be a plain folder name, not {shown(name)}")
     if len(name.encode()) > LONGEST_NAME:
         raise BadInput(f"name must have at most {LONGEST_NAME} bytes, not {len(name.encode())}")
     target = Path(out) / name
     if target.exists() and not overwrite:
-        raise BadInput(f"results {target} exist already: choose another --name, or add --overwrite")
+        raise BadInput(f"results {target} exist already: choose another name, or overwrite=True")
     if target.exists() and not target.is_dir():
         raise BadInput(
-            f"{target} is not a folder, so results cannot replace it: choose another --name"
+            f"{target} is not a folder, so results cannot replace it: choose another name"
         )
     parent = Path(out)
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadInput(f"results folder {out} cannot be written: choose another --out")
+        raise BadInput(f"results folder {out} cannot be written: choose another folder")
     return target
+
+
+@contextmanager
+def named_if_unwritable(folder: Path) -> Iterator[None]:
+    """Turn an `OSError` into `BadInput` that names the results' ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"results folder {folder} cannot be written: {error.strerror}") from error
 
 
 @contextmanager
@@ -57,13 +66,9 @@ def written_atomically(target: Path) -> Iterator[Path]:
     killed between taking the old result away and putting the new one in its place leaves both,
     whole, under such names.
     """
-    try:
+    with named_if_unwritable(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise BadInput(
-            f"results folder {target.parent} cannot be written: {error.strerror}"
-        ) from error
     try:
         folder.chmod(0o755)
         yield folder
@@ -93,7 +98,7 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BadInput(
-                f"another process is writing to {folder}: wait for it, or choose another --name"
+                f"another process is writing to {folder}: wait for it, or choose another name"
             ) from error
         yield
 
@@ -121,9 +126,24 @@ def write_tables(folder: Path, run: dict, **tables: pd.DataFrame) -> None:
     """``<name>.parquet`` for each table and ``run.json``."""
     for name, table in tables.items():
         table.to_parquet(folder / f"{name}.parquet", index=False)
-    (folder / "run.json").write_text(
-        json.dumps(run, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    write_run(folder, run)
+
+
+def write_run(folder: Path, run: dict, allow_nan: bool = False) -> None:
+    """``run.json``; ``allow_nan``: with Python's NaN and Infinity, which JSON lacks."""
+    text = json.dumps(run, indent=1, allow_nan=allow_nan)
+    replace_text(folder / "run.json", text + "\n")
+
+
+def drawing():
+    """`cortexlab.plots` in its own style, for files: no window opens. Loads Matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from .. import plots
+
+    plots.use_style()
+    return plots
 
 
 def read(folder: Path | str) -> dict:
