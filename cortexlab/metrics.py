@@ -19,6 +19,8 @@ import pandas as pd
 SHARES = ("token", "reserved", "internal", "external")
 PARTS = "matrix products", "attention", "activation", "RoPE", "norms", "writes"  # of a step's time
 REST = "the rest"  # of a step's time, in no part
+GOODPUTS = (2000, 100), (500, 30)  # limits on TTFT and TPOT, in ms
+PREFIX = "param_"  # keeps a swept parameter's column apart from a measured column of that name
 
 
 # --- columns --------------------------------------------------------------------------------------
@@ -63,6 +65,18 @@ _share = partial(Column, format="{:.1%}".format)
 _weighted = partial(_share, clock="run")  # each step weighted by its duration
 _count = "{:.0f}".format
 
+
+def goodput_name(ttft: float, tpot: float) -> str:
+    """The column of goodput under limits in ms."""
+    return f"goodput_{ttft:g}_{tpot:g}"
+
+
+def _goodput(ttft: float, tpot: float) -> Column:
+    first = f"{ttft:g} ms" if ttft < 1000 else f"{ttft / 1000:g} s"
+    words = f"requests/s in time ({first}, {tpot:g} ms"
+    return Column(goodput_name(ttft, tpot), f"{words})", axis=f"{words} a token)")
+
+
 # In the order of a page. Only columns with words, an axis, a heading or a clock are here.
 COLUMNS = {
     column.name: column
@@ -98,16 +112,7 @@ COLUMNS = {
         _ms("mean_e2el_ms"),
         _ms("median_e2el_ms"),
         _ms("p99_e2el_ms"),
-        Column(
-            "goodput_2000_100",
-            "requests/s in time (2 s, 100 ms)",
-            axis="requests/s in time (2 s, 100 ms a token)",
-        ),
-        Column(
-            "goodput_500_30",
-            "requests/s in time (500 ms, 30 ms)",
-            axis="requests/s in time (500 ms, 30 ms a token)",
-        ),
+        *(_goodput(*limits) for limits in GOODPUTS),
         _weighted(
             "token_share",
             "token share",

@@ -83,6 +83,19 @@ def test_rows_that_differ_only_in_their_seed_are_repeats():
     assert (found["value"], found["low"], found["high"]) == (2.0, 1.0, 9.0)
 
 
+def test_rows_that_only_a_seed_names_are_repeats_of_one_row(tmp_path, capsys):
+    rows = [{"param_seed": seed, "output_throughput": 1.0 + seed} for seed in (0, 1, 2)]
+    for name in ("a", "b"):
+        write_run(tmp_path / name, rows)
+    found = report.summary(pd.DataFrame(rows))
+    assert list(found.loc[("all", "output_throughput")]) == [2.0, 1.0, 3.0]
+    assert main(["report", "a", "--out", str(tmp_path)]) == 0
+    assert "2 [1, 3]" in (tmp_path / "a" / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["compare", "a", "b", "--out", str(tmp_path)]) == 0
+    assert "1 of 1 figures are equal" in capsys.readouterr().out
+
+
 class Links(HTMLParser):
     def __init__(self):
         super().__init__()

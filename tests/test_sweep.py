@@ -18,7 +18,7 @@ from pandas.testing import assert_frame_equal
 
 from cortexlab import metrics
 from cortexlab.cli.main import main
-from cortexlab.results import sweep, sweep_worker
+from cortexlab.results import report, sweep, sweep_worker
 from cortexlab.results.sweep import Point, SweepSpec
 
 ROOT = Path(__file__).parent.parent
@@ -222,6 +222,8 @@ ONE_SEED = "function: replay\ngrid: {seed: [1]}\n"
         ("function: replay\ngrid: {trace: [nowhere]}", "nowhere"),
         ("function: replay\nnotebook: x.ipynb\ngrid: {seed: [1]}", "function"),
         ("function: [a]\ngrid: {seed: [1]}", "['a']"),
+        ("function: replay\ngrid: {oom_policy: [wait, foo]}", "bad.yaml: unknown oom_policy 'foo'"),
+        ("function: replay\ngrid: {watermark: [0.1, 5.0]}", "watermark must be a share"),
         (ONE_SEED + "plot: {x: [1], lines: strategy}", "plot.x"),
         (ONE_SEED + "plot: {x: strategy, lines: seed}", "plot.x"),
         (ONE_SEED + "plot: {x: seed, lines: strategy, y: token_share}", "plot.y"),
@@ -234,6 +236,24 @@ def test_a_bad_replay_sweep_is_refused_in_one_line(tmp_path, capsys, text, names
     assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert names in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_parameter_of_a_notebook_is_not_taken_for_an_option(tmp_path, capsys):
+    cell = nbformat.v4.new_code_cell("rows_file: str = ''\nname: str = ''")
+    cell.metadata["tags"] = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    body = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+    (tmp_path / "own.ipynb").write_text(nbformat.writes(body))
+    (tmp_path / "bad.yaml").write_text("notebook: own.ipynb\ngrid: {name: [3]}")
+    assert main(["sweep", str(tmp_path / "bad.yaml"), "--out", str(tmp_path)]) == 2
+    assert "bad.yaml: parameter 'name' must be str, not 3\n" in capsys.readouterr().err
+
+
+def test_a_list_as_a_parameters_value_is_a_text_in_its_rows():
+    points = [Point(name, {"strategies": ["paged", name]}) for name in ("runs", "static")]
+    rows = pd.concat(pd.DataFrame({"output_throughput": [1.0]}).assign(**p.columns) for p in points)
+    assert list(rows["param_strategies"]) == ["['paged', 'runs']", "['paged', 'static']"]
+    assert len(report.summary(rows)) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..lab.theory import paged_utilization
-from ..metrics import COLUMNS, SHARES, median_interval, shares
+from ..metrics import COLUMNS, PREFIX, SHARES, median_interval, shares
 from .block_map import block_map
 from .fragmentation import fragmentation_over_time
 from .style import (
@@ -247,7 +247,7 @@ def sweep_figure(
         for line, part, style, shade in _sweep_lines(rows, lines):
             _median_and_band(panel, part.groupby(x)[measure], line, style, shade)
         _sweep_ticks(panel, rows[x])
-        name = x.removeprefix("param_")
+        name = x.removeprefix(PREFIX)
         panel.set(xlabel=SWEEP_WORDS.get(name, name), ylabel=SWEEP_WORDS.get(measure, measure))
         _sweep_scale(panel, rows[[*y] if alike else [measure]])
     legend_above(axes[0][0], 6)

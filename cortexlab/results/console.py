@@ -64,16 +64,21 @@ def _table(columns: Sequence[Column], shown: Sequence[dict], width: int) -> str:
     while True:
         cells = [[column.heading for column in columns]]
         cells += [[column.text(row[column.name]) for column in columns] for row in shown]
-        widths = [max(map(len, each)) for each in zip(*cells, strict=True)]
-        if sum(widths) + 2 * (len(widths) - 1) <= width or not any(each.drop for each in columns):
+        lines = lines_of(cells)
+        if max(map(len, lines)) <= width or not any(each.drop for each in columns):
             break
         least = max(columns, key=lambda column: column.drop)
         columns.remove(least)
         left_out.append(least.heading)
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in cells
-    ]
     if left_out:
         lines.append(f"(left out for width, kept in rows.parquet: {', '.join(left_out)})")
     return "\n".join(lines)
+
+
+def lines_of(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, each)) for each in zip(*cells, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in cells
+    ]

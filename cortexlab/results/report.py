@@ -14,8 +14,10 @@ from PIL import Image
 
 from .. import plots
 from ..errors import BadInput, shown
-from ..metrics import COLUMNS, median_interval
+from ..metrics import COLUMNS, PREFIX, median_interval
+from ..options import as_option
 from . import store
+from .console import lines_of
 
 MEASURES = {  # what a page shows, in the page's order: output tokens/s, then the table's order
     name: COLUMNS[name].label for name in ("output_throughput", *COLUMNS) if COLUMNS[name].words
@@ -30,7 +32,7 @@ CAPTIONS = {
     "block_size": "By block size",
     "sweep": "What was swept",
 }
-SEED = "param_seed"  # rows that differ in their seed alone are repeats
+SEED = f"{PREFIX}seed"  # rows that differ in their seed alone are repeats
 UNTOLD = ("date", "name", "out", "overwrite", "json")  # settings that change no figure
 
 PAGE = """<!doctype html>
@@ -69,8 +71,10 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     keys += [
         name
         for name in rows
-        if name.startswith("param_") and name != SEED and _bare(name) not in keys
+        if name.startswith(PREFIX) and name != SEED and _bare(name) not in keys
     ]
+    if not keys:  # nothing but a seed differs: all rows are repeats
+        rows, keys = rows.assign(rows="all"), ["rows"]
     if "block_size" in keys:
         rows = rows.astype({"block_size": "Int64"})  # whole numbers beside mlx-lm's null
     found = []
@@ -154,14 +158,10 @@ def _differences(differ: pd.DataFrame, same: dict, digits: int, interval: bool) 
                 ratio + (" *" if _apart(row) else "  "),
             )
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(4)]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in cells
-    ]
+    lines = lines_of(cells)
     for head, at in reversed(heads.items()):
         lines.insert(at, head)
-    return [line.rstrip() for line in lines] if heads else []
+    return lines if heads else []
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -192,7 +192,7 @@ def _name(table: pd.DataFrame, index: tuple, same: dict) -> str:
 
 def _bare(name: str) -> str:
     """A swept parameter's own name."""
-    return name.removeprefix("param_")
+    return name.removeprefix(PREFIX)
 
 
 def _value(row: pd.Series, end: str = "", digits: int = 4, interval: bool = True) -> str:
@@ -285,11 +285,10 @@ def command(run: dict) -> str:
         )
     words = ["cortexlab", run["command"]]
     for name, value in run.get("arguments", {}).items():
-        option = f"--{name.replace('_', '-')}"
         if value is True:
-            words.append(option)
+            words.append(as_option(name))
         elif value is not None and value is not False and name not in UNTOLD:
-            words += [option, str(value)]
+            words += [as_option(name), str(value)]
         elif value is False and name == "ignore_eos":
             words.append("--no-ignore-eos")
     return shlex.join(words)

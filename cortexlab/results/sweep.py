@@ -31,14 +31,14 @@ from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
 
 from ..bench.environment import environment
-from ..errors import BadInput, at_least, shown
-from ..metrics import column_of
+from ..errors import BadInput, at_least, one_of, shown
+from ..metrics import PREFIX, column_of
+from ..options import ReplayOptions
 from ..workloads.traces import find_trace
 from . import store, sweep_worker
 from .sweep_worker import ROWS_PARAMETER, Function, Notebook, Outcome
 
 FUNCTIONS = {"replay": Function(sweep_worker.replay)}
-PREFIX = "param_"  # keeps a swept parameter's column apart from a measured column of that name
 MOST_TOLD = 10  # failed points that are printed
 
 
@@ -52,8 +52,9 @@ class Point:
     @property
     def columns(self) -> dict:
         """Columns that say in every row which point the row is of."""
-        return {"point": self.name} | {
-            f"{PREFIX}{name}": value for name, value in self.parameters.items()
+        return {"point": self.name} | {  # a list or mapping as text: rows are grouped by it
+            f"{PREFIX}{name}": str(value) if isinstance(value, list | dict) else value
+            for name, value in self.parameters.items()
         }
 
 
@@ -78,10 +79,8 @@ def run(
     grid = named(spec, work)
     target = store.check_target(out, name or file.stem, overwrite=True)
     folder, how = target / "points", {"jobs": jobs, "dask": dask}
-    try:
+    with store.named_if_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"results folder {folder} cannot be written: {error.strerror}") from error
     with store.alone(target):
         num_before = len(_done(folder, grid))
         _run_missing(folder, work, grid, retry, how)
@@ -121,7 +120,8 @@ def _tell_failed(folder: Path, failed: list[Point]) -> None:
         error, notebook = _error_of(folder, point), _notebook_of(folder, point, failed=True)
         last_line = sweep_worker.last_line(error.read_text(encoding="utf-8"))
         print(f"failed: {point.parameters}: {last_line}")
-        print(f"        see {notebook if notebook.exists() else error}; --retry runs it again")
+        left = notebook if notebook.exists() else error
+        print(f"        see {left}; --retry (retry=True) runs it again")
     if len(failed) > MOST_TOLD:
         print(f"and {len(failed) - MOST_TOLD} more: {folder}/*.error.txt")
 
@@ -136,7 +136,7 @@ def outcomes(
                 from distributed import Client
             except ImportError as error:
                 raise BadInput(
-                    "--dask needs the package distributed: pip install 'cortexlab[dask]'"
+                    "dask needs the package distributed: pip install 'cortexlab[dask]'"
                 ) from error
             try:
                 stack.enter_context(Client(dask, timeout="20s"))
@@ -204,83 +204,79 @@ class SweepSpec:
         return cls(file=file, unknown=set(given) - set(KEYS), **known)
 
     def __post_init__(self, unknown: Iterable) -> None:
+        try:
+            self._check(unknown)
+        except BadInput as error:
+            raise BadInput(f"{self.file}: {error}") from error
+
+    def _check(self, unknown: Iterable) -> None:
         if not isinstance(self.grid, dict) or (self.notebook is None) == (self.function is None):
             raise BadInput(
-                f"{self.file} must have `notebook` (a path) or `function`, and `grid` (parameter: "
-                "list of values)"
+                "a sweep has `notebook` (a path) or `function`, and `grid` (parameter: list of "
+                "values)"
             )
         if unknown:
-            raise BadInput(
-                f"{self.file}: unknown key {shown(min(map(str, unknown)))}: use {', '.join(KEYS)}"
-            )
+            raise BadInput(f"unknown key {shown(min(map(str, unknown)))}: use {', '.join(KEYS)}")
         known = self._known_parameters()
         if not isinstance(self.parameters, dict):
-            raise BadInput(
-                f"{self.file}: parameters must be a mapping, not {shown(self.parameters)}"
-            )
+            raise BadInput(f"parameters must be a mapping, not {shown(self.parameters)}")
         if both := sorted(map(str, set(self.parameters) & set(self.grid))):
-            raise BadInput(f"{self.file}: {both[0]} is in parameters and in grid")
+            raise BadInput(f"{both[0]} is in parameters and in grid")
         if self.plot is not None:
             self._check_plot()
         for parameter, value in self.parameters.items():
             self._check_values(known, parameter, [value])
         for parameter, values in self.grid.items():
             self._check_values(known, parameter, values)
+        if self.function is not None:
+            self._check_options()
 
     def _known_parameters(self) -> dict[str, str]:
         """Parameter -> name of its type, of the notebook or function."""
         if self.notebook is None:
-            if self.function not in list(FUNCTIONS):
-                raise BadInput(
-                    f"{self.file}: unknown function {shown(self.function)}: use "
-                    f"{', '.join(FUNCTIONS)}"
-                )
-            known = FUNCTIONS[self.function].known()
+            known = FUNCTIONS[one_of("function", self.function, FUNCTIONS)].known()
             return {name: kind.__name__ for name, kind in known.items()}
         if not self.notebook.is_file():
-            raise BadInput(f"{self.file}: notebook {self.notebook.name} does not exist")
+            raise BadInput(f"notebook {self.notebook.name} does not exist")
         inspected = papermill.inspect_notebook(str(self.notebook))
         known = {name: each["inferred_type_name"] for name, each in inspected.items()}
         if known.pop(ROWS_PARAMETER, None) is None:
             raise BadInput(
-                f"{self.file}: notebook {self.notebook.name} has no parameter {ROWS_PARAMETER}, "
-                "so it leaves no rows"
+                f"notebook {self.notebook.name} has no parameter {ROWS_PARAMETER}, so it leaves no "
+                "rows"
             )
         return known
 
     def _check_values(self, known: dict[str, str], parameter: str, values: list) -> None:
         if parameter not in known:
             raise BadInput(
-                f"{self.file}: there is no parameter {shown(parameter)}: use "
-                f"{', '.join(sorted(known))}"
+                f"there is no parameter {shown(parameter)}: use {', '.join(sorted(known))}"
             )
         if not isinstance(values, list) or not values:
-            raise BadInput(
-                f"{self.file}: grid.{parameter} must be a list of values, not {shown(values)}"
-            )
+            raise BadInput(f"grid.{parameter} must be a list of values, not {shown(values)}")
         wanted = known[parameter]
         taken = {"float": ("float", "int")}.get(wanted, (wanted,))
         for value in values:
             if wanted in ("int", "float", "str", "bool") and type(value).__name__ not in taken:
-                raise BadInput(f"{self.file}: {parameter} must be {wanted}, not {shown(value)}")
+                raise BadInput(f"parameter {parameter!r} must be {wanted}, not {shown(value)}")
+
+    def _check_options(self) -> None:
+        names = {each.name for each in fields(ReplayOptions)} - {"num_blocks"}
+        for parameters in grid_points(self):
+            given = {name: parameters[name] for name in names & set(parameters)}
+            ReplayOptions(num_blocks=1, **given | {"growth": given.get("growth") or None})
 
     def _check_plot(self) -> None:
         words, plot = {"x": str, "lines": str, "y": list}, self.plot
         if not isinstance(plot, dict) or not {"x", "lines"} <= set(plot) <= set(words):
-            raise BadInput(
-                f"{self.file}: plot must have x and lines, and may have y, not {shown(plot)}"
-            )
+            raise BadInput(f"plot must have x and lines, and may have y, not {shown(plot)}")
         for name, value in plot.items():
             right = isinstance(value, words[name]) and value
             if not right or (name == "y" and not all(isinstance(each, str) for each in value)):
-                raise BadInput(
-                    f"{self.file}: plot.{name} must be "
-                    f"{'a list of columns' if name == 'y' else 'a name'}, not {shown(value)}"
-                )
+                wanted = "a list of columns" if name == "y" else "a name"
+                raise BadInput(f"plot.{name} must be {wanted}, not {shown(value)}")
         if plot["x"] not in self.grid:
-            raise BadInput(
-                f"{self.file}: plot.x must be a parameter of the grid, not {plot['x']!r}"
-            )
+            raise BadInput(f"plot.x must be a parameter of the grid, not {shown(plot['x'])}")
 
     def work(self) -> Notebook | Function:
         """What runs at every point: a notebook without its finding, which holds for the notebook's
@@ -373,7 +369,7 @@ def _collect(target: Path, folder: Path, spec: SweepSpec, how: dict, done: list[
         "spec": spec.told(),
         "environment": environment(),
     }
-    store.replace_text(target / "run.json", json.dumps(run, indent=1) + "\n")
+    store.write_run(target, run, allow_nan=True)  # a grid may hold .inf
     if spec.plot is not None:
         _draw(target, spec, rows)
 
@@ -390,12 +386,7 @@ def _by_clock(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _draw(target: Path, spec: SweepSpec, rows: pd.DataFrame) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from .. import plots
-
-    plots.use_style()
+    plots = store.drawing()
     swept = {
         name: PREFIX + spec.plot[name] for name in ("x", "lines") if spec.plot[name] in spec.grid
     }

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from .. import metrics
+from .. import replay as replays
 from ..errors import shown
 from ..options import ReplayOptions
 from ..workloads.synthetic import REPLAY_RATE, make_workload, scale, with_arrivals
 
 ROWS_PARAMETER = "rows_file"  # a notebook leaves its rows there (Parquet)
 SWEEP_REQUESTS = 1000  # of a synthetic workload: fewer than one replay's, since points are many
-GOODPUTS = ((2000.0, 100.0), (500.0, 30.0))  # limits on TTFT and TPOT, in ms
 
 
 def sha256(parts: Iterable[bytes]) -> str:
@@ -139,23 +140,21 @@ def replay(
     watermark: float = ReplayOptions.watermark,
     max_batch_size: int = ReplayOptions.max_batch_size,
     prefix_caching: bool = ReplayOptions.prefix_caching,
-    base_ms: float = 30.0,
+    base_ms: float = 1000 * replays.reference.base_s,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """A row of `cortexlab.replay`, with its goodput. Zeros and empty texts stand for the replay's
-    defaults.
+    """A row of `cortexlab.replay`, with its goodput. Zeros and empty texts stand for the
+    defaults below.
 
     ``num_blocks``: a number, ``unlimited``, or a percentage of what ``paged`` holds at its peak
-    when nothing limits it. ``request_rate``: requests a second (0: the trace's own times, or 5).
-    ``num_requests`` 0: all of a trace, or 1,000. ``base_ms``: the constant part of a step's time
-    on the virtual clock; the parts of tokens and sequences are the reference's.
+    when nothing limits it. ``request_rate``: requests a second (0: the trace's own times, or
+    `REPLAY_RATE`). ``num_requests`` 0: all of a trace, or `SWEEP_REQUESTS`. ``growth`` empty: the
+    strategy's. ``base_ms``: the constant part of a step's time on the virtual clock; the parts of
+    tokens and sequences are the reference's.
 
     Columns ``goodput_<ttft>_<tpot>``: completed requests a second with a TTFT and a TPOT of at most
     so many ms (DistServe, OSDI 2024).
     """
-    from .. import metrics
-    from .. import replay as replays
-
     items = _items(workload, trace, num_requests, request_rate, scale_lengths, seed)
     options = {"growth": growth} if growth else {}
     done = replays.replay(
@@ -172,10 +171,10 @@ def replay(
     )
     tables = replays.tables(done)
     goodputs = {
-        f"goodput_{ttft:g}_{tpot:g}": metrics.goodput(
+        metrics.goodput_name(ttft, tpot): metrics.goodput(
             tables["requests"], tables["rows"]["duration"][0], ttft / 1000, tpot / 1000
         )
-        for ttft, tpot in GOODPUTS
+        for ttft, tpot in metrics.GOODPUTS
     }
     return tables["rows"].assign(**goodputs)
 
