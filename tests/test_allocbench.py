@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -243,6 +244,22 @@ def test_the_garbage_collector_is_on_again_after_a_strategy_has_raised(run):
     with pytest.raises(BadInput):
         run("--strategies", "mine:broken", resolve=lambda name: broken)
     assert gc.isenabled()
+
+
+def test_a_pool_that_holds_itself_is_gone_once_it_has_been_measured():
+    class Circular(Segregated):
+        def __init__(self, num_blocks):
+            super().__init__(num_blocks)
+            self.itself = self
+            made.append(weakref.ref(self))
+
+    made = []
+    gc.disable()  # so that only the collection after the measurement can free a cycle
+    try:
+        allocator_cost.measure({"it": partial(allocator_cost.pool_of, Circular)}, [64], [0.5], 4)
+        assert [each() for each in made] == [None]
+    finally:
+        gc.enable()
 
 
 # --- faulty strategies ----------------------------------------------------------------------------

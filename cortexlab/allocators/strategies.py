@@ -69,8 +69,10 @@ def blamed_on(strategy: str | Callable[[int], Allocator]) -> AbstractContextMana
     return errors.blamed_on(strategy_of(strategy).name) if callable(strategy) else nullcontext()
 
 
-def check_names(strategies: Sequence[str | Callable[[int], Allocator]]) -> None:
-    """`BadInput` when two strategies have one name, since their rows could not be told apart."""
+def check_names(strategies: Sequence[str | Callable[[int], Allocator]]) -> list[str]:
+    """The strategies' names. `BadInput` when two have one name, since their rows could not be told
+    apart.
+    """
     names = [
         strategy if isinstance(strategy, str) else strategy_of(strategy).name
         for strategy in strategies
@@ -89,6 +91,7 @@ def check_names(strategies: Sequence[str | Callable[[int], Allocator]]) -> None:
             f"strategy {strategy_of(taken[0]).name!r} is a name of this package: a factory needs a "
             "name of its own"
         )
+    return names
 
 
 def make_allocator(

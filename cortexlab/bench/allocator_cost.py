@@ -275,18 +275,7 @@ def measure(
 ) -> tuple[list[dict], list[dict]]:
     """Rows and ``pools``. `BadInput` names a strategy that raises or loses blocks."""
     with _no_collector():
-        pools = {
-            (num_blocks, name): _aged(name, makers[name], num_blocks, request_blocks, seed)
-            for num_blocks, name in product(sizes, makers)
-        }
-        states = defaultdict(_State)
-        for index in range(ROUNDS):
-            turn = index % len(pools)
-            for num_blocks, name in [*pools, *pools][turn : turn + len(pools)]:
-                pool = pools[num_blocks, name]
-                for occupancy, *found in _round(name, pool, occupancies, request_blocks):
-                    states[num_blocks, name, occupancy].add(*found)
-                    progress()
+        states = _measured(makers, sizes, occupancies, request_blocks, seed, progress)
     rows, used = [], []
     for num_blocks, name, occupancy in product(sizes, makers, occupancies):
         state = states[num_blocks, name, occupancy]
@@ -299,6 +288,43 @@ def measure(
         turnover = {f"{TURNOVER}_{key}": value for key, value in found[TURNOVER].items()}
         used.append(where | {"used_share": median(state.shares)} | turnover)
     return rows, used
+
+
+def with_turnover(rows: Sequence[dict], pools: Sequence[dict]) -> list[dict]:
+    """What `measure` found, the median of `TURNOVER` as one more operation."""
+    turnover = [
+        {key: pool[key] for key in ("strategy", "num_blocks", "occupancy")}
+        | {"request_blocks": rows[0]["request_blocks"]}
+        | {"operation": TURNOVER, "median_us": pool[f"{TURNOVER}_median_us"]}
+        for pool in pools
+    ]
+    return [*rows, *turnover]
+
+
+def _measured(
+    makers: Mapping[str, Callable[[int], Pool]],
+    sizes: Sequence[int],
+    occupancies: Sequence[float],
+    request_blocks: int,
+    seed: int,
+    progress: Callable[[], object],
+) -> dict[tuple, _State]:
+    """By pool size, strategy and occupancy. The pools are out of reach afterwards, so that their
+    memory can be collected.
+    """
+    pools = {
+        (num_blocks, name): _aged(name, makers[name], num_blocks, request_blocks, seed)
+        for num_blocks, name in product(sizes, makers)
+    }
+    states = defaultdict(_State)
+    for index in range(ROUNDS):
+        turn = index % len(pools)
+        for num_blocks, name in [*pools, *pools][turn : turn + len(pools)]:
+            pool = pools[num_blocks, name]
+            for occupancy, *found in _round(name, pool, occupancies, request_blocks):
+                states[num_blocks, name, occupancy].add(*found)
+                progress()
+    return states
 
 
 def _aged(

@@ -15,7 +15,7 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-from ..allocators import STRATEGIES, strategy_of
+from ..allocators import STRATEGIES, check_names
 from ..bench.allocator_cost import (
     OPERATIONS,
     PAIR,
@@ -27,6 +27,7 @@ from ..bench.allocator_cost import (
     measure,
     peer_pool,
     pool_of,
+    with_turnover,
 )
 from ..bench.environment import machine
 from ..errors import BadInput, at_least, share
@@ -84,23 +85,18 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 def _strategies(names: str | None, peer: ModuleType | None) -> dict[str, Callable[[int], Pool]]:
     """By name, the function that makes a pool of n blocks."""
     every = (*STRATEGIES, *(PEERS if peer else ()))
+    given = map(str.strip, names.split(",")) if names is not None else every
+    strategies = [strategy_named(name, PEERS) for name in given]
     makers = {}
-    for name in map(str.strip, names.split(",")) if names is not None else every:
-        strategy = strategy_named(name, PEERS)
-        if name in PEERS:
-            if peer is None:
-                raise BadInput(
-                    f"strategy {name!r} needs the package vllm-mlx, which is not installed here"
-                )
-            make = partial(peer_pool, peer, name)
-        else:
-            name, make = strategy_of(strategy).name, partial(pool_of, strategy)
-        if name in makers:
+    for name, strategy in zip(check_names(strategies), strategies, strict=True):
+        if strategy not in PEERS:
+            makers[name] = partial(pool_of, strategy)
+        elif peer is None:
             raise BadInput(
-                f"strategy {name!r} is named twice: each may stand once, and a factory needs a "
-                "name of its own"
+                f"strategy {name!r} needs the package vllm-mlx, which is not installed here"
             )
-        makers[name] = make
+        else:
+            makers[name] = partial(peer_pool, peer, name)
     return makers
 
 
@@ -152,11 +148,7 @@ def report(document: dict) -> str:
         f"Requests of {rows[0]['request_blocks']} blocks; turnover, a request: two of many sizes "
         "leave, two come.",
     ]
-    turnovers = (
-        pool | {"operation": TURNOVER, "median_us": pool[f"{TURNOVER}_median_us"]}
-        for pool in document["pools"]
-    )
-    medians = _medians([*rows, *turnovers])
+    medians = _medians(with_turnover(rows, document["pools"]))
     for operation, first in product((*OPERATIONS, TURNOVER), range(0, len(occupancies), 3)):
         shares = occupancies[first : first + 3]
         lines += ["", *_block(medians, operation, names, shares, small, large)]

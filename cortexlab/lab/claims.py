@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..allocators import STRATEGIES, make_allocator
-from ..bench.allocator_cost import TURNOVER, measure, pool_of
+from ..bench.allocator_cost import measure, pool_of, with_turnover
 from ..bench.measure import in_turn
 from ..engine.arena import Arena, LayerShape
 from ..replay import replay
@@ -77,16 +77,15 @@ def no_fragmentation(num_requests: int = 2000, seed: int = 0) -> Claim:
         "No fragmentation (contiguous block invariant)",
         f"{DESIGN}:8",
         f"refused with enough blocks free: {mixed:,} of {num_requests:,} requests of 1 to 64 "
-        f"blocks, {alike:,} of {num_requests:,} of "
-        f"{SEQUENCE_BLOCKS}",
+        f"blocks, {alike:,} of {num_requests:,} of {SEQUENCE_BLOCKS}",
         {"requests of mixed sizes": not mixed, "requests of one size": not alike},
     )
 
 
-def free_blocks_join(num_blocks: int = BLOCKS) -> Claim:
+def free_blocks_join() -> Claim:
     """Single blocks fill the pool and every other one leaves; then all leave."""
-    pool = make_allocator("cortexstream", num_blocks)
-    held = [pool.allocate(1) for _ in range(num_blocks)]
+    pool = make_allocator("cortexstream", BLOCKS)
+    held = [pool.allocate(1) for _ in range(BLOCKS)]
     runs = {}
     for leaving, case in ((held[::2], "half of them gone"), (held[1::2], "all gone")):
         for extents in leaving:
@@ -96,7 +95,7 @@ def free_blocks_join(num_blocks: int = BLOCKS) -> Claim:
     return Claim(
         "Any N free blocks will eventually form a contiguous region",
         f"{DESIGN}:117",
-        f"{num_blocks:,} sequences of one block: "
+        f"{BLOCKS:,} sequences of one block: "
         + ", ".join(
             f"{case}, longest run {run:,} of {free:,} free" for case, (run, free) in runs.items()
         ),
@@ -114,11 +113,9 @@ def no_partial_allocation(num_requests: int = 2000, seed: int = 0) -> Claim:
     )
 
 
-def concurrent_sequences(
-    strategies: Sequence[str] = ("cortexstream", "buddy", "cortexstream_buddy"),
-) -> Claim:
+def concurrent_sequences() -> Claim:
     counts = {}
-    for strategy in strategies:
+    for strategy in ("cortexstream", "buddy", "cortexstream_buddy"):
         pool = make_allocator(strategy, BLOCKS)
         counts[strategy] = 0
         while pool.allocate(SEQUENCE_BLOCKS) is not None:
@@ -148,7 +145,8 @@ def published_scan(free: Sequence[bool], wanted: int) -> tuple[int | None, int]:
     return None, len(free) + 1
 
 
-def constant_time(sizes: Sequence[int] = (BLOCKS, 16 * BLOCKS)) -> Claim:
+def constant_time() -> Claim:
+    sizes = BLOCKS, 16 * BLOCKS
     looked = [published_scan(bytes([1]) * size, SEQUENCE_BLOCKS)[1] for size in sizes]
     return Claim(
         "Predictable allocation (O(1) MVP, deterministic)",
@@ -161,8 +159,8 @@ def constant_time(sizes: Sequence[int] = (BLOCKS, 16 * BLOCKS)) -> Claim:
     )
 
 
-def memory_efficiency(num_requests: int = 200, seed: int = 0) -> Claim:
-    items = make_workload("lognormal", num_requests, seed=seed, request_rate=2.0)
+def memory_efficiency() -> Claim:
+    items = make_workload("lognormal", 200, request_rate=2.0)
     used = {
         each.strategy.name: each.row["utilization"]
         for each in replay(items, ("cortexstream", "paged"), block_sizes=(BLOCK_SIZE,))
@@ -179,15 +177,12 @@ def memory_efficiency(num_requests: int = 200, seed: int = 0) -> Claim:
 # --- views ----------------------------------------------------------------------------------------
 
 
-def published_view(
-    tokens: Sequence[int] = (10, BLOCK_SIZE, 2 * BLOCK_SIZE, 32 * BLOCK_SIZE),
-    heads: int = 4,
-    dim: int = 8,
-) -> Claim:
+def published_view() -> Claim:
     """``getKView``: the first block's address and the shape ``[heads, tokens, dim]``, without
     strides, on an arena ``[blocks, heads, block, dim]``.
     """
-    num_blocks = -(-max(tokens) // BLOCK_SIZE)
+    tokens = 10, BLOCK_SIZE, 2 * BLOCK_SIZE, 32 * BLOCK_SIZE
+    heads, dim, num_blocks = 4, 8, 32
     arena = np.arange(num_blocks * heads * BLOCK_SIZE * dim).reshape(
         num_blocks, heads, BLOCK_SIZE, dim
     )
@@ -208,10 +203,11 @@ def published_view(
     )
 
 
-def zero_copy(num_blocks: Sequence[int] = (1, 2, 8, 32), heads: int = 4, dim: int = 32) -> Claim:
-    """Bytes that MLX copies to read K of a sequence of ``num_blocks`` blocks as ``[heads, tokens,
-    dim]``, from both layouts.
+def zero_copy() -> Claim:
+    """Bytes that MLX copies to read K of a sequence of 1 to 32 blocks as ``[heads, tokens, dim]``,
+    from both layouts.
     """
+    num_blocks, heads, dim = (1, 2, 8, 32), 4, 32
     first, pool = 3, max(num_blocks) + 5
     blocked = mx.zeros((2, pool, heads, BLOCK_SIZE, dim))
     head_major = mx.zeros((heads, pool * BLOCK_SIZE, dim))
@@ -302,14 +298,12 @@ def counted_claims(num_requests: int = 2000, seed: int = 0) -> dict[str, Claim]:
 # --- microseconds ---------------------------------------------------------------------------------
 
 
-def allocation_times(
-    strategy: str, num_blocks: int = BLOCKS, rounds: int = 200, seed: int = 0
-) -> tuple[float, float]:
+def allocation_times(strategy: str) -> tuple[float, float]:
     """Median microseconds of one `allocate` and of one `free` while sequences of 32 blocks fill a
     pool and leave in random order.
     """
-    pool, rng, live = make_allocator(strategy, num_blocks), random.Random(seed), []
-    num_sequences = num_blocks // SEQUENCE_BLOCKS
+    pool, rng, live = make_allocator(strategy, BLOCKS), random.Random(0), []
+    num_sequences = BLOCKS // SEQUENCE_BLOCKS
 
     def allocate():
         live.extend(pool.allocate(SEQUENCE_BLOCKS) for _ in range(num_sequences))
@@ -319,12 +313,13 @@ def allocation_times(
             pool.free(live.pop())
 
     works = {"allocate": allocate, "shuffle": lambda: rng.shuffle(live), "free": free}
-    seconds = in_turn(works, rounds)
+    seconds = in_turn(works, 200)
     return tuple(median(seconds[work]) / num_sequences * 1e6 for work in ("allocate", "free"))
 
 
-def token_time(num_tokens: int = 500) -> float:
+def token_time() -> float:
     """Median microseconds of `KVCache.append_token` and `get_k_view` of one layer, together."""
+    num_tokens = 500
     cache = KVCache(
         num_layers=1,
         num_kv_heads=1,
@@ -381,24 +376,9 @@ def timed_claims() -> dict[str, Claim]:
     }
 
 
-def costs(
-    sizes: Sequence[int],
-    request_blocks: int = SEQUENCE_BLOCKS,
-    occupancy: float = 0.5,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """`allocbench` of every strategy at one occupancy: its rows, and the cold `turnover` as one
+def costs(sizes: Sequence[int], seed: int = 0) -> pd.DataFrame:
+    """`allocbench` of every strategy in half-full pools: its rows, and the cold `turnover` as one
     more operation.
     """
     makers = {name: partial(pool_of, name) for name in STRATEGIES}
-    rows, pools = measure(makers, sizes, (occupancy,), request_blocks, seed)
-    turnover = [
-        {key: pool[key] for key in ("strategy", "num_blocks", "occupancy")}
-        | {
-            "request_blocks": request_blocks,
-            "operation": TURNOVER,
-            "median_us": pool[f"{TURNOVER}_median_us"],
-        }
-        for pool in pools
-    ]
-    return pd.DataFrame([*rows, *turnover])
+    return pd.DataFrame(with_turnover(*measure(makers, sizes, (0.5,), SEQUENCE_BLOCKS, seed)))
