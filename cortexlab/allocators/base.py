@@ -132,6 +132,11 @@ def merged(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     return tuple(joined)
 
 
+def blocks_of(extents: Iterable[Extent]) -> list[int]:
+    """The blocks of ``extents``, one by one, in their order."""
+    return [block for start, size in extents for block in range(start, start + size)]
+
+
 def assert_tiles(pieces: Iterable[tuple[int, int]], num_blocks: int) -> None:
     """`AssertionError` unless each of ``num_blocks`` blocks is in exactly one of ``pieces`` (first
     block, blocks).

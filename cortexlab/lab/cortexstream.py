@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 from ..allocators import Allocator, Extent, Stats, block_map, make_allocator
+from ..allocators.base import blocks_of
 from ..errors import BadInput, shown
 
 
@@ -120,14 +121,9 @@ class KVBlockAllocator:
         """
         with self._lock:
             self._blocks.check()
-            held = [
-                block
-                for handle in self._live.values()
-                for start, size in handle.extents
-                for block in range(start, start + size)
-            ]
+            held = [block for each in self._live.values() for block in blocks_of(each.extents)]
             assert len(set(held)) == len(held) == self._blocks.stats()["used_blocks"], (
-                "two handles hold a block, or none does"
+                "two handles hold a block, or no handle holds a used one"
             )
 
     def _reason(self, handle: object) -> str:

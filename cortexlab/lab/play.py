@@ -79,7 +79,8 @@ class Toy:
 
     strategy: str
     num_blocks: int
-    asked: dict[str, int] = field(default_factory=dict)  # blocks asked for, less those refused
+    # blocks asked for, less those refused; 0 once the sequence has left
+    asked: dict[str, int] = field(default_factory=dict)
     owners: dict[str, tuple[Extent, ...]] = field(default_factory=dict)  # extents by sequence
     refused: list[Refusal] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
@@ -170,7 +171,10 @@ def churn(
         pool, coming_and_going(num_requests, sizes, load * num_blocks / fmean(sizes), seed)
     ):
         after, refused = pool.stats(), extents is None
-        asked[name] = 0 if refused else wanted
+        if wanted and not refused:
+            asked[name] = wanted
+        else:
+            asked.pop(name, None)
         if wanted:
             arrivals.append(
                 {

@@ -50,7 +50,12 @@ def paged_utilization(mean_tokens: ArrayLike, block_size: ArrayLike) -> np.ndarr
     give or take B^2 / 8 once: a theorem. So the formula is nearly exact where outputs are much
     longer than a block.
     """
-    return np.asarray(mean_tokens) / (np.asarray(mean_tokens) + (np.asarray(block_size) - 1) / 2)
+    return np.asarray(mean_tokens) / _held_slots(mean_tokens, block_size)
+
+
+def _held_slots(mean_tokens: ArrayLike, block_size: ArrayLike) -> np.ndarray:
+    """Slots that a sequence of ``mean_tokens`` holds on average, (B - 1) / 2 of them empty."""
+    return np.asarray(mean_tokens) + (np.asarray(block_size) - 1) / 2
 
 
 def fifty_percent_rule(num_allocations: ArrayLike, remainder_share: float = 1.0) -> np.ndarray:
@@ -84,8 +89,7 @@ def sequences_that_fit(
     """How many sequences of ``mean_tokens`` tokens the memory holds, each in whole blocks, with
     half a block lost on average.
     """
-    held = np.asarray(mean_tokens) + (block_size - 1) / 2
-    return np.floor(memory_bytes / bytes_per_token / held)
+    return np.floor(memory_bytes / bytes_per_token / _held_slots(mean_tokens, block_size))
 
 
 def padding_share(lengths: Sequence[int], batch_size: int) -> float:
