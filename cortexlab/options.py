@@ -25,8 +25,9 @@ PREEMPTIONS = ("recompute", "swap")
 ATTENTION_METHODS = ("auto", "views", "windows", "gather")
 WATERMARK = 0.02
 DEFAULT_STEP_TOKENS = 512  # of an engine
+MLX_LM = "mlx-lm"  # the baseline of a bench: mlx-lm's own batching
 # What a bench compares: one of each family (fixed, contiguous, scattered, ours) and the baseline.
-BENCHED = ("static", "cortexstream", "paged", "runs", "mlx-lm")
+BENCHED = ("static", "cortexstream", "paged", "runs", MLX_LM)
 BENCH_BATCH_SIZE = 8
 
 at_least_one = partial(at_least, minimum=1)

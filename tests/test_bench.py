@@ -8,8 +8,9 @@ from mlx_lm.generate import BatchGenerator
 from cortexlab import metrics
 from cortexlab.bench import serve, summary
 from cortexlab.bench.mlx_lm import Difference
-from cortexlab.bench.serve import MLX_LM, Setting, run_bench
+from cortexlab.bench.serve import Setting, run_bench
 from cortexlab.bench.summary import Bench, Run
+from cortexlab.options import MLX_LM
 from cortexlab.scheduler.request import Request, RequestState
 from cortexlab.workloads.synthetic import WorkItem, make_workload
 
@@ -156,9 +157,7 @@ def test_the_hash_is_of_the_compact_json_text():
 
 
 def _run_of(name: str, requests: list[Request], seconds: float) -> Run:
-    return Run(
-        strategy=name, requests=requests, refused=0, started_at=0.0, duration=seconds, steps=[]
-    )
+    return Run(strategy=name, requests=requests, started_at=0.0, duration=seconds, steps=[])
 
 
 def _fake(**seconds) -> Bench:
@@ -230,7 +229,7 @@ def _run(name, outputs, max_tokens, finish="length"):
 
 
 def test_equality_takes_the_worst_repeat_and_does_not_count_a_short_output(tiny):
-    tie, wrong = Difference(0, 1e-4, 1e-3), Difference(0, 5.0, 1e-3)
+    tie, wrong = Difference(1e-4, 1e-3), Difference(5.0, 1e-3)
     good, near, bad = [7, 7], [8, 8], [9, 9]
     known = {((1, 2), tuple(good)): None, ((1, 2), tuple(near)): tie, ((1, 2), tuple(bad)): wrong}
     for runs in ([[good, near], [good, bad]], [[good, bad], [good, near]]):

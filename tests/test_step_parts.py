@@ -49,7 +49,7 @@ def test_works_take_turns_after_one_turn_that_is_not_counted():
 def test_a_step_is_recorded_call_by_call_and_the_model_unchanged_afterwards(tiny):
     runner, before = ModelRunner(tiny), LayerCache.attend
     arena = filled_arena(runner.layers, runner.dtype, 64, 0)
-    calls = record_step(runner, tiny, neighbours(3, 5, 1), arena)
+    calls = record_step(runner, neighbours(3, 5, 1), arena)
     counts = {part: sum(call.part == part for call in calls) for part in PARTS}
     layers = len(runner.layers)
     assert counts[PRODUCTS] == 7 * layers + 1, "q, k, v, o, gate, up, down, and the head"
@@ -61,7 +61,7 @@ def test_a_step_is_recorded_call_by_call_and_the_model_unchanged_afterwards(tiny
     shapes = [call.args[1].shape for call in calls if call.part == PRODUCTS]
     assert all(shape[0] == 3 or shape[1] == 3 for shape in shapes), "three rows"
     assert LayerCache.attend is before
-    assert record_step(runner, tiny, neighbours(1, 0, 4), arena), "a model can be recorded twice"
+    assert record_step(runner, neighbours(1, 0, 4), arena), "a model can be recorded twice"
 
 
 def test_parts_and_the_rest_add_up_to_the_step(tiny):

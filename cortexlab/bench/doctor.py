@@ -1,5 +1,6 @@
 """How fast this machine's arithmetic and memory are, and what to do where it falls short."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,9 @@ from .step_profile import measure_extents
 
 SLOW_SGEMM_GFLOPS = 20.0  # the reference BLAS gives 2, two old cores with OpenBLAS 60 and more
 EXTENT_SLOTS = 4, 16, 128, 512  # slots an extent, for which `examine` measures attention
-NEEDED_MEMORY_BYTES = 3 << 30  # the float32 model, an arena, and mlx-lm's batch beside it
+SEQUENCES, CONTEXT = 8, 512  # sequences, and tokens of each, whose attention is measured
+SHAPE = 1024, 576, 1536  # rows, inner and columns of the measured product: SmolLM2's MLP
+NEEDED_GIB = 3  # of memory: the float32 model, an arena, and mlx-lm's batch beside it
 
 
 def examine() -> dict:
@@ -41,30 +44,30 @@ def can_run(found: dict) -> bool:
 # --- measurements ---------------------------------------------------------------------------------
 
 
-def sgemm_gflops(repeats: int = 9) -> float:
-    """float32 product ``[1024, 576] @ [576, 1536]``, SmolLM2's MLP: median GFLOP/s."""
-    a, b = mx.random.normal((1024, 576)), mx.random.normal((576, 1536))
+def sgemm_gflops() -> float:
+    """Median GFLOP/s of a float32 product of `SHAPE`."""
+    a, b = mx.random.normal(SHAPE[:2]), mx.random.normal(SHAPE[1:])
     mx.eval(a, b)
-    (seconds,) = in_turn({"sgemm": lambda: mx.eval(a @ b)}, repeats).values()
-    return 2 * 1024 * 576 * 1536 / median(seconds) / 1e9
+    (seconds,) = in_turn({"sgemm": lambda: mx.eval(a @ b)}, 9).values()
+    return 2 * math.prod(SHAPE) / median(seconds) / 1e9
 
 
-def memory_bandwidth(repeats: int = 5) -> float:
+def memory_bandwidth() -> float:
     """Median GB/s at which a matrix-vector product reads 256 MiB of float32 weights: the bound of
     decoding at batch 1.
     """
     x, weights = mx.ones((1, 8192)), mx.ones((8192, 8192))
     mx.eval(x, weights)
-    (seconds,) = in_turn({"read": lambda: mx.eval(x @ weights)}, repeats).values()
+    (seconds,) = in_turn({"read": lambda: mx.eval(x @ weights)}, 5).values()
     return weights.nbytes / median(seconds) / 1e9
 
 
 def attention_ms(repeats: int = 3) -> list[dict]:
-    """Decode attention of 8 sequences of 512 tokens, SmolLM2's layers, by method and length of
-    extents: median ms a layer.
+    """Decode attention of `SEQUENCES` of `CONTEXT` tokens, SmolLM2's layers, by method and length
+    of extents: median ms a layer.
     """
     return measure_extents(
-        [LayerShape(3, 64, 64)] * 10, 9, EXTENT_SLOTS, 8, 512, repeats=repeats
+        [LayerShape(3, 64, 64)] * 10, 9, EXTENT_SLOTS, SEQUENCES, CONTEXT, repeats=repeats
     ).to_dict("records")
 
 
@@ -101,10 +104,10 @@ def _machine_problems(found: dict) -> Iterator[dict]:
             "no g++: MLX cannot compile element-wise functions for the CPU, which costs some speed",
             "install g++ (optional)",
         )
-    if found["memory_bytes"] < NEEDED_MEMORY_BYTES:
+    if found["memory_bytes"] < NEEDED_GIB << 30:
         yield _problem(
             f"{found['memory_bytes'] / 2**30:.1f} GiB of memory",
-            "the main job wants 3 GiB: use --model tiny",
+            f"the main job wants {NEEDED_GIB} GiB: use --model tiny",
             needed=True,
         )
 
@@ -125,8 +128,8 @@ def report(found: dict) -> str:
         f"MLX        {found['mlx_version']} on the {found['device']}, mlx-lm "
         f"{found['mlx_lm_version']}",
         f"processor  {found['processor']}, {found['cores']} cores",
-        f"BLAS       {found['blas']}: {found['sgemm_gflops']:.0f} GFLOP/s (float32, 1024 x 576 x "
-        "1536)",
+        f"BLAS       {found['blas']}: {found['sgemm_gflops']:.0f} GFLOP/s (float32, "
+        f"{' x '.join(map(str, SHAPE))})",
         f"memory     {gib:.1f} GiB, {found['memory_bandwidth_gb_s']:.1f} GB/s (read by a "
         "matrix-vector product)",
         *_attention_lines(found["attention"]["ms_a_layer"]),
@@ -145,7 +148,7 @@ def report(found: dict) -> str:
 def _attention_lines(measured: list[dict]) -> list[str]:
     methods = list(dict.fromkeys(row["method"] for row in measured))
     lines = [
-        "attention  ms a layer, 8 sequences of 512 tokens"
+        f"attention  ms a layer, {SEQUENCES} sequences of {CONTEXT} tokens"
         + "".join(f"{method:>9}" for method in methods)
     ]
     for slots in dict.fromkeys(row["extent_slots"] for row in measured):

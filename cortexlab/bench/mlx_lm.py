@@ -34,11 +34,10 @@ def run_batch_generator(
     requests: Sequence[Request],
     batch_size: int,
     on_step: Callable[[CacheUse], None],
-    clock=time.perf_counter,
-    shared_tokens: Mapping[str, int] | None = None,
+    shared_tokens: Mapping[str, int],
 ) -> Iterator[Request]:
-    """Serve ``requests`` (in order of arrival, times on ``clock``) with at most ``batch_size``
-    decoded at once; yield each that ends.
+    """Serve ``requests`` (in order of arrival, times on `time.perf_counter`) with at most
+    ``batch_size`` decoded at once; yield each that ends.
 
     Two things in mlx-lm would exceed the limit. Its constructor raises it to
     ``prefill_batch_size``, which is therefore capped. And it takes in new prompts without counting
@@ -48,19 +47,19 @@ def run_batch_generator(
     ``shared_tokens``: how many of a request's first tokens other requests have too. They are
     computed once, when the first needs them, and then come from mlx-lm's own `LRUPromptCache`.
     """
-    prefixes = SharedPrefixes(model, len(requests), shared_tokens or {})
+    prefixes = SharedPrefixes(model, len(requests), shared_tokens)
     batch = _Batch(model, batch_size, prefixes)
     coming = list(requests)[::-1]
     try:
         while coming or batch.live:
-            started_at = clock()
+            started_at = time.perf_counter()
             while coming and coming[-1].arrived_at <= started_at and len(batch.live) < batch_size:
                 batch.insert(coming.pop())
             if not batch.live:
-                time.sleep(max(0.0, coming[-1].arrived_at - clock()))
+                time.sleep(max(0.0, coming[-1].arrived_at - time.perf_counter()))
                 continue
             progressed = batch.generator.next()
-            now = clock()
+            now = time.perf_counter()
             ended = batch.record(*progressed, started_at, now)
             num_waiting = sum(request.arrived_at <= now for request in coming)
             on_step(batch.use(started_at, now, num_waiting))
@@ -120,22 +119,21 @@ def run_one_by_one(
     model: nn.Module,
     requests: Sequence[Request],
     on_step: Callable[[CacheUse], None],
-    clock=time.perf_counter,
-    shared_tokens: Mapping[str, int] | None = None,
+    shared_tokens: Mapping[str, int],
 ) -> Iterator[Request]:
     """Serve ``requests`` one after the other with `generate_step`; yield each that ends.
     ``shared_tokens``: as for `run_batch_generator`.
     """
-    prefixes = SharedPrefixes(model, len(requests), shared_tokens or {})
+    prefixes = SharedPrefixes(model, len(requests), shared_tokens)
     for index, request in enumerate(requests):
-        time.sleep(max(0.0, request.arrived_at - clock()))
-        started_at = request.scheduled_at = clock()
+        time.sleep(max(0.0, request.arrived_at - time.perf_counter()))
+        started_at = request.scheduled_at = time.perf_counter()
         prompt, cache = prefixes.begin(request)
         cache = cache or make_prompt_cache(model)
         for token, _ in generate_step(
             mx.array(prompt), model, max_tokens=request.max_tokens, prompt_cache=cache
         ):
-            now = clock()
+            now = time.perf_counter()
             request.output_tokens.append(int(token))
             request.token_times.append(now)
             waiting = sum(other.arrived_at <= now for other in requests[index + 1 :])
@@ -198,11 +196,10 @@ def _prefill(model: nn.Module, tokens: Sequence[int], cache: list) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where an output parts from the reference: the gap between the reference's two best logits,
-    and the largest gap that counts as a tie.
+    """The gap between the reference's two best logits where an output parts from it, and the
+    largest gap that counts as a tie.
     """
 
-    position: int
     gap: float
     tie_limit: float
 
@@ -214,8 +211,8 @@ class Difference:
 def first_difference(
     model: nn.Module, prompt: Sequence[int], output: Sequence[int]
 ) -> Difference | None:
-    """Where greedy decoding of the unmodified model first differs from ``output``; None where it
-    never does.
+    """The first difference of ``output`` from greedy decoding of the unmodified model; None where
+    there is none.
 
     The model reads prompt and output in one forward over mlx-lm's own cache ("teacher forcing"), so
     up to the first difference it decides on the tokens that step-by-step generation feeds it. A tie
@@ -235,5 +232,5 @@ def first_difference(
                 if logits.dtype == mx.float32
                 else 2 * mx.finfo(logits.dtype).eps * mx.abs(row).max().item()
             )
-            return Difference(position, high - low, limit)
+            return Difference(high - low, limit)
     return None

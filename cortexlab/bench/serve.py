@@ -16,13 +16,13 @@ from ..engine.engine import Engine
 from ..engine.model_runner import ModelRunner
 from ..engine.records import StepRecord
 from ..errors import BadInput, at_least, one_of
-from ..options import BENCH_BATCH_SIZE, BENCHED, EngineOptions
+from ..options import BENCH_BATCH_SIZE, BENCHED, MLX_LM, EngineOptions
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.request import Request
 from ..workloads.synthetic import WorkItem, default_max_seq_len, pool_blocks, prompt_tokens
 from .environment import memory_bytes
 from .mlx_lm import CacheUse, Difference, run_batch_generator, run_one_by_one
-from .summary import MLX_LM, Bench, Run, engine_step, mlx_lm_step, ratios, strategy_row
+from .summary import Bench, Run, engine_step, mlx_lm_step, ratios, strategy_row
 
 ALL = (*STRATEGIES, MLX_LM)
 WARMUP_PROMPT, WARMUP_TOKENS = 32, 4  # tokens of each warm-up request
@@ -87,9 +87,10 @@ def run_bench(
     for strategy in strategies:
         if strategy != MLX_LM and not callable(strategy):
             one_of("strategy", strategy, ALL)
-    check_names(strategies)
+    names = check_names(strategies)
     at_least("repeats", repeats, 1)
-    job = _job(ModelRunner(model), items, strategies, setting, stop_token_ids, progress)
+    named = dict(zip(names, strategies, strict=True))
+    job = _job(ModelRunner(model), items, named, setting, stop_token_ids, progress)
     for strategy in strategies:
         job.warm_up(strategy)
     bench, one_by_one = Bench(), []
@@ -102,8 +103,8 @@ def run_bench(
         singles = iter(one_by_one)  # at batch 1 the faster of mlx-lm's two ways counts
         bench.runs = [next(singles) if run.strategy == MLX_LM else run for run in bench.runs]
     references: dict[tuple, Difference | None] = {}
-    shared = setting.batch_size, setting.prefix_caching, model, references
-    names = [_name(strategy) for strategy in strategies]
+    num_refused = len(items) - len(job.items)
+    shared = num_refused, setting.batch_size, setting.prefix_caching, model, references
     bench.rows = [strategy_row(bench.of(name), *shared) for name in names]
     bench.ratios = ratios(bench, names)
     return bench
@@ -114,19 +115,14 @@ class _Job:
     """The workload with everything that stays the same from run to run."""
 
     runner: ModelRunner
-    items: Mapping[int, WorkItem]  # by number
+    items: Mapping[int, WorkItem]  # by number, without refused ones
     prompts: Sequence[list[int]]  # by number, refused ones included
+    shared_tokens: Mapping[str, int]  # `_shared_tokens` for mlx-lm's prompt cache
     num_blocks: int
     max_seq_len: int
     setting: Setting
     stops: Sequence[int]
     progress: Progress
-    num_refused: int = 0
-
-    def without(self, refused: set[int]) -> "_Job":
-        """The job with fewer requests."""
-        kept = {number: item for number, item in self.items.items() if number not in refused}
-        return replace(self, items=kept, num_refused=len(refused))
 
     def warm_up(self, strategy: Strategy) -> None:
         """A few short requests, kept out of every figure: kernels compiled, weights paged in."""
@@ -139,6 +135,7 @@ class _Job:
             self,
             items=dict(enumerate([WorkItem(0.0, length, WARMUP_TOKENS)] * n)),
             prompts=[[0] * length] * n,
+            shared_tokens={},
             num_blocks=max(n * pair, region),
             stops=(),
             progress=lambda tokens, strategy: None,
@@ -169,27 +166,26 @@ class _Job:
             **self.setting.engine,
         )
         engine.cache.warmup()
-        name, started_at = _name(strategy), engine.clock()
+        name, started_at = strategy_of(strategy).name, engine.clock()
         requests = list(self._arriving(engine, started_at, name))
         duration, stats = engine.clock() - started_at, engine.stats()
-        held = [
-            sum(each.num_slots - each.num_counted for each in record.held) for record in records
-        ]
         fills = {request.id: request.fills for request in requests}
         size = self.setting.block_size
+        steps = [engine_step(record, started_at, size, fills) for record in records]
+        held = "token_slots", "reserved_slots", "internal_slots"
+        most = max(sum(step[column] for column in held) for step in steps)
         return Run(
             strategy=name,
             requests=requests,
-            refused=self.num_refused,
             started_at=started_at,
             duration=duration,
-            steps=[engine_step(record, started_at, size, fills) for record in records],
+            steps=steps,
             num_blocks=self.num_blocks,
             block_size=size,
             arena_bytes=stats.arena_bytes,
             copied_bytes=stats.copied_bytes,
             num_preemptions=stats.num_preemptions,
-            peak_kv_bytes=max(held) * engine.cache.arena.slot_bytes,
+            peak_kv_bytes=most * engine.cache.arena.slot_bytes,
             prefix_hit_rate=stats.prefix_hit_rate,
         )
 
@@ -225,12 +221,12 @@ class _Job:
             )
             for number, item in self.items.items()
         ]
-        model, shared = self.runner.model, self._shared_tokens()
+        model, shared = self.runner.model, self.shared_tokens
         if one_by_one:
-            ended = run_one_by_one(model, requests, uses.append, shared_tokens=shared)
+            ended = run_one_by_one(model, requests, uses.append, shared)
         else:
             size = self.setting.batch_size
-            ended = run_batch_generator(model, requests, size, uses.append, shared_tokens=shared)
+            ended = run_batch_generator(model, requests, size, uses.append, shared)
         for request in ended:
             self.progress(len(request.output_tokens), MLX_LM)
         duration = time.perf_counter() - started_at
@@ -238,103 +234,110 @@ class _Job:
         return Run(
             strategy=MLX_LM,
             requests=requests,
-            refused=self.num_refused,
             started_at=started_at,
             duration=duration,
             steps=[mlx_lm_step(use, started_at, self.runner.slot_bytes) for use in uses],
             peak_kv_bytes=max(use.nbytes for use in uses),
         )
 
-    def _shared_tokens(self) -> dict[str, int] | None:
-        """By request, how many of its first tokens another request has too; None without prefix
-        caching.
-        """
-        if not self.setting.prefix_caching:
-            return None
-        prefixes = {
-            number: [item.prefix_ids[: n + 1] for n in range(len(item.prefix_ids))]
-            for number, item in self.items.items()
-        }
-        seen = Counter(prefix for each in prefixes.values() for prefix in each)
-        return {
-            f"r{number}": sum(seen[prefix] > 1 for prefix in prefixes[number]) * item.prefix_block
-            for number, item in self.items.items()
-        }
-
 
 def _job(
     runner: ModelRunner,
     items: Sequence[WorkItem],
-    strategies: Sequence[Strategy],
+    strategies: Mapping[str, Strategy],
     setting: Setting,
     stop_token_ids: Sequence[int],
     progress: Progress,
 ) -> _Job:
-    """The job of a bench; `BadInput` for a pool larger than memory, or where nothing fits."""
+    """The job of a bench, ``strategies`` being by name; `BadInput` for a pool larger than memory,
+    or where nothing fits.
+    """
     max_seq_len = setting.max_seq_len or default_max_seq_len(items, runner.context)
-    job = _Job(
+    num_blocks = bench_pool(setting, items, max_seq_len)
+    needed = num_blocks * setting.block_size * runner.slot_bytes
+    if needed > memory_bytes():
+        raise BadInput(
+            f"num_blocks {num_blocks} needs {needed / 2**30:.1f} GiB, this machine has "
+            f"{memory_bytes() / 2**30:.1f} GiB"
+        )
+    refused = _refused(items, num_blocks, max_seq_len, setting, strategies)
+    kept = {number: item for number, item in enumerate(items) if number not in refused}
+    return _Job(
         runner=runner,
-        items=dict(enumerate(items)),
-        prompts=(),
-        num_blocks=bench_pool(setting, items, max_seq_len),
+        items=kept,
+        prompts=prompt_tokens(items, runner.vocabulary, setting.seed),
+        shared_tokens=_shared_tokens(kept) if setting.prefix_caching else {},
+        num_blocks=num_blocks,
         max_seq_len=max_seq_len,
         setting=setting,
         stops=() if setting.ignore_eos else tuple(stop_token_ids),
         progress=progress,
     )
-    needed = job.num_blocks * setting.block_size * runner.slot_bytes
-    if needed > memory_bytes():
-        raise BadInput(
-            f"num_blocks {job.num_blocks} needs {needed / 2**30:.1f} GiB, this machine has "
-            f"{memory_bytes() / 2**30:.1f} GiB"
-        )
-    job = job.without(_refused(job, strategies))
-    return replace(job, prompts=prompt_tokens(items, runner.vocabulary, setting.seed))
 
 
-def _refused(job: _Job, strategies: Sequence[Strategy]) -> set[int]:
+def _shared_tokens(items: Mapping[int, WorkItem]) -> dict[str, int]:
+    """By request, how many of its first tokens another request has too."""
+    prefixes = {
+        number: [item.prefix_ids[: n + 1] for n in range(len(item.prefix_ids))]
+        for number, item in items.items()
+    }
+    seen = Counter(prefix for each in prefixes.values() for prefix in each)
+    return {
+        f"r{number}": sum(seen[prefix] > 1 for prefix in prefixes[number]) * item.prefix_block
+        for number, item in items.items()
+    }
+
+
+def _refused(
+    items: Sequence[WorkItem],
+    num_blocks: int,
+    max_seq_len: int,
+    setting: Setting,
+    strategies: Mapping[str, Strategy],
+) -> set[int]:
     """Numbers of the requests that one of the strategies cannot serve, known before anything runs.
     They are left out for all: only then are strategies compared on equal requests. `BadInput` when
     nothing is left.
     """
     refusals: dict[tuple[int, str], list[str]] = {}
-    for strategy in strategies:
+    for name, strategy in strategies.items():
         with blamed_on(strategy):
-            for number, reason in _refusals(job, strategy):
-                refusals.setdefault((number, reason), []).append(_name(strategy))
+            for number, reason in _refusals(items, num_blocks, max_seq_len, setting, strategy):
+                refusals.setdefault((number, reason), []).append(name)
     lines = [
         f"{', '.join(names)}: refused: request 'r{number}' {reason}"
         for (number, reason), names in sorted(refusals.items())
     ]
     refused = {number for number, _ in refusals}
-    if len(refused) == len(job.items):
+    if len(refused) == len(items):
         raise BadInput(f"no request can be served; {lines[0]}")
     for line in lines:
         print(line, file=sys.stderr)
     return refused
 
 
-def _refusals(job: _Job, strategy: Strategy) -> Iterator[tuple[int, str]]:
+def _refusals(
+    items: Sequence[WorkItem],
+    num_blocks: int,
+    max_seq_len: int,
+    setting: Setting,
+    strategy: Strategy,
+) -> Iterator[tuple[int, str]]:
     """``(number, reason)`` of each request that one strategy cannot serve."""
     blocks = None
     if strategy != MLX_LM:
-        setting = job.setting
         blocks = BlockManager(
-            strategy_of(strategy), job.num_blocks, setting.block_size, job.max_seq_len,
+            strategy_of(strategy), num_blocks, setting.block_size, max_seq_len,
             setting.prefix_caching,
         )  # fmt: skip
-    for number, item in job.items.items():
-        if item.total_tokens > job.max_seq_len:
+    for number, item in enumerate(items):
+        if item.total_tokens > max_seq_len:
             wants = f"wants {item.total_tokens} tokens (prompt + output)"
-            yield number, f"{wants}, but max_seq_len is {job.max_seq_len}"
+            yield number, f"{wants}, but max_seq_len is {max_seq_len}"
         elif blocks and not blocks.could_ever_hold(item.total_tokens - 1):
-            pool = job.num_blocks * blocks.block_size
+            pool = num_blocks * blocks.block_size
             wants = f"wants {item.total_tokens - 1} slots"
             yield number, f"{wants}, which can never fit the pool of {pool} slots"
-
-
-def _name(strategy: Strategy) -> str:
-    return strategy if strategy == MLX_LM else strategy_of(strategy).name
 
 
 def _seconds(runs: Sequence[Run]) -> float:

@@ -79,7 +79,7 @@ def measure_steps(
     )
     return pd.DataFrame(
         [
-            {"step": name} | _measure_step(runner, model, rows, arena, repeats)
+            {"step": name} | _measure_step(runner, rows, arena, repeats)
             for name, rows in steps.items()
         ]
     )
@@ -103,9 +103,9 @@ def measure_extents(
     a row, as in a step, so that no layer finds its K and V in the processor's cache; the plan is
     made once for all layers, and counted.
     """
-    num_slots = at_least("sequences", num_sequences, 1) * at_least("context", context, 1)
+    num_slots = at_least("num_sequences", num_sequences, 1) * at_least("context", context, 1)
     rows = {
-        each: _scattered(num_sequences, context, at_least("extent-slots", each, 1), seed)
+        each: _scattered(num_sequences, context, at_least("extent_slots", each, 1), seed)
         for each in extent_slots
     }
     arena = filled_arena(layers, dtype, num_slots, seed)
@@ -137,10 +137,8 @@ def attend(rows: Sequence[RowRun], arena: Arena, num_heads: int, method: str) ->
 # --- a step and its parts -------------------------------------------------------------------------
 
 
-def _measure_step(
-    runner: ModelRunner, model: nn.Module, rows: list[RowRun], arena: Arena, repeats: int
-) -> dict:
-    calls = record_step(runner, model, rows, arena)
+def _measure_step(runner: ModelRunner, rows: list[RowRun], arena: Arena, repeats: int) -> dict:
+    calls = record_step(runner, rows, arena)
     works = {"step": lambda: _run_step(runner, rows, arena)}
     works |= {
         part: lambda part=part: _run_calls([call for call in calls if call.part == part], arena)
@@ -178,9 +176,7 @@ def _run_calls(calls: Sequence[Call], arena: Arena) -> None:
     mx.eval(chain, arena.arrays())
 
 
-def record_step(
-    runner: ModelRunner, model: nn.Module, rows: list[RowRun], arena: Arena
-) -> list[Call]:
+def record_step(runner: ModelRunner, rows: list[RowRun], arena: Arena) -> list[Call]:
     """The calls that one step of ``rows`` makes, in order. `ModelError` for a model that brings its
     own attention.
     """
@@ -189,7 +185,7 @@ def record_step(
             "this model takes its sequences one by one: its attention cannot be told from the rest "
             "of it"
         )
-    with _recorder(model) as calls:
+    with _recorder(runner.model) as calls:
         _run_step(runner, rows, arena)
     return calls
 

@@ -10,11 +10,11 @@ import pandas as pd
 
 from .. import metrics
 from ..engine.records import StepRecord
+from ..options import MLX_LM
 from ..replay.step_time import StepTime
 from ..scheduler.request import Request, RequestState
 from .mlx_lm import CacheUse, first_difference
 
-MLX_LM = "mlx-lm"
 TIMED = tuple(name for name, column in metrics.COLUMNS.items() if column.interval)
 
 
@@ -24,7 +24,6 @@ class Run:
 
     strategy: str
     requests: list[Request]
-    refused: int
     started_at: float  # on the clock of the requests' time stamps
     duration: float
     steps: list[dict]
@@ -122,13 +121,10 @@ def engine_step(record: StepRecord, start: float, block_size: int, fills: dict) 
     ]
     slots = metrics.step_shares(held, record.unusable_slots)
     return {
-        "started_at": record.started_at - start,
-        "ended_at": record.ended_at - start,
+        **_time_and_load(record, start),
         "host_s": record.host_s,
         "num_prefill_tokens": record.num_prefill_tokens,
         "num_decode_tokens": record.num_decode_tokens,
-        "num_running": record.num_running,
-        "num_waiting": record.num_waiting,
         **{f"{name}_slots": count for name, count in slots.items()},
         "pool_slots": (record.pool.used_blocks + record.pool.free_blocks) * block_size,
         **record.pool,
@@ -144,10 +140,7 @@ def engine_step(record: StepRecord, start: float, block_size: int, fills: dict) 
 def mlx_lm_step(use: CacheUse, start: float, slot_bytes: int) -> dict:
     """A step of mlx-lm's own batching."""
     return {
-        "started_at": use.started_at - start,
-        "ended_at": use.ended_at - start,
-        "num_running": use.num_running,
-        "num_waiting": use.num_waiting,
+        **_time_and_load(use, start),
         "token_slots": use.num_tokens,
         "reserved_slots": 0,
         "internal_slots": use.nbytes // slot_bytes - use.num_tokens,
@@ -155,8 +148,23 @@ def mlx_lm_step(use: CacheUse, start: float, slot_bytes: int) -> dict:
     }
 
 
+def _time_and_load(step: StepRecord | CacheUse, start: float) -> dict:
+    """The columns that steps of every strategy have."""
+    return {
+        "started_at": step.started_at - start,
+        "ended_at": step.ended_at - start,
+        "num_running": step.num_running,
+        "num_waiting": step.num_waiting,
+    }
+
+
 def strategy_row(
-    runs: list[Run], batch_size: int, prefix_caching: bool, model: nn.Module, references: dict
+    runs: list[Run],
+    num_refused: int,
+    batch_size: int,
+    prefix_caching: bool,
+    model: nn.Module,
+    references: dict,
 ) -> dict:
     """One strategy's row: counts of the first run, medians over all, and a 95 % interval for what
     is timed. ``references`` keeps what `first_difference` found, for outputs that come again.
@@ -171,7 +179,7 @@ def strategy_row(
         "num_blocks": first.num_blocks,
         "batch_size": batch_size,
         "completed": len(first.finished),
-        "refused": first.refused,
+        "refused": num_refused,
         "total_input_tokens": sum(len(request.prompt) for request in first.requests),
         "total_output_tokens": first.output_tokens,
         **medians,

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..options import BENCH_BATCH_SIZE, BENCHED, EngineOptions
+from ..options import BENCH_BATCH_SIZE, BENCHED, MLX_LM, EngineOptions
 from .options import (
     DEFAULT_REQUESTS,
     STRATEGIES_HELP,
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[int, str]:
     default = ",".join(name for name in BENCHED if name != "static" or not args.prefix_caching)
     given = default if args.strategies is None else args.strategies
-    strategies = strategies_of(given, others=("mlx-lm",))
+    strategies = strategies_of(given, others=(MLX_LM,))
     check_counts(args, block_size=1, batch_size=1, requests=1, repeats=1, seed=0)
     engine = chosen(args, EngineOptions, max_batch_size=args.batch_size)
     del engine["max_seq_len"], engine["prefix_caching"]  # the setting's own
