@@ -58,6 +58,11 @@ def test_empty_slots_stand_beside_what_theory_says(found):
     )
 
 
+def test_theory_of_strategies_that_are_not_shown_draws_nothing(found):
+    axes = plots_fragmentation.empty_beside_theory(found["rows"], {"mine": 0.2})
+    assert list(axes.lines) == [] and axes.get_legend() is None
+
+
 FRONTIER = (
     "strategy",
     "label",

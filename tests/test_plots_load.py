@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 from cortexlab import plots
 from cortexlab.bench.serve import Setting, run_bench
+from cortexlab.errors import BadInput
 from cortexlab.metrics import median_interval
 from cortexlab.plots import load as plots_load
 from cortexlab.plots import widgets
@@ -133,6 +134,30 @@ def test_run_lengths_on_a_toy_pool():
         and not heat[[0, 1, 5], half:].any()
         and heat[3] == pytest.approx(1)
     )
+
+
+@pytest.mark.parametrize("columns", [{}, {"extents": None}])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        plots.block_map,
+        plots.address_heat_map,
+        plots.run_length_histograms,
+        widgets.block_map_slider,
+    ],
+)
+def test_steps_without_a_block_map_are_refused(draw, columns):
+    steps = pd.DataFrame([{"strategy": "mlx-lm", "repeat": 0, "ended_at": 1.0} | columns])
+    with pytest.raises(BadInput, match="no step has a block map"):
+        draw(steps)
+
+
+def test_a_figure_without_an_interval_has_no_error_bar():
+    row = {"strategy": "paged", "repeats": 2}
+    for name, low in (("median_ttft_ms", np.nan), ("output_throughput", 9.0)):
+        row |= {name: 10.0, f"{name}_low": low, f"{name}_high": low + 2}
+    (bar,) = plots.throughput_against_ttft(pd.DataFrame([row])).containers
+    assert (bar.has_xerr, bar.has_yerr) == (False, True)
 
 
 def test_a_written_bench_result_has_the_owners_it_was_written_with(bench, tmp_path):

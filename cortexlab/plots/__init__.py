@@ -5,7 +5,6 @@ on every axis. Widgets are in `cortexlab.plots.widgets`.
 from ..metrics import SHARES
 from .allocators import cost_by_pool_size, toy_pools, what_it_gives_up
 from .block_map import (
-    SEQUENCE_COLORS,
     address_heat,
     address_heat_map,
     block_map,
@@ -22,7 +21,6 @@ from .fragmentation import (
     PUBLISHED_WORDS,
     empty_beside_theory,
     four_granularities,
-    fragmentation_over_time,
     holes_over_time,
     kv_bytes_by_context,
     prefix_hits,
@@ -31,7 +29,7 @@ from .fragmentation import (
     shares_beside_ttft,
     shares_by_workload,
 )
-from .load import load_curve, on_front, padding_curve, pareto_front, request_timeline
+from .load import load_curve, padding_curve, pareto_front, request_timeline
 from .run import (
     SWEEP_WORDS,
     bench_figures,
@@ -43,14 +41,4 @@ from .run import (
     sweep_figure,
     throughput_against_ttft,
 )
-from .style import (
-    COLORS,
-    SHARE_COLORS,
-    SHARE_WORDS,
-    STYLE,
-    WIDTH,
-    color,
-    plain_numbers,
-    share_steps,
-    use_style,
-)
+from .style import STYLE, WIDTH, color, use_style

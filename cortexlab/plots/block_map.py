@@ -14,7 +14,7 @@ from ..errors import BadInput
 from .style import WIDTH, by_strategy, color, legend_above, log2_axis
 
 NUM_TIMES = 200  # columns of a heat map
-NUM_BINS = 12  # of a histogram of lengths: powers of two up to 2^11 blocks
+NUM_BINS = 12  # of a histogram of lengths: powers of two, the last one 2^11 blocks and more
 # Eighteen hues in an order that sets neighbours apart. tab20's two greys are left out: grey means
 # free.
 SEQUENCE_COLORS = np.array(
@@ -29,10 +29,8 @@ def block_map(steps: pd.DataFrame, at: float | None = None) -> list[Axes]:
     """Which sequence holds which block: at each strategy's fullest moment, or ``at`` seconds (first
     repeat).
     """
-    steps = _mapped(steps)
+    steps = mapped(steps)
     strategies = list(dict.fromkeys(steps["strategy"]))
-    if not strategies:
-        raise BadInput("no step has a block map: only the package's own strategies have one")
     _, axes = plt.subplots(
         len(strategies),
         1,
@@ -106,11 +104,12 @@ def step_at(steps: pd.DataFrame, at: float) -> pd.Series:
     return begun.iloc[-1] if len(begun) else steps.iloc[0]
 
 
-def _mapped(steps: pd.DataFrame) -> pd.DataFrame:
-    """The steps of the first repeat that have a block map."""
-    if "extents" not in steps:
-        return steps.iloc[:0]
-    return steps[(steps["repeat"] == 0) & steps["extents"].notna()]
+def mapped(steps: pd.DataFrame) -> pd.DataFrame:
+    """The steps of the first repeat that have a block map; `BadInput` where none has."""
+    found = steps[(steps["repeat"] == 0) & steps["extents"].notna()] if "extents" in steps else ()
+    if not len(found):
+        raise BadInput("no step has a block map: only the package's own strategies have one")
+    return found
 
 
 # --- lengths of runs ------------------------------------------------------------------------------
@@ -125,10 +124,10 @@ def run_lengths(steps: pd.DataFrame) -> pd.DataFrame:
     """How many free runs and how many extents of each length there are, on average over time.
 
     A row a strategy, kind (``free runs``, ``extents``) and power of two: lengths from ``blocks`` to
-    less than twice as many.
+    less than twice as many, and all longer ones in the last row.
     """
     found = []
-    for strategy, part in _mapped(steps).groupby("strategy", sort=False):
+    for strategy, part in mapped(steps).groupby("strategy", sort=False):
         counts = {"free runs": np.zeros(NUM_BINS), "extents": np.zeros(NUM_BINS)}
         seconds = part["ended_at"] - part["started_at"]
         for (_, step), weight in zip(part.iterrows(), seconds / seconds.sum(), strict=True):
@@ -143,7 +142,9 @@ def run_lengths(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def _binned(lengths) -> np.ndarray:
-    """``[NUM_BINS]``: how many lengths lie from each power of two to the next."""
+    """``[NUM_BINS]``: how many lengths lie from each power of two to the next; the last bin has no
+    upper end.
+    """
     bins = np.log2(np.asarray(lengths, dtype=float)).astype(int).clip(max=NUM_BINS - 1)
     return np.bincount(bins, minlength=NUM_BINS)
 
@@ -188,7 +189,7 @@ def address_heat_map(steps: pd.DataFrame) -> list[Axes]:
     """Which addresses are in use when: a panel a strategy, block address upwards, time to the
     right, dark where held.
     """
-    parts = list(_mapped(steps).groupby("strategy", sort=False))
+    parts = list(mapped(steps).groupby("strategy", sort=False))
     figure, axes = plt.subplots(
         1, len(parts), figsize=(WIDTH, 3.6), sharey=True, squeeze=False, layout="constrained"
     )

@@ -34,7 +34,11 @@ PUBLISHED_WORDS = {
     "rounding": "rounded up by buddies",
     "free": "free, but of use to nobody",
 }
-PUBLISHED_COLORS = SHARE_COLORS | {"rounding": "#e9909a", "free": "#d1495b", "others": "#ffffff"}
+PUBLISHED_COLORS = SHARE_COLORS | {
+    "rounding": "#e9909a",
+    "free": SHARE_COLORS["external"],
+    "others": "#ffffff",
+}
 
 
 def shares_beside_ttft(rows: pd.DataFrame) -> list[Axes]:
@@ -120,6 +124,7 @@ def empty_beside_theory(rows: pd.DataFrame, theory: Mapping[str, float]) -> Axes
     """
     _, axes = plt.subplots(figsize=(WIDTH * 0.72, 1.2 + 0.38 * len(rows)), layout="constrained")
     names, empty = list(rows["strategy"]), 100 * (1 - rows["utilization"])
+    theory = {name: theory[name] for name in names if name in theory}
     axes.barh(names, empty, color=[color(name) for name in names])
     for number, (name, value) in enumerate(zip(names, empty, strict=True)):
         at = max(value, 100 * theory.get(name, 0))

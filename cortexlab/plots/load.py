@@ -113,7 +113,7 @@ def request_timeline(requests: pd.DataFrame) -> list[Axes]:
     """A line a request in order of arrival: grey until its first token, then a piece a token,
     coloured by its gap; a panel a strategy.
 
-    ``requests`` as `bench.serve.Bench.requests`: times in seconds, ``itl_ms`` the gaps of each
+    ``requests`` as `bench.summary.Bench.requests`: times in seconds, ``itl_ms`` the gaps of each
     request. One scale of colour for all; first repeat.
     """
     requests = requests[(requests["repeat"] == 0) & (requests["state"] == "finished")]

@@ -145,9 +145,9 @@ def throughput_against_ttft(rows: pd.DataFrame) -> Axes:
 
 def _spread(row: dict, name: str, scale: float = 1.0) -> list[list[float]] | None:
     """How far a figure's interval reaches down and up, as `Axes.errorbar` takes it; None for a
-    row without one.
+    figure without one.
     """
-    if pd.isna(row["output_throughput_low"]):
+    if pd.isna(row[f"{name}_low"]):
         return None
     value, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
     return [[max(0.0, value - low)], [max(0.0, high - value)]]

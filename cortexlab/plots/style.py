@@ -1,5 +1,5 @@
-"""One style for all figures: colours, words of the four shares, and small helpers for axes. One
-colour a strategy everywhere; mlx-lm is grey.
+"""One style for all figures: colours, words of the four shares, and small helpers for axes. A
+strategy of the package has one colour everywhere; mlx-lm is grey.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +66,9 @@ def use_style() -> None:
 
 
 def color(strategy: str) -> str:
-    """The strategy's colour, equal in all figures."""
+    """The strategy's colour, equal in all figures but a sweep's, which gives the spare colours out
+    in turn.
+    """
     return COLORS.get(strategy) or SPARE_COLORS[sum(map(ord, strategy)) % len(SPARE_COLORS)]
 
 

@@ -21,6 +21,7 @@ from ..errors import BadInput
 from ..replay import Replay, replay, tables
 from ..workloads import traces
 from ..workloads.synthetic import WorkItem, default_max_seq_len, make_workload
+from .block_map import mapped
 from .style import share_legend, stack_over_time
 
 
@@ -30,7 +31,7 @@ def block_map_slider(steps: pd.DataFrame) -> ipywidgets.VBox:
     ``steps``: the steps table of a bench run, whose first repeat is shown. The slider's unit is
     seconds.
     """
-    steps = steps[(steps["repeat"] == 0) & steps["extents"].notna()]
+    steps = mapped(steps)
     parts = {name: part for name, part in steps.groupby("strategy", sort=False)}
     with plt.ioff():
         axes = plots.block_map(steps, at=0.0)
