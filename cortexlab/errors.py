@@ -3,8 +3,9 @@ and the checks that raise them.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from numbers import Real
 from operator import index
 
 
@@ -25,46 +26,78 @@ class ModelError(BadInput):
 
 
 MAX_COUNT = 2**31 - 1  # limit of blocks, tokens and requests: MLX's shapes are 32-bit
+NO_TOKEN_IDS = str, bytes, bytearray, memoryview, Set, Mapping  # kinds that iterate all the same
 
 
 def at_least(name: str, value: object, minimum: int, maximum: int = MAX_COUNT) -> int:
     """Return ``value``, a whole number from ``minimum`` to ``maximum``; else raise `BadInput` with
     ``name`` and ``value``.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        limit = (
-            f"at most {maximum}"
-            if isinstance(value, int) and value > maximum
-            else f"at least {minimum}"
-        )
+    number = value if value.__class__ is int else whole(value)
+    if number is None or not minimum <= number <= maximum:
+        over = number is not None and number > maximum
+        limit = f"at most {maximum}" if over else f"at least {minimum}"
         raise BadInput(f"{name} must be a whole number of {limit}, not {shown(value)}")
-    return value
+    return number
 
 
-def is_number(value: object) -> bool:
-    """Whether ``value`` is an int or a float; True and False are neither."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def plain(value: object) -> object:
+    """What Python itself has for a number of NumPy's, or in an array without dimensions; any other
+    ``value`` as it is.
+    """
+    is_single = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_single else value
+
+
+def whole(value: object) -> int | None:
+    """The whole number that ``value`` is, of whatever library; None for what is none, and for True
+    and False.
+    """
+    value = plain(value)
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None
+
+
+def real(value: object) -> float:
+    """The real number that ``value`` is, of whatever library; NaN for what is none, for True and
+    False, and for an int that no float can hold.
+    """
+    value = plain(value)
+    try:
+        is_real = isinstance(value, Real) and not isinstance(value, bool)
+        return float(value) if is_real else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def a_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    """``value``, or `BadInput` naming ``name`` when it is no finite number from low to high."""
-    if not is_number(value) or not low <= value <= high or not math.isfinite(value):
+    """``value`` as a float, or `BadInput` naming ``name`` when it is no finite number from low to
+    high.
+    """
+    number = real(value)
+    if not low <= number <= high or math.isinf(number):
         raise BadInput(f"{name} must be a number from {low} to {high}, not {shown(value)}")
-    return value
+    return number
 
 
 def share(name: str, value: object) -> float:
-    """``value``, or `BadInput` naming ``name`` when it is no number from 0 to below 1."""
-    if not is_number(value) or not 0 <= value < 1:
+    """``value`` as a float, or `BadInput` naming ``name`` when it is no number from 0 to below
+    1.
+    """
+    number = real(value)
+    if not 0 <= number < 1:
         raise BadInput(f"{name} must be a share of the pool, from 0 to below 1, not {shown(value)}")
-    return value
+    return number
 
 
 def yes_or_no(name: str, value: object) -> bool:
-    """Return ``value``, True or False; else raise `BadInput` with ``name`` and ``value``."""
-    if not isinstance(value, bool):
+    """True or False, which ``value`` is; else raise `BadInput` with ``name`` and ``value``."""
+    answer = plain(value)
+    if not isinstance(answer, bool):
         raise BadInput(f"{name} must be True or False, not {shown(value)}")
-    return value
+    return answer
 
 
 def a_function(name: str, value: object):
@@ -90,14 +123,22 @@ def a_text(name: str, value: object) -> str:
 
 
 def seconds(name: str, value: object) -> float:
-    """``value``, or `BadInput` naming ``name`` when it is no finite number."""
-    if not is_number(value) or not math.isfinite(value):
+    """``value`` as a float, or `BadInput` naming ``name`` when it is no finite number."""
+    number = real(value)
+    if not math.isfinite(number):
         raise BadInput(f"{name} must be seconds on the engine's clock, not {shown(value)}")
-    return value
+    return number
 
 
 def token_ids(name: str, tokens: object, vocabulary: int) -> tuple[int, ...]:
-    """Token ids as plain ints (NumPy's and MLX's are welcome), or `BadInput` naming ``name``."""
+    """Token ids as plain ints (NumPy's and MLX's are welcome), or `BadInput` naming ``name``. What
+    has no order, or holds characters or bytes, is refused by its kind.
+    """
+    if isinstance(tokens, NO_TOKEN_IDS):
+        raise BadInput(
+            f"{name} must be a sequence of token ids in order, not a {type(tokens).__name__}: "
+            f"{shown(tokens)}"
+        )
     try:
         given = list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
     except TypeError:
@@ -119,7 +160,7 @@ def token_ids(name: str, tokens: object, vocabulary: int) -> tuple[int, ...]:
 
 def shown(value: object, longest: int = 160) -> str:
     """``value`` as text for a message: one line of at most ``longest`` characters."""
-    text = repr(value)
+    text = " ".join(repr(value).splitlines())
     return text if len(text) <= longest else text[:longest] + "…"
 
 

@@ -2,7 +2,6 @@
 read them from here.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -13,8 +12,8 @@ from .errors import (
     a_function,
     a_number,
     at_least,
-    is_number,
     one_of,
+    real,
     share,
     shown,
     yes_or_no,
@@ -26,6 +25,9 @@ ATTENTION_METHODS = ("auto", "views", "windows", "gather")
 WATERMARK = 0.02
 DEFAULT_STEP_TOKENS = 512  # of an engine
 MLX_LM = "mlx-lm"  # the baseline of a bench: mlx-lm's own batching
+# Of the numbers of sampling, in float32: a log-probability over a smaller temperature overflows, so
+# that one is 0; a larger number is refused, for it, or what it makes of a logit, may be infinite.
+COLDEST, LARGEST = 1e-30, 1e30
 # What a bench compares: one of each family (fixed, contiguous, scattered, ours) and the baseline.
 BENCHED = ("static", "cortexstream", "paged", "runs", MLX_LM)
 BENCH_BATCH_SIZE = 8
@@ -41,13 +43,15 @@ def option(default, words: str = "", check: Callable | None = None, choices: tup
 
 
 class Checked:
-    """Base of frozen dataclasses whose fields are checked when one is made: `BadInput`."""
+    """Base of frozen dataclasses whose fields are checked when one is made: `BadInput`. A field
+    holds what its check returns: a plain int for one of NumPy's.
+    """
 
     def __post_init__(self):
         for each in fields(self):
             check, value = each.metadata.get("check"), getattr(self, each.name)
             if check is not None and not (value is None and each.default is None):
-                check(each.name, value)
+                object.__setattr__(self, each.name, check(each.name, value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,38 +142,49 @@ def _from_to(low: float, high: float) -> Callable:
     return partial(a_number, low=low, high=high)
 
 
+_FINITE = _from_to(-LARGEST, LARGEST)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(Checked):
     """How a token is chosen: the arguments of mlx-lm's `make_sampler` and
     `make_logits_processors`. The default is greedy.
 
     ``penalty_context``: tokens that the penalties look at, the last ones of prompt and output.
+    ``logit_bias``: token -> what is added to its logit; ``-inf`` bans it. A temperature below
+    `COLDEST` is 0.
     """
 
-    temperature: float = option(0.0, check=_from_to(0, math.inf))
+    temperature: float = option(0.0, check=_from_to(0, LARGEST))
     top_p: float = option(0.0, check=_from_to(0, 1))
     min_p: float = option(0.0, check=_from_to(0, 1))
     min_tokens_to_keep: int = option(1, check=at_least_one)
     top_k: int = option(0, check=partial(at_least, minimum=0))
     xtc_probability: float = option(0.0, check=_from_to(0, 1))
     xtc_threshold: float = option(0.1, check=_from_to(0, 0.5))
-    repetition_penalty: float | None = option(None, check=_from_to(0, math.inf))
-    presence_penalty: float | None = option(None, check=_from_to(-math.inf, math.inf))
-    frequency_penalty: float | None = option(None, check=_from_to(-math.inf, math.inf))
+    repetition_penalty: float | None = option(None, check=_from_to(COLDEST, LARGEST))
+    presence_penalty: float | None = option(None, check=_FINITE)
+    frequency_penalty: float | None = option(None, check=_FINITE)
     penalty_context: int = option(20, check=at_least_one)
     logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if self.repetition_penalty == 0:
-            raise BadInput("repetition_penalty must be above 0: it divides")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
         biases = self.logit_bias
         if biases is not None and not isinstance(biases, Mapping):
             raise BadInput(f"logit_bias must be a dict of token -> number, not {shown(biases)}")
+        plain = {}
         for token, bias in (biases or {}).items():
-            at_least("token of logit_bias", token, 0)
-            if not is_number(bias) or math.isnan(bias):
-                raise BadInput(f"logit_bias of token {token} must be a number, not {shown(bias)}")
+            token = at_least("token of logit_bias", token, 0)
+            plain[token] = real(bias)
+            if not plain[token] <= LARGEST:
+                raise BadInput(
+                    f"logit_bias of token {token} must be a number of at most {LARGEST:g} "
+                    f"(-inf bans it), not {shown(bias)}"
+                )
+        object.__setattr__(self, "logit_bias", plain or None)
 
     @classmethod
     def of(cls, given: "SamplingParams | Mapping | None") -> "SamplingParams":
@@ -213,6 +228,12 @@ class RequestOptions(Checked):
     logprobs: int | None = None
     priority: int = option(0, check=partial(at_least, minimum=-(2**31)))
     on_token: Callable | None = option(None, check=a_function)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("logits_processors", "stop_token_ids", "stop"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ())
 
 
 def as_option(name: str) -> str:

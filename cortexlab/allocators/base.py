@@ -210,7 +210,7 @@ def split_off(
     """`OptionalParts.split` of an allocation in ``live``."""
     whole = allocation_in(live, extents)
     blocks = sum(size for _, size in whole)
-    at_least("num_blocks", num_blocks, 1, blocks)
+    num_blocks = at_least("num_blocks", num_blocks, 1, blocks)
     singles, rest = [], []
     for start, size in whole:
         taken = min(size, num_blocks - len(singles))
@@ -251,8 +251,7 @@ def block_map(owners: Mapping[Hashable, Iterable[Extent]], num_blocks: int, widt
         0 aaa.bb..
         8 a.
     """
-    at_least("num_blocks", num_blocks, 1)
-    at_least("width", width, 1)
+    num_blocks, width = at_least("num_blocks", num_blocks, 1), at_least("width", width, 1)
     blocks = bytearray(b".") * num_blocks
     for number, extents in enumerate(owners.values()):
         mark = bytearray(b"+") * 256  # old byte of the map -> new byte

@@ -25,7 +25,7 @@ class Buddy:
     """One extent of the next power of two. O(1) where a hot one serves, else O(log n)."""
 
     def __init__(self, num_blocks: int):
-        self.num_blocks = at_least("num_blocks", num_blocks, 1)
+        self.num_blocks = num_blocks = at_least("num_blocks", num_blocks, 1)
         self._live: Live = {}
         self._hot: Live = {}  # order k -> the extents, of 2^k blocks, freed last
         self._hot_blocks = 0  # blocks of all hot buddies
@@ -46,7 +46,7 @@ class Buddy:
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
         if num_blocks.__class__ is not int or num_blocks < 1:  # saves a call, a fifth of the time
-            at_least("num_blocks", num_blocks, 1)
+            num_blocks = at_least("num_blocks", num_blocks, 1)
         order = (num_blocks - 1).bit_length()
         extents = self._hot.pop(order, None)
         if extents is None:

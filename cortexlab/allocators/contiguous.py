@@ -19,7 +19,7 @@ class ContiguousAllocator(ABC):
     Index: type[HoleSizes] | type[HoleAddresses] = HoleSizes  # where a placement searches
 
     def __init__(self, num_blocks: int):
-        self.num_blocks = at_least("num_blocks", num_blocks, 1)
+        self.num_blocks = num_blocks = at_least("num_blocks", num_blocks, 1)
         self._index = self.Index(num_blocks)
         self._holes = Holes(num_blocks, self._index)
         self._live: Live = {}
@@ -30,7 +30,7 @@ class ContiguousAllocator(ABC):
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
         if num_blocks.__class__ is not int or num_blocks < 1:  # saves a call, a tenth of the time
-            at_least("num_blocks", num_blocks, 1)
+            num_blocks = at_least("num_blocks", num_blocks, 1)
         start = self._pop(num_blocks)
         if start is None:
             return None
@@ -41,8 +41,8 @@ class ContiguousAllocator(ABC):
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Grow in place when the hole right behind is large enough."""
         ((start, size),) = allocation_in(self._live, extents)
-        behind = self._holes.at.get(start + size, 0)
-        if behind < at_least("num_blocks", num_blocks, 1):
+        num_blocks = at_least("num_blocks", num_blocks, 1)
+        if self._holes.at.get(start + size, 0) < num_blocks:
             return None
         self._holes.drop(start + size)
         self._holes.take(start + size, start + size, num_blocks)

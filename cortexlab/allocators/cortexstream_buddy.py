@@ -34,7 +34,7 @@ class CortexStreamBuddy:
     """
 
     def __init__(self, num_blocks: int):
-        self.num_blocks = at_least("num_blocks", num_blocks, 1)
+        self.num_blocks = num_blocks = at_least("num_blocks", num_blocks, 1)
         # order k -> the free pieces of 2^k blocks
         self._pieces = [Pieces() for _ in range(num_blocks.bit_length())]
         self._pieces[-1].add(0)

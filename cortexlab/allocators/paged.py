@@ -35,7 +35,7 @@ class Paged:
     """
 
     def __init__(self, num_blocks: int):
-        self.num_blocks = at_least("num_blocks", num_blocks, 1)
+        self.num_blocks = num_blocks = at_least("num_blocks", num_blocks, 1)
         self._stack: list[Extent] = []  # freed extents: the last one is handed out first
         self._fresh = 0  # first block never handed out: from here on blocks lie under the stack
         self._live: Live = {}
@@ -56,7 +56,7 @@ class Paged:
         extent join it.
         """
         if num_blocks.__class__ is not int or num_blocks < 1:  # saves a call, a tenth of the time
-            at_least("num_blocks", num_blocks, 1)
+            num_blocks = at_least("num_blocks", num_blocks, 1)
         extents = allocation_in(self._live, extents)
         more = self._take(num_blocks)
         if more is None:

@@ -60,7 +60,7 @@ class Runs:
     """
 
     def __init__(self, num_blocks: int, *, gap_blocks: int = 8, copy_share: float = 0.02):
-        self.num_blocks = at_least("num_blocks", num_blocks, 1)
+        self.num_blocks = num_blocks = at_least("num_blocks", num_blocks, 1)
         self.gap_blocks = at_least("gap_blocks", gap_blocks, 0)
         self.copy_share = a_number("copy_share", copy_share, 0, 1)
         self._credit = 0.0  # blocks that may be copied
@@ -79,7 +79,7 @@ class Runs:
 
     def allocate(self, num_blocks: int) -> tuple[Extent, ...] | None:
         if num_blocks.__class__ is not int or num_blocks < 1:  # saves a call, a tenth of the time
-            at_least("num_blocks", num_blocks, 1)
+            num_blocks = at_least("num_blocks", num_blocks, 1)
         if num_blocks > self._holes.free_blocks:
             return None
         hole, start, size = self._place(num_blocks)
@@ -95,7 +95,7 @@ class Runs:
     def extend(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...] | None:
         """Grow in place; where the block behind is used, add an extent elsewhere."""
         whole = allocation_in(self._live, extents)
-        if at_least("num_blocks", num_blocks, 1) > self._holes.free_blocks:
+        if (num_blocks := at_least("num_blocks", num_blocks, 1)) > self._holes.free_blocks:
             return None
         *rest, (start, size) = whole
         first = whole[0].start

@@ -15,7 +15,7 @@ class Static:
     """
 
     def __init__(self, num_blocks: int, region_blocks: int):
-        self.num_blocks = at_least("num_blocks", num_blocks, 1)
+        self.num_blocks = num_blocks = at_least("num_blocks", num_blocks, 1)
         self.region_blocks = min(at_least("region_blocks", region_blocks, 1), num_blocks)
         num_regions = num_blocks // self.region_blocks
         self._tail = num_blocks - num_regions * self.region_blocks

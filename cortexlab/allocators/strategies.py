@@ -106,7 +106,7 @@ def make_allocator(
     ``region_blocks`` is the region of ``static``, by default an eighth of the pool. Raises
     `BadInput` for an unknown name.
     """
-    at_least("num_blocks", num_blocks, 1)
+    num_blocks = at_least("num_blocks", num_blocks, 1)
     if not callable(placement):
         one_of("placement", placement, PLACEMENTS | STRATEGIES)
         placement = PLACEMENTS.get(placement) or STRATEGIES[placement].placement

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,8 +16,16 @@ from ..allocators import STRATEGIES, Allocator, blamed_on, check_names, strategy
 from ..engine.engine import Engine
 from ..engine.model_runner import ModelRunner
 from ..engine.records import StepRecord
-from ..errors import BadInput, at_least, one_of
-from ..options import BENCH_BATCH_SIZE, BENCHED, MLX_LM, EngineOptions
+from ..errors import BadInput, at_least, one_of, yes_or_no
+from ..options import (
+    BENCH_BATCH_SIZE,
+    BENCHED,
+    MLX_LM,
+    Checked,
+    EngineOptions,
+    at_least_one,
+    option,
+)
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.request import Request
 from ..workloads.synthetic import WorkItem, default_max_seq_len, pool_blocks, prompt_tokens
@@ -31,19 +40,20 @@ Strategy = str | Callable[[int], Allocator]
 Progress = Callable[[int, str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+@dataclass(frozen=True)
+class Setting(Checked):
     """What every strategy of one bench shares. ``num_blocks``: a number, or a percentage of
     `full_pool`; ``engine``: more of `EngineOptions`.
     """
 
-    block_size: int = EngineOptions.block_size
+    block_size: int = option(EngineOptions.block_size, check=at_least_one)
     num_blocks: int | str | None = None
-    batch_size: int = BENCH_BATCH_SIZE
-    max_seq_len: int | None = EngineOptions.max_seq_len
-    ignore_eos: bool = True
-    seed: int = 0
-    prefix_caching: bool = EngineOptions.prefix_caching  # for mlx-lm: its own `LRUPromptCache`
+    batch_size: int = option(BENCH_BATCH_SIZE, check=at_least_one)
+    max_seq_len: int | None = option(EngineOptions.max_seq_len, check=at_least_one)
+    ignore_eos: bool = option(True, check=yes_or_no)
+    seed: int = option(0, check=partial(at_least, minimum=0))
+    # for mlx-lm: its own `LRUPromptCache`
+    prefix_caching: bool = option(EngineOptions.prefix_caching, check=yes_or_no)
     engine: Mapping = field(default_factory=dict)
 
 
@@ -59,8 +69,6 @@ def bench_pool(setting: Setting, items: Sequence[WorkItem], max_seq_len: int) ->
     """``setting.num_blocks`` as a number; by default `full_pool`. A percentage never gives less
     than one region of ``static``.
     """
-    at_least("block_size", setting.block_size, 1)
-    at_least("batch_size", setting.batch_size, 1)
     given = "100%" if setting.num_blocks is None else setting.num_blocks
     blocks = pool_blocks(given, lambda: full_pool(items, setting.block_size, setting.batch_size))
     if isinstance(given, str) and given.endswith("%"):
@@ -88,7 +96,7 @@ def run_bench(
         if strategy != MLX_LM and not callable(strategy):
             one_of("strategy", strategy, ALL)
     names = check_names(strategies)
-    at_least("repeats", repeats, 1)
+    repeats = at_least("repeats", repeats, 1)
     named = dict(zip(names, strategies, strict=True))
     job = _job(ModelRunner(model), items, named, setting, stop_token_ids, progress)
     for strategy in strategies:

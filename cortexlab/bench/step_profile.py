@@ -65,13 +65,11 @@ def measure_steps(
     step is the start of one prompt. ``times_products``: the step by its own matrix products, the
     median of the ratios within a turn.
     """
-    for num_rows in (*decode_rows, *prefill_rows):
-        at_least("rows", num_rows, 1)
-    at_least("repeats", repeats, 1)
-    steps = {
-        f"decode, {n} row{'s' * (n > 1)}": _neighbours(n, at_least("context", context, 1), 1)
-        for n in decode_rows
-    }
+    decode_rows, prefill_rows = (
+        [at_least("rows", num_rows, 1) for num_rows in rows] for rows in (decode_rows, prefill_rows)
+    )
+    repeats, context = at_least("repeats", repeats, 1), at_least("context", context, 1)
+    steps = {f"decode, {n} row{'s' * (n > 1)}": _neighbours(n, context, 1) for n in decode_rows}
     steps |= {f"prefill, {n} rows": _neighbours(1, 0, n) for n in prefill_rows}
     runner = ModelRunner(model)
     arena = filled_arena(
@@ -103,12 +101,11 @@ def measure_extents(
     a row, as in a step, so that no layer finds its K and V in the processor's cache; the plan is
     made once for all layers, and counted.
     """
-    num_slots = at_least("num_sequences", num_sequences, 1) * at_least("context", context, 1)
-    rows = {
-        each: _scattered(num_sequences, context, at_least("extent_slots", each, 1), seed)
-        for each in extent_slots
-    }
-    arena = filled_arena(layers, dtype, num_slots, seed)
+    num_sequences = at_least("num_sequences", num_sequences, 1)
+    context = at_least("context", context, 1)
+    extent_slots = [at_least("extent_slots", each, 1) for each in extent_slots]
+    rows = {each: _scattered(num_sequences, context, each, seed) for each in extent_slots}
+    arena = filled_arena(layers, dtype, num_sequences * context, seed)
     works = {
         (each, method): partial(attend, rows[each], arena, num_heads, method)
         for each in extent_slots

@@ -24,8 +24,8 @@ def new_request(
     if tokenizer is not None and not options.ignore_eos:
         stops |= set(tokenizer.eos_token_ids)
     a_text("request_id", facts["id"])
-    at_least("max_tokens", facts["max_tokens"], 1)
-    seconds("arrived_at", facts["arrived_at"])
+    facts["max_tokens"] = at_least("max_tokens", facts["max_tokens"], 1)
+    facts["arrived_at"] = seconds("arrived_at", facts["arrived_at"])
     request = Generation(
         prompt=token_ids("prompt", prompt, vocabulary),
         stop_token_ids=frozenset(stops),

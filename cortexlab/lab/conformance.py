@@ -73,9 +73,9 @@ def prove(
     raise `ValueError` and change nothing; in the end all blocks must come back. ``has_room``: which
     requests must not be refused. Any failure raises `AssertionError` that names the step.
     """
-    at_least("num_blocks", num_blocks, 1)
-    at_least("steps", steps, 1)
-    rng, step, doing = random.Random(at_least("seed", seed, 0)), 0, "making it"
+    num_blocks, steps = at_least("num_blocks", num_blocks, 1), at_least("steps", steps, 1)
+    seed = at_least("seed", seed, 0)
+    rng, step, doing = random.Random(seed), 0, "making it"
     done: Counter = Counter(allocate=0, refused=0, extend=0, stuck=0, free=0, misuse=0)
     try:
         pair = _Pair(make_allocator(strategy, num_blocks), has_room)

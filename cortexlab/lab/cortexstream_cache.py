@@ -37,10 +37,10 @@ class KVCache(kv_cache.KVCache):
         max_seq_len: int | None = None,
         dtype: mx.Dtype = mx.float32,
     ):
-        at_least("block_size", block_size, 1)
+        block_size = at_least("block_size", block_size, 1)
         num_blocks = -(-at_least("max_total_tokens", max_total_tokens, 1) // block_size)
-        at_least("num_kv_heads", num_kv_heads, 1)
-        shape = LayerShape(num_kv_heads, at_least("head_dim", head_dim, 1), head_dim)
+        head_dim = at_least("head_dim", head_dim, 1)
+        shape = LayerShape(at_least("num_kv_heads", num_kv_heads, 1), head_dim, head_dim)
         layers = [shape] * at_least("num_layers", num_layers, 1)
         strategy = strategy_of(strategy, growth)
         super().__init__(
@@ -54,7 +54,7 @@ class KVCache(kv_cache.KVCache):
         """Blocks for a sequence of ``num_tokens``, growing to ``max_tokens`` (under ``reserve`` all
         at once). False without room.
         """
-        at_least("num_tokens", num_tokens, 1)
+        num_tokens = at_least("num_tokens", num_tokens, 1)
         max_tokens = (
             num_tokens if max_tokens is None else at_least("max_tokens", max_tokens, num_tokens)
         )
@@ -91,7 +91,8 @@ class KVCache(kv_cache.KVCache):
         for name, array, dim in (("keys", keys, key_dim), ("values", values, value_dim)):
             if array.ndim != 3 or array.shape[::2] != (heads, dim) or array.shape[1] < 1:
                 raise BadInput(f"{name} must be [{heads}, n, {dim}], not {list(array.shape)}")
-        stop = at_least("start", start, 0) + keys.shape[1]
+        start = at_least("start", start, 0)
+        stop = start + keys.shape[1]
         if values.shape[1] != keys.shape[1] or stop > table.num_tokens:
             raise BadInput(
                 f"tokens {start}..{stop - 1} of K and V do not fit {sequence!r}, which has "

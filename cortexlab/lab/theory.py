@@ -15,7 +15,7 @@ def buddy_size(num_blocks: int) -> int:
     """Blocks that a binary buddy hands out for a request: the next power of two, so less than twice
     the request.
     """
-    return 1 << (num_blocks - 1).bit_length()
+    return 1 << (int(num_blocks) - 1).bit_length()
 
 
 def buddy_waste(sizes: Iterable[int]) -> float:

@@ -386,12 +386,12 @@ def replay(
     `BadInput` where one makes no sense.
     """
     check_names(strategies)
-    options["max_seq_len"] = max_seq_len or default_max_seq_len(items)
+    options["max_seq_len"] = default_max_seq_len(items) if max_seq_len is None else max_seq_len
     given = {each.name for each in fields(ReplayOptions)} & set(options)
     checked = ReplayOptions(num_blocks=1, **{name: options[name] for name in given})
     replays = []
     for block_size in dict.fromkeys(block_sizes):
-        at_least("block_size", block_size, 1)
+        block_size = at_least("block_size", block_size, 1)
         sizes = block_size, checked.max_batch_size, checked.prefix_caching
         unlimited = unlimited_blocks(items, *sizes)
         paged = options | {"growth": None, "oom_policy": "wait", "num_blocks": unlimited}

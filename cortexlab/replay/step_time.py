@@ -26,7 +26,8 @@ class StepTime:
 
     def __post_init__(self):
         for name in FIELDS:
-            a_number(f"step time: {name}", getattr(self, name), 0, 3600)
+            number = a_number(f"step time: {name}", getattr(self, name), 0, 3600)
+            object.__setattr__(self, name, number)
         if not any(self.nanoseconds):
             raise BadInput("step time: a step must take at least a nanosecond")
 
@@ -59,6 +60,8 @@ class StepTime:
         if not steps:
             raise BadInput("no steps to fit a step time to")
         seconds, tokens, sequences = np.array(steps, dtype=float).T
+        if not np.isfinite(seconds).all():
+            raise BadInput("a step time is fitted to finite seconds only")
         columns = np.stack([np.ones_like(seconds), tokens, sequences], axis=1)
         best, best_error = None, np.inf
         for chosen in (c for n in (1, 2, 3) for c in combinations(range(3), n)):

@@ -73,7 +73,7 @@ def run(
     address, instead of ``jobs``. ``retry``: run points that failed before again, which are else
     left as they are.
     """
-    at_least("jobs", jobs, 1)
+    jobs = at_least("jobs", jobs, 1)
     spec = SweepSpec.load(file)
     work = spec.work()
     grid = named(spec, work)

@@ -15,11 +15,12 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 
 import numpy as np
 
-from ..errors import BadInput, at_least, is_number, one_of, shown
+from ..errors import BadInput, a_number, at_least, one_of, real, shown, whole
 
 SHARED_PREFIX_TOKENS = 512
 MAX_SCALE, MIN_RATE = 1e6, 1e-6  # limits that no intended scale or rate exceeds
@@ -40,6 +41,14 @@ class WorkItem:
     prefix_ids: tuple[int, ...] = ()
     prefix_block: int = 512
     max_tokens: int | None = None  # limit of the request, if more than its ``output_tokens``
+
+    def __post_init__(self):
+        put = partial(object.__setattr__, self)
+        put("arrived_at", a_number("arrived_at", self.arrived_at))
+        for name in ("prompt_tokens", "output_tokens", "prefix_block"):
+            put(name, at_least(name, getattr(self, name), 1))
+        if self.max_tokens is not None:
+            put("max_tokens", at_least("max_tokens", self.max_tokens, 0))
 
     @property
     def total_tokens(self) -> int:
@@ -107,11 +116,11 @@ def make_workload(
     second; with ``math.inf`` all requests arrive at time 0.
     """
     one_of("workload", name, LENGTHS)
-    at_least("num_requests", num_requests, 1, MAX_REQUESTS)
+    num_requests = at_least("num_requests", num_requests, 1, MAX_REQUESTS)
     prompts, outputs = LENGTHS[name]
     shared = SHARED_PREFIX_TOKENS if name == "shared-prefix" else 0
     longest = prompts.longest + outputs.longest + shared
-    factor = min(1.0, context / longest) if context else 1.0
+    factor = 1.0 if context is None else min(1.0, at_least("context", context, 1) / longest)
     rng = generator(seed)
     lengths = zip(
         prompts(rng, num_requests).tolist(), outputs(rng, num_requests).tolist(), strict=True
@@ -142,27 +151,29 @@ def with_arrivals(
 
 def scale(items: Sequence[WorkItem], factor: float) -> list[WorkItem]:
     """All items with lengths times ``factor``; `BadInput` unless it is positive and finite."""
-    if not (is_number(factor) and 0 < factor <= MAX_SCALE):
+    times = real(factor)
+    if not 0 < times <= MAX_SCALE:
         raise BadInput(
             f"scale_lengths must be a positive number of at most {MAX_SCALE:g}, not {shown(factor)}"
         )
-    return list(items) if factor == 1 else [item.scaled(factor) for item in items]
+    return list(items) if times == 1 else [item.scaled(times) for item in items]
 
 
 def arrivals(
     num_requests: int, request_rate: float, burstiness: float, rng: np.random.Generator
 ) -> list[float]:
     """Arrival times of ``num_requests`` requests in seconds, the first at 0."""
-    if not request_rate >= MIN_RATE:
+    rate, shape = real(request_rate), real(burstiness)
+    if not rate >= MIN_RATE:
         raise BadInput(
             f"request_rate must be a number of requests per second from {MIN_RATE:g}, or inf, not "
             f"{shown(request_rate)}"
         )
-    if not 0 < burstiness < math.inf:
+    if not 0 < shape < math.inf:
         raise BadInput(f"burstiness must be a positive number, not {shown(burstiness)}")
-    if math.isinf(request_rate):
+    if math.isinf(rate):
         return [0.0] * num_requests
-    gaps = rng.gamma(burstiness, 1 / (request_rate * burstiness), num_requests - 1)
+    gaps = rng.gamma(shape, 1 / (rate * shape), num_requests - 1)
     return [0.0, *np.cumsum(gaps).tolist()]
 
 
@@ -179,12 +190,12 @@ def pool_blocks(given: int | str, full: Callable[[], int], other: str = "") -> i
     """Blocks of a pool: a number, or a percentage of ``full()`` rounded up. ``other``: what a
     message names before these two.
     """
-    if isinstance(given, str) and given.removeprefix("-").isdecimal():
-        given = int(given)
-    if isinstance(given, int):
-        return at_least("num_blocks", given, 1)
+    text = given if isinstance(given, str) else ""
+    number = int(text) if text.removeprefix("-").isdecimal() else whole(given)
+    if number is not None:
+        return at_least("num_blocks", number, 1)
     try:
-        share = float(given.removesuffix("%")) / 100 if given.endswith("%") else math.nan
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else math.nan
     except ValueError:
         share = math.nan
     if not 0 < share <= MAX_POOL_SHARE:
@@ -213,7 +224,7 @@ def prompt_tokens(items: Sequence[WorkItem], vocabulary: int, seed: int = 0) -> 
 
     Tokens are drawn evenly from the vocabulary: their meaning changes neither memory nor time.
     """
-    at_least("seed", seed, 0)
+    seed = at_least("seed", seed, 0)
     prompts = []
     for index, item in enumerate(items):
         tokens: list[int] = []
@@ -247,10 +258,10 @@ def conversations(
     ``lognormal``. A prefix id stands for ``unit`` tokens: a cache finds prefixes if its block size
     is a multiple of ``unit``.
     """
-    at_least("num_conversations", num_conversations, 1)
-    at_least("num_turns", num_turns, 1)
-    at_least("system_tokens", system_tokens, 0)
-    rng = generator(seed)
+    num_conversations = at_least("num_conversations", num_conversations, 1)
+    num_turns, unit = at_least("num_turns", num_turns, 1), at_least("unit", unit, 1)
+    system_tokens = at_least("system_tokens", system_tokens, 0)
+    pause, rng = a_number("pause", pause, 0), generator(seed)
     says, answers = LENGTHS["lognormal"]
     new_id = itertools.count(system_tokens // unit)
     items = []
