@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, StopSequences, generate_step
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
+from ..errors import ModelError
 from ..scheduler.request import Request, RequestState
 
 # tokens: MLX's CPU attention writes out every score, so short chunks take less time and memory
@@ -216,11 +217,19 @@ def first_difference(
 
     The model reads prompt and output in one forward over mlx-lm's own cache ("teacher forcing"), so
     up to the first difference it decides on the tokens that step-by-step generation feeds it. A tie
-    is a gap of at most 1e-3 in float32, of ``2 * eps * max|logit|`` in 16-bit types.
+    is a gap of at most 1e-3 in float32, of ``2 * eps * max|logit|`` in 16-bit types. `ModelError`
+    where its own logits are no numbers to choose by.
     """
     cache = make_prompt_cache(model)
     _prefill(model, prompt[:-1], cache)
     logits = model(mx.array([prompt[-1], *output[:-1]])[None], cache=cache)[0]
+    # NaN or +inf anywhere in a row, or nothing but -inf, make the sum no number.
+    broken = ~mx.isfinite(mx.logsumexp(logits, axis=-1))
+    if mx.any(broken).item():
+        raise ModelError(
+            "this model's own logits are NaN, infinite, or all -inf, at output token "
+            f"{mx.argmax(broken).item()}: there is no choice of its own to compare with"
+        )
     for position, (token, expected) in enumerate(
         zip(output, mx.argmax(logits, axis=-1).tolist(), strict=True)
     ):

@@ -13,6 +13,7 @@ from ..options import SamplingParams
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 MAX_SEED = 2**63 - 1
+COLD_IN_16_BIT = 1e-3  # below it, a log-probability over the temperature may overflow float16
 
 
 class Chooser:
@@ -34,7 +35,7 @@ class Chooser:
     ):
         own_sampler = callable(sampling)
         if num_logprobs is not None:
-            at_least("logprobs", num_logprobs, 0, vocabulary - 1)
+            num_logprobs = at_least("logprobs", num_logprobs, 0, vocabulary - 1)
         if any(not callable(processor) for processor in processors):
             raise BadInput(
                 f"logits_processors must be functions of (tokens, logits), not {shown(processors)}"
@@ -47,6 +48,7 @@ class Chooser:
         # A user's code is run at once: an exception in it ends its request alone.
         self._foreign = own_sampler or bool(processors)
         self.greedy = not own_sampler and params.temperature == 0
+        self._cold = not own_sampler and 0 < params.temperature < COLD_IN_16_BIT
         self.wants_tokens = bool(self._processors)
         # Plain: nothing but the largest logit.
         self.plain = self.greedy and not self._processors and num_logprobs is None
@@ -68,7 +70,10 @@ class Chooser:
                 raise BadInput(
                     f"its logits processor must return logits {list(shape)}, not {_kind(logits)}"
                 )
-        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        total = mx.logsumexp(logits, keepdims=True)
+        logprobs = logits - total
+        if self._cold:
+            logprobs = logprobs.astype(mx.float32)
         if self.greedy:
             token = self._sampler(logprobs)
         else:
@@ -79,10 +84,10 @@ class Chooser:
             self._check(token)
         token = token.reshape(1).astype(mx.uint32)
         if self._num_logprobs is None:
-            return Choice(token, state, [])
+            return Choice(token, state, mx.isfinite(total), [])
         best = mx.argsort(-logprobs[0])[: self._num_logprobs]
         named = mx.concatenate([token.astype(best.dtype), best])
-        return Choice(token, state, [named, logprobs[0, named]])
+        return Choice(token, state, mx.isfinite(total), [named, logprobs[0, named]])
 
     def _check(self, token) -> None:
         """`BadInput` unless a sampler of the user's own returned a token of the vocabulary."""
@@ -97,15 +102,16 @@ class Chooser:
 
 
 class Choice:
-    """A sampled token ``[1]``, perhaps not computed yet, the random state after it, and the
-    log-probabilities wanted.
+    """A sampled token ``[1]``, perhaps not computed yet, the random state after it, whether its
+    logits were ``finite`` (none NaN or +inf, and not all -inf), and the log-probabilities wanted.
     """
 
-    def __init__(self, token: mx.array, state: mx.array | None, named: list[mx.array]):
-        self.token, self.state, self._named = token, state, named
+    def __init__(self, token, state: mx.array | None, finite: mx.array, named: list[mx.array]):
+        self.token, self.state, self.finite, self._named = token, state, finite, named
 
     def arrays(self) -> list[mx.array]:
-        return [self.token, *self._named, *([self.state] if self.state is not None else [])]
+        state = [] if self.state is None else [self.state]
+        return [self.token, self.finite, *self._named, *state]
 
     def logprobs(self) -> dict[int, float] | None:
         """Token -> log-probability, the sampled one's first."""
