@@ -23,6 +23,7 @@ test: $(READY)
 # the engine's whole matrix and 2,000 requests with every kind of preemption; a million steps an allocator; findings elsewhere
 soak: $(READY)
 	$(BIN)/python tests/soak_engine.py
+	$(BIN)/python tests/soak_interrupts.py
 	$(BIN)/python tests/soak_allocators.py --steps 1000000
 	$(BIN)/python tests/soak_findings.py
 

@@ -130,11 +130,13 @@ def seconds(name: str, value: object) -> float:
     return number
 
 
-def token_ids(name: str, tokens: object, vocabulary: int) -> tuple[int, ...]:
+def token_ids(
+    name: str, tokens: object, vocabulary: int, in_any_order: bool = False
+) -> tuple[int, ...]:
     """Token ids as plain ints (NumPy's and MLX's are welcome), or `BadInput` naming ``name``. What
     has no order, or holds characters or bytes, is refused by its kind.
     """
-    if isinstance(tokens, NO_TOKEN_IDS):
+    if isinstance(tokens, NO_TOKEN_IDS) and not (in_any_order and isinstance(tokens, Set)):
         raise BadInput(
             f"{name} must be a sequence of token ids in order, not a {type(tokens).__name__}: "
             f"{shown(tokens)}"
@@ -169,6 +171,11 @@ def reason_of(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def named(error: BaseException) -> str:
+    """An error's type and text, for a message of one line."""
+    return f"{type(error).__name__}: {shown(str(error))}"
+
+
 def one_of(kind: str, value: object, allowed) -> str:
     """``value``, or `BadInput` naming it and the ``allowed`` names when it is none of them."""
     if not isinstance(value, str) or value not in allowed:
@@ -186,6 +193,4 @@ def blamed_on(strategy: str) -> Iterator[None]:
             raise
         raise BadInput(f"strategy {strategy!r}: {error}") from error
     except (Exception, SystemExit) as error:
-        raise BadInput(
-            f"strategy {strategy!r} raised {type(error).__name__}: {shown(str(error))}"
-        ) from error
+        raise BadInput(f"strategy {strategy!r} raised {named(error)}") from error

@@ -215,8 +215,11 @@ class RequestOptions(Checked):
       tokens unless ``ignore_eos``), before the text of ``stop`` (one or several strings; needs a
       tokenizer), or where ``stop``, a function, says so of the request.
     - ``logprobs``: tell each token's log-probability, and those of this many best ones.
-    - ``priority``: lower ones first. ``on_token`` is called with each event. An exception in a
-      function of the caller's own ends this request, and no other.
+    - ``priority``: lower ones first. ``timeout_s``: seconds after its arrival at which a request
+      ends, by the next step. ``messages``: dicts of role and content, in place of a prompt, for
+      the tokenizer's chat template.
+    - ``on_token`` is called with each event. An exception in a function of the caller's own ends
+      this request, and no other.
     """
 
     sampling: SamplingParams | Mapping | Callable | None = None
@@ -227,6 +230,8 @@ class RequestOptions(Checked):
     ignore_eos: bool = option(False, check=yes_or_no)
     logprobs: int | None = None
     priority: int = option(0, check=partial(at_least, minimum=-(2**31)))
+    timeout_s: float | None = option(None, check=_from_to(0, LARGEST))
+    messages: Sequence[Mapping] | None = None
     on_token: Callable | None = option(None, check=a_function)
 
     def __post_init__(self):

@@ -36,10 +36,12 @@ class Arena:
         self.clear()
 
     def clear(self) -> None:
-        """Start over with zeros in every slot."""
+        """Start over with zeros in every slot, evaluated: lazy ones are of this thread only."""
         slots = self.num_slots
+        self.keys = self.values = ()  # gone before the new ones come
         self.keys = [mx.zeros((heads, slots, dim), self.dtype) for heads, dim, _ in self.layers]
         self.values = [mx.zeros((heads, slots, dim), self.dtype) for heads, _, dim in self.layers]
+        mx.eval(self.arrays())
 
     @property
     def slot_bytes(self) -> int:

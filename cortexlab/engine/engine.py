@@ -11,28 +11,36 @@ landing waits for its tokens. Pipelined, the next step is launched before one la
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count, repeat, takewhile
+from operator import attrgetter
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..allocators import Allocator, Stats, strategy_of
 from ..errors import BadInput, a_function
+from ..host.threads import end_streams_with_thread
 from ..options import DEFAULT_STEP_TOKENS, EngineOptions, RequestOptions
-from ..scheduler.prefix_cache import block_hashes
+from ..scheduler.prefix_cache import block_hashes, filled_blocks
 from ..scheduler.request import Request, RequestState, TokenEvent
 from ..scheduler.scheduler import Scheduler
 from .attention import check_method
+from .books import Books, Door
 from .detokenizer import wrapped
 from .kv_cache import KVCache
-from .model_runner import Flight, ModelRunner
-from .output_processor import Generation, OutputProcessor
-from .records import StepRecord, holdings
-from .submission import new_request
+from .model_runner import NOT_FINITE, Flight, ModelRunner
+from .output_processor import END_STATES, Generation, Notice, OutputProcessor
+from .records import Done, StepRecord, before_step, serving_stats
+from .submission import new_request, refusal
 
 # Tokens copied by relocation and compaction between two steps (the last copy may overshoot):
 # 100 MB of SmolLM2-135M in float32, 0.1 s.
 MAX_MOVED_TOKENS = 2048
+_is_told, _event = attrgetter("is_told"), attrgetter("event")
 
 
 class Engine:
@@ -84,159 +92,186 @@ class Engine:
         self.clock = a_function("clock", clock)
         self.requests: dict[str, Generation] = {}  # not ended yet
         self._on_step = a_function("on_step", on_step)
-        self._output = OutputProcessor(runner.vocabulary, self._end)
+        self._books, self._steps = Books(self._rebuild), Door()
+        self._output = OutputProcessor(self._books, self._end)
+        self._weights = runner.weights() if options.prefix_caching else []
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
         self._in_flight: tuple[Flight, dict] | None = None  # with its record, as far as known
-        self._num_submitted = 0
-        self._started_at: float | None = None
+        self._is_stepping = False  # from schedule to landing
+        self._is_sound = True  # what the arena holds
+        self._untold: list[StepRecord] = []
+        self._numbers = count(1)  # of requests
         self._landed_at = -math.inf
-        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
+        self._done = Done()
 
-    # --- requests ---------------------------------------------------------------------------------
+    # --- requests, at any time, from any thread ---------------------------------------------------
 
     def submit(
         self,
-        prompt: Sequence[int] | str,
+        prompt: Sequence[int] | str | None = None,
         max_tokens: int = 256,
         *,
         request_id: str | None = None,
         arrived_at: float | None = None,
         **options,
     ) -> Request:
-        """Queue a request: token ids, or text where the engine has a tokenizer. ``options`` are the
-        fields of `RequestOptions`. `BadInput` when an argument makes no sense, or the request could
-        never fit; the engine goes on for the others.
+        """Queue a request: token ids, or text (``messages=`` for a chat) where the engine has a
+        tokenizer. ``options`` are the fields of `RequestOptions`. `BadInput` when an argument makes
+        no sense, or the request could never fit; the engine goes on for the others.
         """
         request = new_request(
             self.tokenizer, self.runner.vocabulary, prompt, RequestOptions(**options),
             id=self._new_id() if request_id is None else request_id, max_tokens=max_tokens,
             arrived_at=self.clock() if arrived_at is None else arrived_at,
         )  # fmt: skip
-        self._check(request)
         if self.cache.blocks.prefix is not None:
             request.prefix_ids = tuple(block_hashes(request.prompt, self.cache.blocks.block_size))
-        self.requests[request.id] = request
-        self.scheduler.add(request)
+        self._books.ask(partial(self._add, request))
+        if request.error and not request.number:
+            raise BadInput(request.error)
         return request
+
+    def _new_id(self) -> str:
+        return next(name for n in self._numbers if (name := f"request-{n}") not in self.requests)
 
     def cancel(self, request_id: str) -> bool:
         """End a request now and free its blocks; False when no such request is live."""
         request = self.requests.get(request_id)
-        if request is None:
+        if request is None or request.finish_reason is not None:
             return False
-        self._output.end(request, RequestState.CANCELLED, "cancelled")
+        self._books.ask(partial(self._cancel, request))
+        if not self._steps.is_occupied:  # else whoever steps tells it
+            self._output.tell_end(request)
         return True
 
-    def run(self) -> Iterator[TokenEvent]:
-        """Step until every request has ended, yielding events; those not taken stay queued."""
-        events = self._output.events
-        while self.requests or events:
-            if not events:
-                self._advance()
-            while events:
-                yield events.popleft()
-
-    def step(self) -> list[TokenEvent]:
-        """Run one step, if there is one to run, and return the events it delivered (pipelined,
-        those of the step before: at first none).
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache: let no later prompt use what was computed until now. To be called
+        when the model's weights were written in place; new arrays in their place are noticed.
         """
-        self._advance()
-        events = list(self._output.events)
-        self._output.events.clear()
-        return events
+        self._books.ask(self.scheduler.forget_prefixes)
 
     def stats(self) -> Stats:
         """The cache's statistics; queue, preemptions and tokens so far; rates since the first step.
 
         ``occupancy``: blocks held / all. Shares of the slots held, and free ones of no use to the
         head of the queue: with a token (``token_share``), held but empty (``empty_share``), free
-        (``external_share``). None where there are none.
+        (``external_share``). ``prefix_hit_rate``: of the prompts' blocks, those found at first
+        admission. None where there are none.
         """
-        elapsed = self.clock() - self._started_at if self._started_at is not None else math.nan
-        blocks, running = self.cache.blocks, self.scheduler.running
-        prefix = blocks.prefix
-        size, num_held = blocks.block_size, blocks.num_held
-        held, unusable = num_held * size, self.scheduler.unusable_blocks * size
-        tokens = sum(request.num_computed for request in running) - blocks.shared_tokens
-        room = held + unusable
-        asked = prefix.num_asked if prefix is not None else 0
-        prefills, decodes = self._num_prefill_tokens, self._num_decode_tokens
-        return Stats(
-            self.cache.stats(),
-            num_running=len(running),
-            num_waiting=len(self.scheduler.waiting),
-            num_preemptions=self.scheduler.num_preemptions,
-            num_swapped=len(self.cache.swap.tables) if self.cache.swap else 0,
-            num_steps=self._num_steps,
-            num_prefill_tokens=prefills,
-            num_decode_tokens=decodes,
-            prefill_tokens_per_s=prefills / elapsed if elapsed > 0 else None,
-            decode_tokens_per_s=decodes / elapsed if elapsed > 0 else None,
-            occupancy=num_held / blocks.num_blocks,
-            token_share=tokens / room if room else None,
-            empty_share=(held - tokens) / room if room else None,
-            external_share=unusable / room if room else None,
-            prefix_hit_rate=prefix.num_found / asked if asked else None,
+        return self._books.do(
+            lambda: serving_stats(self.cache, self.scheduler, self._done, self.clock())
         )
 
-    # --- one step ---------------------------------------------------------------------------------
+    # --- steps, one at a time ---------------------------------------------------------------------
+
+    def run(self) -> Iterator[TokenEvent]:
+        """Step until every request has ended, yielding events; those not taken stay queued.
+        `CortexLabError` inside a step, as for `step`.
+        """
+        outbox = self._output.outbox
+        while self.requests or outbox:
+            if self._steps.is_occupied or not (outbox and outbox[0].is_told):
+                self._advance()
+            while outbox and outbox[0].is_told:
+                yield outbox.popleft().event
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step, if there is one to run, and return the events it delivered (pipelined,
+        those of the step before: at first none). `CortexLabError` while a step is under way, in a
+        callback or another thread: to wait for it could be to wait for ever.
+        """
+        self._advance()
+        outbox = self._output.outbox
+        num_told = sum(1 for _ in takewhile(_is_told, tuple(outbox)))
+        # In one expression: an exception between two would lose events.
+        return list(map(_event, map(deque.popleft, repeat(outbox, num_told))))
 
     def _advance(self) -> None:
-        try:
-            landing = self._launch()
-            if self.pipeline:
-                landing, self._in_flight = self._in_flight, landing
-            if landing:
-                self._land(*landing)
-        except BaseException:
-            self._recover()
-            raise
+        end_streams_with_thread()
+        self._steps.enter(self._turn)
+
+    def _turn(self) -> None:
+        """One step. If an exception cuts it short, the next one begins with `_rebuild`."""
+        self._books.do(self._begin)
+        self._tell()  # what an exception kept from being told
+        launched = self._launch()
+        if launched := self._books.do(partial(self._next_landing, launched)):
+            self._land(*launched)
+        self._is_stepping = False
+        self._tell()
 
     def _launch(self) -> tuple[Flight, dict] | None:
         """Schedule a step and start it; None when there is nothing to run."""
         started_at = self.clock()
-        if self._started_at is None:
-            self._started_at = started_at
-        step = self.scheduler.schedule(started_at)
-        for request in step.failed:
-            self._output.end(request, RequestState.FAILED, "error")
-        record = {"started_at": started_at, "host_s": self.clock() - started_at}
-        self.cache.make_moves()
-        if not step.chunks:
+        if self._done.started_at is None:
+            self._done.started_at = started_at
+        planned = self._books.do(partial(self._plan, started_at))
+        if planned is None:
             return None
-        if self._on_step:
-            blocks = self.cache.blocks
-            record |= {
-                "num_running": len(self.scheduler.running),
-                "num_waiting": len(self.scheduler.waiting),
-                "unusable_slots": step.unusable_blocks * blocks.block_size,
-                "pool": blocks.stats(),
-                "held": tuple(holdings(self.scheduler.running, blocks.block_size)),
-            }
-        before = self._in_flight[0] if self._in_flight else None  # tokens unread
-        flight = self.runner.launch(step, self.cache.arena, self.options.attention, before)
+        flight, before, record = planned
+        self.runner.launch(flight, self.cache.arena, self.options.attention, before)
         record["host_s"] += flight.planning_s
         return flight, record
 
     def _land(self, flight: Flight, record: dict) -> None:
-        """Wait for a step's tokens and deliver them."""
+        """Wait for a step's tokens, and add them to their requests."""
         if flight.tokens is None:
             mx.eval(self.cache.arena.arrays())
-        tokens = flight.tokens.tolist() if flight.tokens is not None else []
-        now = self.clock()
-        self._num_steps += 1
-        self._num_prefill_tokens += flight.num_prefill
-        self._num_decode_tokens += flight.num_decode
-        for request, token in zip(flight.sampling, tokens, strict=True):
-            request.num_pending -= 1
-            if request.finish_reason is not None:  # ended while its token was under way
-                continue
-            if request in flight.errors:
-                self._output.fail(request, flight.errors[request])
-            else:
-                self._output.deliver(request, token, flight.choices.get(request), now)
+        found = [
+            array.tolist() if array is not None else [] for array in (flight.tokens, flight.finite)
+        ]
+        self._books.do(partial(self._book, flight, record, zip(*found, strict=True), self.clock()))
+
+    def _tell(self) -> None:
+        """Call the users' functions, with closed books."""
+        self._output.tell()
+        while self._untold:
+            self._on_step(self._untold.pop(0))
+
+    # --- with open books --------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._is_stepping:  # the last step was cut short
+            self._rebuild()
+
+    def _plan(self, now: float) -> tuple[Flight, Flight | None, dict] | None:
+        """A step's flight, the flight before whose tokens are unread, and the step's record."""
+        if not self._is_sound:
+            self.cache.arena.clear()
+            self._is_sound = True
+        self._is_stepping = True
+        self._end_late(now)
+        self._notice_weights()
+        step = self.scheduler.schedule(now)
+        for request in step.failed:
+            self._output.end(request, "error", request.error)
+        record = {"started_at": now, "host_s": self.clock() - now}
+        self.cache.make_moves()
+        if not step.chunks:
+            return None
+        if self._on_step:
+            record |= before_step(self.scheduler, step)
+        before = self._in_flight[0] if self._in_flight else None
+        return self.runner.plan(step, before), before, record
+
+    def _next_landing(self, launched: tuple[Flight, dict] | None) -> tuple[Flight, dict] | None:
+        """The flight to land now: pipelined, the one before that ``launched``."""
+        if not self._is_stepping:  # rebuilt meanwhile: what was launched is void
+            return None
+        if self.pipeline:
+            launched, self._in_flight = self._in_flight, launched
+        return launched
+
+    def _book(self, flight: Flight, record: dict, found: Iterable, now: float) -> None:
+        if not self._is_stepping:  # rebuilt meanwhile
+            return
+        self._done.num_steps += 1
+        self._done.num_prefill_tokens += flight.num_prefill
+        self._done.num_decode_tokens += flight.num_decode
+        self._output.book(self._notices(flight, found, now))
         if self._on_step:
             record["started_at"] = max(record["started_at"], self._landed_at)
-            self._on_step(
+            self._untold.append(
                 StepRecord(
                     ended_at=now, num_prefill_tokens=flight.num_prefill,
                     num_decode_tokens=flight.num_decode,
@@ -245,58 +280,99 @@ class Engine:
             )  # fmt: skip
         self._landed_at = now
 
-    def _recover(self) -> None:
-        """After a step that raised: drop its tokens, clear the arena, compute all again."""
-        self._in_flight = None
-        for request in self.requests.values():
-            request.num_pending = 0
-        self.cache.arena.clear()
-        self.scheduler.restart_all()
+    def _notices(self, flight: Flight, found: Iterable[tuple[int, bool]], now: float) -> list:
+        """Notices of a flight's tokens; requests that can get none are ended."""
+        notices = []
+        for request, (token, is_finite) in zip(flight.sampling, found, strict=True):
+            if request in flight.dropped:
+                continue
+            request.num_pending -= 1
+            if request.finish_reason is not None:  # ended while its token was under way
+                continue
+            if not is_finite:
+                self._doubt(request, flight, now)
+            elif error := flight.error(request, token, self.runner.vocabulary):
+                self._output.end(request, "error", error)
+            else:
+                notices.append(Notice.of(request, token, flight.choices.get(request), now))
+        return notices
 
-    def _end(self, request: Generation, state: RequestState, reason: str) -> None:
-        """Take a request out; its whole blocks stay in the prefix cache."""
+    def _doubt(self, request: Generation, flight: Flight, now: float) -> None:
+        """Compute a request whose logits are not finite again, in steps where no row reads slots of
+        another sequence (`windows` does, and NaN times a weight of zero is NaN); there, fail it.
+        """
         if request.table is not None:
-            self.scheduler.remove(request, self._whole_blocks(request))
+            self.cache.wipe(request.table)
+            self.scheduler.restart(request, now)
+        if self._in_flight:
+            self._in_flight[0].dropped.add(request)
+            request.num_pending = 0
+        if flight.is_careful:
+            self._output.end(request, "error", NOT_FINITE)
+        request.is_careful = True
+
+    def _add(self, request: Generation) -> None:
+        request.error = refusal(request, self.requests, self.max_seq_len, self.cache.blocks)
+        if request.error is not None:
+            return
+        self.scheduler.add(request)
+        if request.timeout_s is not None:
+            due = request.arrived_at + request.timeout_s
+            heappush(self._deadlines, (due, request.number, request))
+        self.requests[request.id] = request
+
+    def _cancel(self, request: Generation) -> None:
+        if request.finish_reason is None:
+            self._output.end(request, "cancelled")
+
+    def _end(self, request: Generation, reason: str) -> None:
+        """Take a request out; its whole blocks stay in the prefix cache."""
+        request.finish_reason = reason  # from here on, `_rebuild` ends it too
+        if request.table is not None:
+            self.scheduler.remove(request, self._filled(request))
         elif request in self.scheduler.waiting:
             self.scheduler.remove(request)
-        request.finish_reason, request.finished_at = reason, self.clock()
-        request.enter(state, request.finished_at)
-        del self.requests[request.id]
+        self._leave(request)
 
-    def _whole_blocks(self, request: Generation) -> Sequence:
-        """Ids of the blocks that prompt and output fill, as far as they are computed."""
+    def _filled(self, request: Generation) -> Sequence:
         blocks = self.cache.blocks
-        if blocks.prefix is None:
-            return ()
-        size, prompt = blocks.block_size, len(request.prompt)
-        whole = min(request.num_computed, prompt + len(request.output_tokens)) // size
-        ids = request.prefix_ids[: min(whole, prompt // size)]
-        rest = request.tokens(len(ids) * size, whole * size)
-        return (*ids, *block_hashes(rest, size, ids[-1] if ids else b""))
+        return filled_blocks(request, blocks.block_size) if blocks.prefix is not None else ()
 
-    # --- what a request may be --------------------------------------------------------------------
+    def _leave(self, request: Generation) -> None:
+        state = END_STATES[request.finish_reason]
+        if request.state is not state:
+            request.finished_at = self.clock()
+            request.enter(state, request.finished_at)
+        self.requests.pop(request.id, None)
 
-    def _new_id(self) -> str:
-        while True:
-            self._num_submitted += 1
-            if (name := f"request-{self._num_submitted}") not in self.requests:
-                return name
+    def _end_late(self, now: float) -> None:
+        """End requests whose time is over."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = self._deadlines[0][2]
+            if self.requests.get(request.id) is request and request.finish_reason is None:
+                self._output.end(request, "timeout")
+            heappop(self._deadlines)
 
-    def _check(self, request: Request) -> None:
-        """`BadInput` for a request id in use, or a request that could never fit."""
-        name = f"request {request.id!r}"
-        if request.id in self.requests:
-            raise BadInput(f"request id {request.id!r} is already in use: choose another")
-        length = len(request.prompt) + request.max_tokens
-        if length > self.max_seq_len:
-            raise BadInput(
-                f"{name} wants {length} tokens (prompt + max_tokens), but max_seq_len is "
-                f"{self.max_seq_len}"
-            )
-        blocks = self.cache.blocks
-        if not blocks.could_ever_hold(request.max_slots):
-            pool = blocks.num_blocks * blocks.block_size
-            raise BadInput(
-                f"{name} wants {request.max_slots} slots, which can never fit the pool of {pool} "
-                "slots"
-            )
+    def _notice_weights(self) -> None:
+        """Forget prefixes, where a prompt may be admitted that other weights computed."""
+        if self._weights and self.scheduler.admits and not self.runner.has_weights(self._weights):
+            self.scheduler.forget_prefixes()
+            self._weights = self.runner.weights()
+
+    def _rebuild(self) -> None:
+        """Make the books anew from what an exception cannot tear: the requests, their tokens, and
+        the outbox. Pool and prefix cache are emptied, and running requests computed again.
+        """
+        self._in_flight, self._is_sound = None, False
+        live, now = list(self.requests.values()), self.clock()
+        self._output.repair(live)
+        for request in live:
+            entered = request.history[-1][0] if request.history else RequestState.PENDING
+            if entered is not request.state:
+                request.history.append((request.state, now))
+        self.cache.clear()
+        self.scheduler.restart_all(live, now)
+        for request in live:
+            if request.finish_reason is not None:
+                self._leave(request)
+        self._is_stepping = False

@@ -1,12 +1,13 @@
 """The logical layer over the physical one: block tables over an arena, and the copies they owe."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import mlx.core as mx
 
 from ..allocators import Stats, Strategy, strategy_of
 from ..scheduler.block_manager import BlockManager
-from ..scheduler.block_table import Way, slot_runs
+from ..scheduler.block_table import BlockTable, Way, slot_runs
 from .arena import Arena, LayerShape, Slots
 from .host_arena import HostArena
 
@@ -32,11 +33,11 @@ class KVCache:
         self.blocks = BlockManager(
             strategy, num_blocks, block_size, max_seq_len, prefix_caching, max_moved_tokens
         )
-        self.arena = Arena(layers, num_blocks * block_size, dtype)
+        self.arena = Arena(layers, self.blocks.num_slots, dtype)
         self.swap = self.host = None
         if swap_blocks:
             self.swap = BlockManager(strategy_of("paged"), swap_blocks, block_size)
-            self.host = HostArena(self.arena, swap_blocks * block_size)
+            self.host = HostArena(self.arena, self.swap.num_slots)
 
     def make_moves(self) -> None:
         """Make the copies owed, in order: one may land where an earlier one left."""
@@ -51,6 +52,23 @@ class KVCache:
             else:
                 self.host.give(self.arena, source, target)
         self.blocks.moves_made()
+
+    def clear(self) -> None:
+        """Start over with empty pools; what the arena holds is void."""
+        for pool in filter(None, (self.blocks, self.swap)):
+            pool.clear()
+
+    def wipe(self, table: BlockTable) -> None:
+        """Write zeros into the blocks that no other sequence has computed or reads."""
+        fresh = (b for b in table.shared[table.num_found :] if b.num_holders == 1)
+        extents = [*chain(*(block.extents for block in fresh)), *table.extents]
+        size = self.blocks.block_size
+        slots = Slots([(each.start * size, each.end * size) for each in extents])
+        if slots.count:
+            for layer, (heads, *dims) in enumerate(self.arena.layers):
+                zeros = (mx.zeros((heads, slots.count, dim), self.arena.dtype) for dim in dims)
+                self.arena.write(layer, slots, *zeros)
+            mx.eval(self.arena.arrays())
 
     def warmup(self) -> None:
         self.arena.warmup()

@@ -127,12 +127,13 @@ def attention_over_extents(modules: list[ModuleType]):
     """Within it an `ArenaArray` goes to its plan, SwiGLU to `fast_math`; one thread at a time."""
     with _lock, contextlib.ExitStack() as stack:
         for module in modules:
-            originals = {ATTENTION: getattr(module, ATTENTION)}
-            setattr(module, ATTENTION, _dispatching(originals[ATTENTION]))
+            original = getattr(module, ATTENTION)
+            # Restored in any case: an exception may come before the next line.
+            stack.callback(setattr, module, ATTENTION, original)
+            setattr(module, ATTENTION, _dispatching(original))
             if fast_math.wanted() and getattr(module, SWIGLU, None) is swiglu:
-                originals[SWIGLU] = swiglu
+                stack.callback(setattr, module, SWIGLU, swiglu)
                 setattr(module, SWIGLU, _swiglu)
-            stack.callback(vars(module).update, originals)
         yield
 
 
@@ -160,30 +161,28 @@ def _dispatching(original):
 class LastRows:
     """A language model's inner model, handing on to the head only ``rows`` that are sampled."""
 
-    def __init__(self, inner: nn.Module):
-        self._inner = inner
-        self.rows: mx.array | None = None
+    def __init__(self, inner: nn.Module, rows: mx.array):
+        self._inner, self._rows = inner, rows
 
     def __call__(self, *args, **kwargs):
         hidden = self._inner(*args, **kwargs)
-        return hidden.reshape(1, -1, hidden.shape[-1])[:, self.rows]
+        return hidden.reshape(1, -1, hidden.shape[-1])[:, self._rows]
 
     def __getattr__(self, name: str):
         return getattr(self._inner, name)
 
 
-def with_last_rows(model: nn.Module) -> tuple[nn.Module, LastRows | None]:
-    """A shallow copy of ``model`` whose inner model is a `LastRows`, sharing every weight. None in
-    the second place where there is no inner model to wrap: the head then runs on every row.
+def with_last_rows(model: nn.Module, rows: mx.array) -> nn.Module:
+    """A shallow copy of ``model`` whose inner model is a `LastRows`, sharing every weight; the
+    model itself where there is no inner model to wrap: the head then runs on every row.
     """
-    names = [name for name in INNER if isinstance(model.get(name), nn.Module)]
-    if not names:
-        return model, None
-    name = names[0]
-    if name == "language_model":
-        inner, last_rows = with_last_rows(model[name])
-    else:
-        inner = last_rows = LastRows(model[name])
+    name = next((name for name in INNER if isinstance(model.get(name), nn.Module)), None)
+    if name is None:
+        return model
+    inner = model[name]
+    deeper = with_last_rows(inner, rows) if name == "language_model" else LastRows(inner, rows)
+    if deeper is inner:
+        return model
     outer = copy.copy(model)
-    setattr(outer, name, inner)
-    return outer, last_rows
+    setattr(outer, name, deeper)
+    return outer

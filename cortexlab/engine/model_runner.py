@@ -1,6 +1,7 @@
 """The model over an arena: whether and how it can be run, and a step from chunks to tokens."""
 
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -9,10 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from ..errors import BadInput, ModelError, shown
+from ..errors import BadInput, ModelError, named
 from ..host.models import model_limits
 from ..scheduler.request import Request
-from ..scheduler.scheduler import Chunk, Schedule
+from ..scheduler.scheduler import Schedule
 from .arena import Arena, LayerShape, slot_bytes
 from .attention import WINDOW, Plan, RowRun
 from .mlx_lm_hook import (
@@ -26,20 +27,37 @@ from .mlx_lm_hook import (
 from .sampler import Choice
 
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 5e-2  # of the largest logit
+NOT_FINITE = "its logits are not finite: no token can be chosen"
 PROBE = [0, 1, 2, 2], [1, 2, 0]  # two short sequences
 
 
 @dataclass(slots=True)
 class Flight:
-    """A step that was launched and has not landed."""
+    """A step that is planned or launched, and has not landed."""
 
     sampling: list[Request]  # requests that get a token
+    pending: list[int | None]  # of each, the place of its last token in the flight before
+    rows: list[RowRun]
+    ends: list[int]  # rows after which a token is sampled
+    inputs: mx.array  # a token a row
     num_decode: int  # rows of the last output token; all others are prefill
     num_prefill: int
+    is_careful: bool  # no row reads a slot of another sequence
     tokens: mx.array | None = None  # [len(sampling)]
+    finite: mx.array | None = None  # [len(sampling)]: whether its logits are
     choices: dict[Request, Choice] = field(default_factory=dict)  # other than the largest logit
     errors: dict[Request, str] = field(default_factory=dict)  # why a request could get no token
+    dropped: set[Request] = field(default_factory=set)  # whose tokens are not to be used
     planning_s: float = 0.0  # of the host, for row runs and attention plans
+
+    def error(self, request: Request, token: int, vocabulary: int) -> str | None:
+        """Why a landed token of finite logits cannot be used."""
+        choice, error = self.choices.get(request), self.errors.get(request)
+        if choice is not None and not choice.finite.item():
+            return NOT_FINITE
+        if error is None and token >= vocabulary:
+            return f"its sampler returned token {token}, but tokens go up to {vocabulary - 1}"
+        return error
 
 
 class ModelRunner:
@@ -65,13 +83,13 @@ class ModelRunner:
             reference = mx.concatenate(alone)
             mx.eval(reference)
         except Exception as error:
-            raise ModelError(
-                f"mlx-lm itself cannot run this model here: {_reason(error)}"
-            ) from error
+            raise ModelError(f"mlx-lm itself cannot run this model here: {named(error)}") from error
+        if not _can_choose(reference).all().item():
+            raise ModelError("the logits of this model are not finite: see its weights")
         self.layers, self.dtype = _shapes(caches)
         # Best first: all sequences in one call, the head on the rows that are sampled.
         for self.batched in (True, False):
-            for self._model, self._last_rows in (with_last_rows(model), (model, None)):
+            for self._heads_last_rows in (True, False):
                 if (reason := self._error(reference)) is None:
                     return
         raise ModelError(reason)
@@ -81,74 +99,113 @@ class ModelRunner:
         """Bytes of a slot, all layers."""
         return slot_bytes(self.layers, self.dtype)
 
-    def launch(
-        self, step: Schedule, arena: Arena, method: str, before: Flight | None = None
-    ) -> Flight:
-        """Build a step's graph, choose its tokens, and start it all. ``before``: the flight whose
-        tokens are not read yet.
+    def plan(self, step: Schedule, before: Flight | None = None) -> Flight:
+        """A flight of integers, ready for `launch`. ``before``: the flight whose tokens are not
+        read yet.
         """
         started_at = time.perf_counter()
         chunks = step.chunks
-        sampling = [chunk.request for chunk in chunks if chunk.samples]
-        num_decode = sum(chunk.stop > len(chunk.request.prompt) for chunk in step.decode)
+        place = {request: i for i, request in enumerate(before.sampling)} if before else {}
         lasts = list(accumulate(chunk.num_rows for chunk in chunks))
-        flight = Flight(sampling, num_decode, lasts[-1] - num_decode)
-        ends = [last - 1 for chunk, last in zip(chunks, lasts, strict=True) if chunk.samples]
+        sampled = [pair for pair in zip(chunks, lasts, strict=True) if pair[0].samples]
+        sampling = [chunk.request for chunk, _ in sampled]
+        pending = [place[each] if each.num_pending else None for each in sampling]
         rows = [
             RowRun(chunk.start, chunk.num_rows, list(chunk.request.table.runs(0, chunk.stop)))
             for chunk in chunks
         ]
-        flight.planning_s = time.perf_counter() - started_at
-        logits = self.logits(rows, _inputs(chunks, before), ends, arena, method)
-        flight.planning_s += self.planning_s
-        if logits is None:  # only parts of prompts
-            mx.async_eval(arena.arrays())
-        else:
-            _choose(flight, logits, before)
-            choices = (array for choice in flight.choices.values() for array in choice.arrays())
-            mx.async_eval(flight.tokens, *choices, arena.arrays())
+        ends = [last - 1 for _, last in sampled]
+        tokens = [
+            token for chunk in chunks for token in chunk.request.tokens(chunk.start, chunk.stop)
+        ]
+        inputs = mx.array(tokens, dtype=mx.uint32)
+        if unread := [(end, at) for end, at in zip(ends, pending, strict=True) if at is not None]:
+            of_rows, at = (mx.array(each) for each in zip(*unread, strict=True))
+            inputs[of_rows] = before.tokens[at]
         for request in sampling:
             request.num_pending += 1
-        return flight
+        num_decode = sum(chunk.stop > len(chunk.request.prompt) for chunk in step.decode)
+        return Flight(
+            sampling, pending, rows, ends, inputs, num_decode, lasts[-1] - num_decode,
+            any(chunk.request.is_careful for chunk in chunks),
+            planning_s=time.perf_counter() - started_at,
+        )  # fmt: skip
+
+    def launch(
+        self, flight: Flight, arena: Arena, method: str, before: Flight | None = None
+    ) -> None:
+        """Build the flight's graph, choose its tokens, and start it all."""
+        started_at = time.perf_counter()
+        plans = self.plans(flight.rows, arena, "views" if flight.is_careful else method)
+        flight.planning_s += time.perf_counter() - started_at
+        logits = self.logits(plans, flight.inputs, flight.ends)
+        if logits is None:  # only parts of prompts
+            mx.async_eval(arena.arrays())
+            return
+        _choose(flight, logits, before)
+        choices = (array for choice in flight.choices.values() for array in choice.arrays())
+        mx.async_eval(flight.tokens, flight.finite, *choices, arena.arrays())
+
+    def plans(self, rows: Sequence[RowRun], arena: Arena, method: str) -> list[Plan]:
+        """One plan for all rows, or one a sequence where they cannot be batched."""
+        if self.batched:
+            return [Plan(rows, arena, method)]
+        return [Plan([row], arena, "views") for row in rows]
 
     def logits(
-        self, rows: Sequence[RowRun], tokens: mx.array, ends: Sequence[int], arena: Arena,
-        method: str,
-    ) -> mx.array | None:  # fmt: skip
+        self, plans: Sequence[Plan], tokens: mx.array, ends: Sequence[int]
+    ) -> mx.array | None:
         """``[len(ends), vocabulary]`` logits after the rows numbered ``ends``, not evaluated yet;
         None when ``ends`` is empty. ``tokens``: one a row, all sequences' one after the other.
-        ``method`` is for batched attention. ``planning_s`` afterwards: seconds spent on plans.
         """
-        self.planning_s = 0.0
         if self.batched:
-            return self._run(self._plan(rows, arena, method), tokens, ends)
+            return self._run(plans[0], tokens, ends)
         found, first = [], 0
-        for row in rows:
-            stop = first + row.num_rows
+        for plan in plans:
+            stop = first + plan.num_rows
             own = [end - first for end in ends if first <= end < stop]
-            logits = self._run(self._plan([row], arena, "views"), tokens[first:stop], own)
+            logits = self._run(plan, tokens[first:stop], own)
             # Evaluated before the next sequence writes, which would copy an array still held.
-            mx.eval(arena.arrays(), [] if logits is None else logits)
+            mx.eval(plan.arena.arrays(), [] if logits is None else logits)
             found += [] if logits is None else [logits]
             first = stop
         return mx.concatenate(found) if found else None
 
-    def _plan(self, rows: Sequence[RowRun], arena: Arena, method: str) -> Plan:
-        started_at = time.perf_counter()
-        plan = Plan(rows, arena, method)
-        self.planning_s += time.perf_counter() - started_at
-        return plan
+    def weights(self) -> list[weakref.ref]:
+        """The model's parameter arrays, to be compared with `has_weights`."""
+        return [weakref.ref(array) for array in self._parameters()]
+
+    def has_weights(self, known: Sequence[weakref.ref]) -> bool:
+        """Whether the model's parameters are still those arrays. An array written in place is not
+        noticed.
+        """
+        found = self._parameters()
+        return len(found) == len(known) and all(
+            ref() is array for ref, array in zip(known, found, strict=True)
+        )
+
+    def _parameters(self) -> list[mx.array]:
+        found, nodes = [], [self.model]  # modules are dicts
+        while nodes:
+            node = nodes.pop()
+            for each in node.values() if isinstance(node, dict) else node:
+                if type(each) is mx.array:
+                    found.append(each)
+                elif isinstance(each, dict | list | tuple):
+                    nodes.append(each)
+        return found
 
     def _run(self, plan: Plan, tokens: mx.array, ends: Sequence[int]) -> mx.array | None:
-        if self._last_rows:
-            self._last_rows.rows = mx.array(list(ends) or [0])
         inputs = tokens[None] if plan.single else tokens[:, None]
+        rows = mx.array(list(ends) or [0])
+        # Wrapped anew, so that a module replaced since the last step is used.
+        model = with_last_rows(self.model, rows) if self._heads_last_rows else self.model
         with attention_over_extents(self._modules):
-            logits = self._model(inputs, cache=self._caches(plan))
+            logits = model(inputs, cache=self._caches(plan))
         if not ends:  # only parts of prompts: the head is never evaluated
             return None
         logits = logits.reshape(-1, logits.shape[-1])
-        return logits if self._last_rows else logits[mx.array(list(ends))]
+        return logits if model is not self.model else logits[rows]
 
     def _caches(self, plan: Plan) -> list:
         layers = enumerate(self.windows)
@@ -172,7 +229,7 @@ class ModelRunner:
         ]
         try:
             ours = [
-                self.logits(rows, mx.array(tokens), range(len(tokens)), arena, "auto")
+                self.logits(self.plans(rows, arena, "auto"), mx.array(tokens), range(len(tokens)))
                 for rows, tokens in steps
             ]
             ours = mx.concatenate(ours)
@@ -183,7 +240,7 @@ class ModelRunner:
         except ModelError as error:
             return str(error)
         except Exception as error:
-            return f"this model's attention cannot read from extents: {_reason(error)}"
+            return f"this model's attention cannot read from extents: {named(error)}"
         if not worst <= (TOLERANCE if self.dtype == mx.float32 else TOLERANCE_16_BIT):
             return (
                 "this model gives other logits over extents than by itself (relative difference "
@@ -192,39 +249,28 @@ class ModelRunner:
         return None
 
 
-def _inputs(chunks: list[Chunk], before: Flight | None) -> mx.array:
-    """The chunks' tokens; pending ones come from the flight ``before``, unread."""
-    tokens = [token for chunk in chunks for token in chunk.request.tokens(chunk.start, chunk.stop)]
-    inputs = mx.array(tokens, dtype=mx.uint32)
-    if not before:
-        return inputs
-    place = {request: index for index, request in enumerate(before.sampling)}
-    rows, sampled = [], []
-    for chunk, last in zip(chunks, accumulate(chunk.num_rows for chunk in chunks), strict=True):
-        if chunk.request.num_pending and chunk.samples:
-            rows.append(last - 1)
-            sampled.append(place[chunk.request])
-    if rows:
-        inputs[mx.array(rows)] = before.tokens[mx.array(sampled)]
-    return inputs
-
-
 def _choose(flight: Flight, logits: mx.array, before: Flight | None) -> None:
     """A token for each row of ``[len(flight.sampling), vocabulary]``, or why there is none."""
     flight.tokens = mx.argmax(logits, axis=-1).astype(mx.uint32)
+    flight.finite = _can_choose(logits)
     places, tokens = [], []
-    for i, request in enumerate(flight.sampling):
+    for i, (request, at) in enumerate(zip(flight.sampling, flight.pending, strict=True)):
         chooser = request.chooser
         if chooser.plain:
             continue
-        last = before.choices.get(request) if before else None
-        history = _history(request, before) if chooser.wants_tokens else None
+        last = before.choices.get(request) if at is not None else None
+        history = None
+        if chooser.wants_tokens:
+            history = mx.array([*request.prompt, *request.output_tokens], mx.int32)
+            if at is not None:
+                last_token = before.tokens[at : at + 1].astype(mx.int32)
+                history = mx.concatenate([history, last_token])
         try:
             choice = chooser(history, logits[i : i + 1], last.state if last else chooser.state)
         except BadInput as error:
             flight.errors[request] = str(error)
         except Exception as error:
-            flight.errors[request] = f"its sampler or logits processor raised {_reason(error)}"
+            flight.errors[request] = f"its sampler or logits processor raised {named(error)}"
         else:
             flight.choices[request] = choice
             places.append(i)
@@ -233,13 +279,11 @@ def _choose(flight: Flight, logits: mx.array, before: Flight | None) -> None:
         flight.tokens[mx.array(places)] = mx.concatenate(tokens)
 
 
-def _history(request: Request, before: Flight | None) -> mx.array:
-    """Prompt and output, as logits processors see them, a pending token included."""
-    tokens = mx.array([*request.prompt, *request.output_tokens])
-    if not request.num_pending:
-        return tokens
-    pending = before.tokens[before.sampling.index(request)]
-    return mx.concatenate([tokens, pending[None].astype(tokens.dtype)])
+def _can_choose(logits: mx.array) -> mx.array:
+    """Of each row, whether it has a largest logit, and no NaN: some models give -inf to tokens that
+    they never say.
+    """
+    return mx.isfinite(mx.max(logits, axis=-1))  # with a NaN, the largest is NaN
 
 
 def _window(layer: int, cache) -> int | None:
@@ -264,7 +308,3 @@ def _shapes(caches: list) -> tuple[list[LayerShape], mx.Dtype]:
         raise ModelError("K and V of this model have several types, which cannot share one arena")
     shapes = [LayerShape(c.keys.shape[1], c.keys.shape[3], c.values.shape[3]) for c in caches]
     return shapes, dtypes.pop()
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {shown(str(error))}"

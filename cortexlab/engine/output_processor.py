@@ -1,14 +1,34 @@
-"""From tokens to text and events, and the ends they bring: what a request's owner sees of it."""
+"""From tokens to text and events, and the ends they bring: what a request's owner sees of it.
+
+    step ---- book ----> outbox of notices ---- tell ----> text, the users' functions, an event
+              books open                        books closed
+
+A notice stays in the outbox until the engine's caller has its event. Each part of telling it is
+kept by one assignment, so that telling goes on where an exception stopped it: nothing is told
+twice, and nothing is lost.
+"""
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
 
-from ..errors import shown
+import mlx.core as mx
+
+from ..errors import named
 from ..scheduler.request import Request, RequestState, TokenEvent
-from .detokenizer import TextStream
+from .books import Books
+from .detokenizer import TextState, TextStream
 from .sampler import Choice, Chooser
+
+END_STATES = {
+    "stop": RequestState.FINISHED,
+    "length": RequestState.FINISHED,
+    "error": RequestState.FAILED,
+    "cancelled": RequestState.CANCELLED,
+    "timeout": RequestState.CANCELLED,
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -17,97 +37,171 @@ class Generation(Request):
 
     chooser: Chooser | None = None
     stream: TextStream | None = None  # with a tokenizer
+    is_careful: bool = False  # its steps read no slot but their own: see `Engine._book`
+
+
+class Text(NamedTuple):
+    """A notice's text: the stream's state after it, what it shows, all so far, whether a stop
+    string has come.
+    """
+
+    state: TextState
+    shown: str
+    all: str
+    stops: bool
+
+
+@dataclass(eq=False, slots=True)
+class Notice:
+    """One token of a request, or (``token`` None) its end, until its event is taken."""
+
+    request: Generation
+    token: int | None
+    reason: str | None = None  # why the request ends with it
+    place: int = 0  # of the token in the output
+    landed_at: float = 0.0
+    random_state: mx.array | None = None  # after the token
+    logprobs: dict[int, float] | None = None
+    text: Text | None = None
+    event: TokenEvent | None = None
+    calls: list[None] = field(default_factory=lambda: [None])  # of the consumer, to be made
+    error: str | None = None  # of a function of the user's
+    is_told: bool = False
+
+    @classmethod
+    def of(cls, request: Generation, token: int, choice: Choice | None, now: float) -> "Notice":
+        """The notice of a request's next token."""
+        told = (choice.state, choice.logprobs()) if choice is not None else ()
+        return cls(request, token, None, len(request.output_tokens), now, *told)
+
+    def book(self) -> None:
+        """Add the token to its request, unless it is there."""
+        request = self.request
+        if self.token is None:
+            return
+        if request.state is RequestState.PREFILLING:  # not if preempted while it was pending
+            request.enter(RequestState.DECODING, self.landed_at)
+        if self.random_state is not None:
+            request.chooser.state = self.random_state
+        for of_request, new in (
+            (request.token_times, self.landed_at),
+            (request.logprobs, self.logprobs),
+            (request.output_tokens, self.token),
+        ):
+            if new is not None and len(of_request) == self.place:
+                of_request.append(new)
 
 
 class OutputProcessor:
-    """Delivers tokens to requests. ``events`` wait for the engine's caller; ``end(request, state,
-    reason)`` takes a request out of the engine.
-    """
+    """Delivers tokens to requests. ``end(request, reason)`` takes a request out of the engine."""
 
-    def __init__(self, vocabulary: int, end: Callable[[Request, RequestState, str], None]):
-        self.events: deque[TokenEvent] = deque()
-        self._vocabulary = vocabulary
-        self._end = end
+    def __init__(self, books: Books, end: Callable[[Request, str], None]):
+        self.outbox: deque[Notice] = deque()
+        self._books, self._end = books, end
 
-    def deliver(self, request: Generation, token: int, choice: Choice | None, now: float) -> None:
-        """Add a token to its request, tell it, and end the request where it is the last."""
-        if (last := self._vocabulary - 1) < token:
-            self.fail(request, f"its sampler returned token {token}, but tokens go up to {last}")
-            return
-        if request.state is RequestState.PREFILLING:  # not if preempted while the token was pending
-            request.enter(RequestState.DECODING, now)
-        request.output_tokens.append(token)
-        request.token_times.append(now)
-        if choice is not None:
-            request.chooser.state = choice.state
-            if (logprobs := choice.logprobs()) is not None:
-                request.logprobs.append(logprobs)
-        reason, text = "stop" if token in request.stop_token_ids else None, None
-        if request.stream:
-            text, reason = _text(request, token, reason)
-        place, error = len(self.events), None
-        try:
-            if reason is None and request.stop_when and request.stop_when(request):
-                reason, text = "stop", _rest(request, text)
-        except Exception as raised:
-            error = raised
-        if reason is None and len(request.output_tokens) == request.max_tokens:
-            reason = "length"
-        logprobs = request.logprobs[-1] if request.logprobs else None
-        event = TokenEvent(request.id, token, reason, text, logprobs)
-        self.events.insert(place, event)  # before the end of a request that its function cancels
-        try:
-            if request.on_token and error is None:
-                request.on_token(event)
-        except Exception as raised:
-            error = raised
-        finally:  # the last token has come, even if the whole run is interrupted here
-            if reason and error is None and request.finish_reason is None:
-                self._end(request, RequestState.FINISHED, reason)
-        if reason and request.state is not RequestState.FINISHED:
-            self.events[place] = replace(event, finish_reason=None)
-        if error is not None:
-            raised = f"{type(error).__name__}: {shown(str(error))}"
-            self.fail(request, f"its stop function or token consumer raised {raised}", tell=False)
+    # --- with open books --------------------------------------------------------------------------
 
-    def fail(self, request: Request, error: str, tell: bool = True) -> None:
-        """End a request by an error, unless its own consumer has cancelled it before."""
-        if request.finish_reason is not None:
-            return
+    def book(self, notices: Sequence[Notice]) -> None:
+        """Add tokens to their requests, to be told later."""
+        self.outbox.extend(notices)
+        for notice in notices:
+            notice.book()
+
+    def end(self, request: Request, reason: str, error: str | None = None, silent=False) -> None:
+        """End a request without a token; ``silent``: its consumer is not told."""
         request.error = error
-        self.end(request, RequestState.FAILED, "error", tell)
+        self._end(request, reason)
+        self.outbox.append(Notice(request, None, reason, calls=[] if silent else [None]))
 
-    def end(self, request: Request, state: RequestState, reason: str, tell: bool = True) -> None:
-        """End a request without a token. An exception of its consumer is dropped: there is nothing
-        left to end.
-        """
-        self._end(request, state, reason)
-        event = TokenEvent(request.id, None, reason)
-        self.events.append(event)
-        if tell and request.on_token:
-            with suppress(Exception):
-                request.on_token(event)
+    def repair(self, live: Iterable[Generation]) -> None:
+        """Book again what an exception kept from the ``live`` requests, and from the outbox."""
+        for notice in self.outbox:
+            notice.book()
+        told = {notice.request for notice in self.outbox if notice.token is None}
+        for request in live:
+            reason = request.finish_reason  # "stop" and "length" come with the last token
+            is_own = END_STATES.get(reason, RequestState.FINISHED) is not RequestState.FINISHED
+            if is_own and request not in told:
+                self.outbox.append(Notice(request, None, reason))
+
+    # --- with closed books ------------------------------------------------------------------------
+
+    def tell(self) -> None:
+        """Call the users' functions for each notice, and end requests with their last token."""
+        while untold := [notice for notice in tuple(self.outbox) if not notice.is_told]:
+            for notice in untold:
+                self._tell(notice)
+
+    def tell_end(self, request: Generation) -> None:
+        """Tell a request's end at once, unless there is something to be told before."""
+        untold = [notice for notice in tuple(self.outbox) if not notice.is_told]
+        if untold and untold[0].request is request and untold[0].token is None:
+            self._tell(untold[0])
+
+    def _tell(self, notice: Notice) -> None:
+        if notice.event is None:
+            self._form(notice)
+        if notice.calls and notice.request.on_token and not notice.error:
+            try:
+                notice.request.on_token(notice.calls.pop() or notice.event)
+            except Exception as raised:
+                notice.error = f"its token consumer raised {named(raised)}"
+        if notice.error or (notice.reason and notice.token is not None):
+            self._books.do(partial(self._close, notice))
+        notice.is_told = True
+
+    def _form(self, notice: Notice) -> None:
+        """Find a notice's text, whether its request ends with it, and its event."""
+        request, has_token, function = notice.request, notice.token is not None, "tokenizer"
+        try:
+            if request.stream and notice.text is None:
+                notice.text = _text(notice)
+            if notice.text:
+                request.stream.state, _, request.text, _ = notice.text
+            function = "stop function"
+            if has_token and request.finish_reason is None:
+                notice.reason = _reason(notice)
+        except Exception as raised:
+            notice.error = f"its {function} raised {named(raised)}"
+        shown = notice.text.shown if notice.text and (has_token or notice.text.shown) else None
+        notice.event = TokenEvent(request.id, notice.token, notice.reason, shown, notice.logprobs)
+
+    def _close(self, notice: Notice) -> None:
+        """End the request of a told notice, by its last token or by what a function raised."""
+        request = notice.request
+        if request.finish_reason is None:
+            if notice.error:
+                self.end(request, "error", notice.error, silent=True)
+            else:
+                self._end(request, notice.reason)
+        elif notice.error and not request.error:
+            request.error = notice.error
+        if notice.token is not None and request.finish_reason != notice.reason:
+            notice.event = replace(notice.event, finish_reason=None)
 
 
-def _text(request: Generation, token: int, reason: str | None) -> tuple[str, str | None]:
-    """What can be shown after ``token``, and the reason to stop. A stop token says nothing."""
-    stream, text = request.stream, ""
-    if reason is None:
-        text, stopped = stream.add(token)
-        reason = "stop" if stopped else None
-    if len(request.output_tokens) == request.max_tokens and reason is None:
-        more, stopped = stream.finish()
-        text, reason = text + more, "stop" if stopped else None
-    elif reason and token in request.stop_token_ids:
-        text = stream.finish()[0]
-    request.text += text
-    return text, reason
+def _text(notice: Notice) -> Text:
+    """What can be shown with a notice: all that is held back, where no more tokens come. A stop
+    token says nothing.
+    """
+    request, stream, tokens = notice.request, notice.request.stream, notice.request.output_tokens
+    count = notice.place + 1 if notice.token is not None else len(tokens)
+    is_stop = notice.token in request.stop_token_ids
+    is_last = notice.token is None or is_stop or count >= request.max_tokens
+    state, shown, stops = (stream.rest if is_last else stream.after)(tokens, count - is_stop)
+    return Text(state, shown, request.text + shown, stops)
 
 
-def _rest(request: Generation, text: str | None) -> str | None:
-    """``text`` and what is held back after it, when no more tokens come."""
-    if request.stream is None or len(request.output_tokens) == request.max_tokens:
-        return text
-    more, _ = request.stream.finish()
-    request.text += more
-    return text + more
+def _reason(notice: Notice) -> str | None:
+    """Why a request ends with this token, if it does."""
+    request, text = notice.request, notice.text
+    if notice.token in request.stop_token_ids or (text and text.stops):
+        return "stop"
+    if request.stop_when and request.stop_when(request):
+        if text:
+            tokens, count = request.output_tokens, notice.place + 1
+            state, more, _ = request.stream.rest(tokens, count)
+            notice.text = Text(state, text.shown + more, text.all + more, stops=True)
+            request.stream.state, _, request.text, _ = notice.text
+        return "stop"
+    return "length" if notice.place + 1 >= request.max_tokens else None

@@ -1,26 +1,35 @@
 """What a request may be: the arguments of `Engine.submit`, checked, as a `Generation`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
-from ..errors import BadInput, a_sequence, a_text, at_least, seconds, shown, token_ids
+from ..errors import (
+    BadInput,
+    CortexLabError,
+    a_sequence,
+    a_text,
+    at_least,
+    named,
+    seconds,
+    shown,
+    token_ids,
+)
 from ..options import RequestOptions
+from ..scheduler.block_manager import BlockManager
 from .detokenizer import TextStream
 from .output_processor import Generation
 from .sampler import Chooser
 
 
-def new_request(
-    tokenizer, vocabulary: int, prompt: Sequence[int] | str, options: RequestOptions, **facts
-) -> Generation:
+def new_request(tokenizer, vocabulary: int, prompt, options: RequestOptions, **facts) -> Generation:
     """A request; ``facts``: ``id, max_tokens, arrived_at``. `BadInput` names a bad argument."""
     strings = _stop_strings(options.stop, tokenizer)
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise BadInput(
-                f"prompt {shown(prompt)} is text: give Engine(tokenizer=...), or token ids"
-            )
-        prompt = tokenizer.encode(prompt)
-    stops = set(token_ids("stop_token_ids", options.stop_token_ids, vocabulary))
+    if (prompt is None) == (options.messages is None):
+        raise BadInput("give either a prompt or messages")
+    if options.messages is not None or isinstance(prompt, str):
+        prompt = _encoded(tokenizer, prompt, options.messages)
+    elif isinstance(prompt, Mapping) and "input_ids" in prompt:  # as a tokenizer returns it
+        prompt = _only_row(prompt["input_ids"])
+    stops = set(token_ids("stop_token_ids", options.stop_token_ids, vocabulary, in_any_order=True))
     if tokenizer is not None and not options.ignore_eos:
         stops |= set(tokenizer.eos_token_ids)
     a_text("request_id", facts["id"])
@@ -32,6 +41,7 @@ def new_request(
         priority=options.priority,
         on_token=options.on_token,
         stop_when=options.stop if callable(options.stop) else None,
+        timeout_s=options.timeout_s,
         **facts,
     )
     if not request.prompt:
@@ -42,6 +52,33 @@ def new_request(
     )
     request.stream = TextStream(tokenizer, strings) if tokenizer is not None else None
     return request
+
+
+def _encoded(tokenizer, prompt: str | None, messages: Sequence[Mapping] | None) -> Sequence[int]:
+    """Tokens of a text, or of messages under the chat template, as `mlx_lm.stream_generate` and
+    `mlx_lm.server` have them: no second BOS token where the text begins with one.
+    """
+    what = f"prompt {shown(prompt)} is text" if messages is None else "messages are text"
+    if tokenizer is None:
+        raise BadInput(f"{what}: give Engine(tokenizer=...), or token ids")
+    try:
+        if messages is not None:
+            return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        bos = tokenizer.bos_token
+        add_special_tokens = bos is None or not prompt.startswith(bos)
+        return tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+    except Exception as error:
+        raise BadInput(f"{what} that its tokenizer cannot encode: {named(error)}") from error
+
+
+def _only_row(ids: object) -> object:
+    """Token ids out of a batch of one."""
+    rows = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not (isinstance(rows, list) and rows and isinstance(rows[0], list)):
+        return rows
+    if len(rows) > 1:
+        raise BadInput(f"prompt holds the token ids of {len(rows)} texts: submit one at a time")
+    return rows[0]
 
 
 def _stop_strings(stop: str | Sequence[str] | Callable, tokenizer) -> Sequence[str]:
@@ -58,3 +95,26 @@ def _stop_strings(stop: str | Sequence[str] | Callable, tokenizer) -> Sequence[s
             f"stop must be strings of at least one character, or a function, not {shown(wrong[0])}"
         )
     return strings
+
+
+def refusal(
+    request: Generation, live: Container[str], max_seq_len: int, blocks: BlockManager
+) -> str | None:
+    """Why a request cannot be taken: its id is one of the ``live`` ones, or it could never fit."""
+    if request.id in live:
+        return f"request id {request.id!r} is already in use: choose another"
+    name, length = f"request {request.id!r}", len(request.prompt) + request.max_tokens
+    if length > max_seq_len:
+        return (
+            f"{name} wants {length} tokens (prompt + max_tokens), but max_seq_len is {max_seq_len}"
+        )
+    try:
+        fits = blocks.could_ever_hold(request.max_slots)
+    except CortexLabError as error:
+        return str(error)
+    if not fits:
+        return (
+            f"{name} wants {request.max_slots} slots, which can never fit the pool of "
+            f"{blocks.num_slots} slots"
+        )
+    return None

@@ -38,14 +38,24 @@ class BlockManager:
         self._region = None  # blocks per region of `Static`
         if max_seq_len is not None:
             self._region = self.blocks_for(at_least("max_seq_len", max_seq_len, 1))
+        self.max_moved_tokens = max_moved_tokens
+        self.num_releases = 0  # version of what is free: a refusal holds until it changes
+        self._has_prefixes = prefix_caching
+        self.clear()
+
+    def clear(self) -> None:
+        """Start over with an empty pool and an empty prefix cache; tables handed out are void."""
         self.allocator = self.new_allocator()
         self._compact = getattr(self.allocator, "compact", None)
         self.tables: dict[BlockTable, None] = {}  # of live sequences, in order of admission
         self.moves: list[Move] = []
-        self.max_moved_tokens = max_moved_tokens
         self.is_deferred = False
-        self.num_releases = 0  # version of what is free: a refusal holds until it changes
-        self.prefix = PrefixSharing(self) if prefix_caching else None
+        self.num_releases += 1
+        self.prefix = PrefixSharing(self) if self._has_prefixes else None
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_blocks * self.block_size
 
     @property
     def num_held(self) -> int:

@@ -64,6 +64,7 @@ class BlockTable:
     shared: tuple[CachedBlock, ...] = ()
     num_found: int = 0  # prefix ids found in the cache at allocation
     prompt_tokens: int = 0  # prompt's length, where blocks are shared
+    is_old: bool = False  # not to be cached: from before all prefixes were forgotten
     num_blocks: int = field(init=False)
 
     def __post_init__(self):

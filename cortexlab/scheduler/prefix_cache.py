@@ -26,6 +26,7 @@ from .block_table import BlockTable, CachedBlock, Move, Need
 
 if TYPE_CHECKING:
     from .block_manager import BlockManager
+    from .request import Request
 
 COPIED_FROM = 2  # tokens: fewer, at the start of a block unlike any cached one, are computed again
 
@@ -51,6 +52,15 @@ def block_hashes(
         before = bytes(found)
 
 
+def filled_blocks(request: "Request", block_size: int) -> Sequence[BlockHash]:
+    """Ids of the blocks that prompt and output of a request fill, as far as they are computed."""
+    prompt = len(request.prompt)
+    whole = min(request.num_computed, prompt + len(request.output_tokens)) // block_size
+    ids = request.prefix_ids[: min(whole, prompt // block_size)]
+    rest = request.tokens(len(ids) * block_size, whole * block_size)
+    return (*ids, *block_hashes(rest, block_size, ids[-1] if ids else b""))
+
+
 class PrefixCache:
     """Blocks by prefix id. It frees nothing by itself: `evict` says what to give back."""
 
@@ -59,6 +69,7 @@ class PrefixCache:
         self._idle: OrderedDict[Hashable, CachedBlock] = OrderedDict()  # the longest unused first
         # Blocks by the id before them and their first token.
         self._behind: dict[tuple[bytes, int], dict[CachedBlock, None]] = defaultdict(dict)
+        self._unknown: set[CachedBlock] = set()  # held, but forgotten
         self.num_shared = 0  # holders beyond the first, over all blocks: what sharing saves
 
     def __len__(self) -> int:
@@ -101,14 +112,21 @@ class PrefixCache:
                 del self._idle[block.prefix_id]
             block.num_holders += 1
 
-    def release(self, blocks: Sequence[CachedBlock]) -> None:
-        """One holder less for each, the last block first."""
+    def release(self, blocks: Sequence[CachedBlock]) -> list[CachedBlock]:
+        """One holder less for each, the last block first. Returns the forgotten ones that nobody
+        holds now.
+        """
+        gone = []
         for block in reversed(blocks):
             block.num_holders -= 1
             if block.num_holders:
                 self.num_shared -= 1
+            elif block in self._unknown:
+                self._unknown.remove(block)
+                gone.append(block)
             else:
                 self._idle[block.prefix_id] = block
+        return gone
 
     def touch(self, block: CachedBlock) -> None:
         """Count a read of a block, held or not, as its last use."""
@@ -122,9 +140,12 @@ class PrefixCache:
         return block
 
     def forget(self, blocks: Iterable[CachedBlock]) -> None:
-        """Forget idle blocks whose content was never written."""
+        """Let no later prompt find these blocks; held ones keep their content until released."""
         for block in blocks:
-            del self._idle[block.prefix_id]
+            if block.num_holders:
+                self._unknown.add(block)
+            else:
+                del self._idle[block.prefix_id]
             self._forget(block)
 
     def _forget(self, block: CachedBlock) -> None:
@@ -141,7 +162,9 @@ class PrefixCache:
         assert all(
             (block.num_holders == 0) == (i in self._idle) for i, block in self._blocks.items()
         )
-        beyond = (max(0, block.num_holders - 1) for block in self._blocks.values())
+        assert all(block.num_holders for block in self._unknown)
+        every = (*self._blocks.values(), *self._unknown)
+        beyond = (max(0, block.num_holders - 1) for block in every)
         assert self.num_shared == sum(beyond)
         assert all(self._behind.values())
         known = {block.prefix_id for blocks in self._behind.values() for block in blocks}
@@ -160,8 +183,6 @@ class PrefixSharing(PrefixCache):
         super().__init__()
         self._pool = blocks
         self._split = getattr(blocks.allocator, "split", None)
-        self.num_asked = 0  # ids of admitted prompts
-        self.num_found = 0  # ids of admitted prompts that were in the cache
         one = blocks.new_allocator().allocate(1)
         if one is not None and sum(size for _, size in one) > 1:
             raise BadInput(
@@ -207,8 +228,6 @@ class PrefixSharing(PrefixCache):
             self.touch(source)
             target = fresh[0].extents if fresh else extents
             pool.moves.append(Move(source.extents, (Extent(target[0].start, 1),), num_copied))
-        self.num_asked += len(need.prefix_ids)
-        self.num_found += num_found
         return BlockTable(
             extents, pool.block_size, computed, (*shared, *fresh), num_found, need.prompt_tokens
         )
@@ -217,7 +236,7 @@ class PrefixSharing(PrefixCache):
         """Cache a leaving sequence's own whole blocks under ids not known yet."""
         size = self._pool.block_size
         first, last = len(table.shared), min(table.num_tokens // size, len(prefix_ids))
-        if first >= last or not table.extents or not self._split:
+        if first >= last or not table.extents or not self._split or table.is_old:
             return
         singles, rest = self._split(table.extents, last - first)
         own = list(zip(prefix_ids[first:last], singles, strict=True))
@@ -235,9 +254,15 @@ class PrefixSharing(PrefixCache):
         self._give_up(table.shared, len(table.shared) if done else whole)
 
     def forget_all(self) -> None:
-        """Give back every idle block: what the pool holds is not to be trusted any more."""
+        """Let no later prompt find what the pool holds now: give back idle blocks, and forget those
+        that live sequences hold or fill.
+        """
         while self.num_idle:
             self._pool.allocator.free(self.evict().extents)
+        self.forget(list(self._blocks.values()))
+        for table in self._pool.tables:
+            table.is_old = True
+        self._pool.num_releases += 1
 
     def _partly_found(
         self, need: Need, shared: list[CachedBlock], num_whole: int
@@ -291,10 +316,11 @@ class PrefixSharing(PrefixCache):
 
     def _give_up(self, shared: Sequence[CachedBlock], num_written: int) -> None:
         """Release cached blocks; idle ones after the first ``num_written`` are freed."""
-        self.release(shared)
-        if unwritten := [block for block in shared[num_written:] if not block.num_holders]:
-            self.forget(unwritten)
-            self._pool.allocator.free(chain(*(block.extents for block in unwritten)))
+        gone = self.release(shared)
+        unwritten = [b for b in shared[num_written:] if not b.num_holders and b not in gone]
+        self.forget(unwritten)
+        if gone := [*gone, *unwritten]:
+            self._pool.allocator.free(chain(*(block.extents for block in gone)))
 
 
 def _place(prefix_id: BlockHash) -> tuple[bytes, int]:

@@ -48,6 +48,7 @@ class Request:
     arrived_at: float = 0.0
     prefix_ids: tuple[Hashable, ...] = ()  # ids of the prompt's blocks: see `Need`
     priority: int = 0  # lowest number first
+    timeout_s: float | None = None  # seconds after its arrival at which it ends
     on_token: Callable[[TokenEvent], None] | None = None  # called with each event
     stop_when: Callable[["Request"], bool] | None = None  # asked after each token; True: stop
 
@@ -87,7 +88,7 @@ class Request:
     @property
     def is_full(self) -> bool:
         """Whether the last token is sampled, even if not yet read."""
-        return len(self.output_tokens) + self.num_pending == self.max_tokens
+        return len(self.output_tokens) + self.num_pending >= self.max_tokens
 
     @property
     def max_slots(self) -> int:

@@ -6,7 +6,7 @@ Prefill, decode and recomputation after a preemption are all this.
 """
 
 from bisect import insort
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
@@ -100,6 +100,7 @@ class Scheduler:
         self.running: list[Request] = []  # by priority, then the oldest first: the last gives way
         self.stalled: dict[Request, int] = {}  # running, refused a block: `num_releases` then
         self.num_preemptions = 0
+        self.num_prefix_ids = self.num_found_ids = 0  # of prompts at their first admission
         self._now = 0.0  # time of the step being planned
         self._num_added = self._num_admissions = 0
         self._refused: tuple[Request, int] | None = None  # head of the queue, `num_releases` then
@@ -162,16 +163,33 @@ class Scheduler:
             request.table.num_tokens = stop
         return step
 
-    def restart_all(self) -> None:
-        """Send running requests back to the queue; drop what is swapped out or cached."""
-        for request in list(self.running):
-            self._leave(request)
-            self._back_to_queue(request)
-        for request in self.waiting:
-            self._forget_swapped(request)
-        self.blocks.moves_made()
+    def restart(self, request: Request, now: float) -> None:
+        """Send a running request back to the queue, and keep nothing that it computed."""
+        self._leave(request, keep=False)
+        self._back_to_queue(request, now)
+
+    def restart_all(self, requests: Iterable[Request], now: float) -> None:
+        """Queue the ``requests`` that have not ended, and no others; the pools were cleared."""
+        self.running, self.waiting, self.stalled, self._refused = [], [], {}, None
+        for request in requests:
+            if request.table is not None:
+                request.fills.append(request.table.num_tokens)
+            request.table = request.swapped = None
+            request.num_pending = 0
+            if request.finish_reason is not None:
+                continue
+            request.error = None
+            if request.state in (RequestState.PREFILLING, RequestState.DECODING):
+                self._back_to_queue(request, now)
+            else:
+                self._queue(request)
+
+    def forget_prefixes(self) -> None:
+        """Let no later prompt find what was computed until now."""
         if self.blocks.prefix is not None:
             self.blocks.prefix.forget_all()
+        for request in self.waiting:
+            self._forget_swapped(request)
 
     def _plan_running(self, due: Sequence[Request] | None, step: Schedule) -> list[Request]:
         """Plan the running requests with one token to compute; return those with more."""
@@ -206,6 +224,8 @@ class Scheduler:
             insort(self.running, request, key=_batch_order)
             if request.scheduled_at is None:
                 request.scheduled_at, request.cached_tokens = self._now, request.num_computed
+                self.num_prefix_ids += len(request.prefix_ids)
+                self.num_found_ids += request.table.num_found
             budget -= self._compute(request, budget, step)
         if self.waiting and not (self.running or len(step.failed) > failed_before or short):
             self._fail(self.waiting.pop(0), step)  # refused by an empty pool: hopeless
@@ -267,10 +287,14 @@ class Scheduler:
         else:
             insort(self.waiting, request, key=_queue_order)
 
-    def _leave(self, request: Request, prefix_ids: Sequence[Hashable] = ()) -> None:
+    def _leave(
+        self, request: Request, prefix_ids: Sequence[Hashable] = (), keep: bool = True
+    ) -> None:
         self.running.remove(request)
         self.stalled.pop(request, None)
         request.fills.append(request.table.num_tokens)
+        if not keep:
+            request.table.num_tokens = 0
         self.blocks.free(request.table, prefix_ids)
         request.table = None
 
@@ -282,13 +306,13 @@ class Scheduler:
             move = Move(table.all_extents, out.extents, num_tokens, way=Way.OUT)
             self.blocks.moves.append(move)
         self._leave(request)
-        self._back_to_queue(request)
-        step.preempted.append(request)
-
-    def _back_to_queue(self, request: Request) -> None:
-        request.enter(RequestState.PREEMPTED, self._now)
         request.num_preemptions += 1
         self.num_preemptions += 1
+        self._back_to_queue(request, self._now)
+        step.preempted.append(request)
+
+    def _back_to_queue(self, request: Request, now: float) -> None:
+        request.enter(RequestState.PREEMPTED, now)
         self._queue(request)
 
     def _fail(self, request: Request, step: Schedule) -> None:
