@@ -1,6 +1,7 @@
 """Fixtures of the tests: the models, mlx-lm's own tokens as the reference, and the marker `cpu`."""
 
-import os  # noqa: I001
+import json  # noqa: I001
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -189,3 +190,12 @@ def prompts_of(lengths, vocabulary: int, seed: int = 0) -> list[list[int]]:
     """One random prompt for each length."""
     rng = np.random.default_rng(seed)
     return [rng.integers(vocabulary, size=int(length)).tolist() for length in lengths]
+
+
+def strict(text: str):
+    """Parse JSON without the extensions NaN and Infinity, which other readers refuse."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import strict
 
 from cortexlab import allocators
 from cortexlab.cli import main as cli
@@ -46,15 +47,6 @@ def process(*words, **environment: str) -> subprocess.CompletedProcess:
         env=os.environ | environment,
         timeout=120,
     )
-
-
-def strict(text: str):
-    """Parse JSON without the extensions NaN and Infinity, which other readers refuse."""
-
-    def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 @pytest.fixture

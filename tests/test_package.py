@@ -87,7 +87,7 @@ def test_smollm2s_tokenizer_keeps_any_text_and_knows_digits_chat_and_eos(smollm2
     assert tokenizer.eos_token_ids == {2}
 
 
-@pytest.mark.cpu
+@pytest.mark.cpu  # on other devices weights keep the file's type
 def test_weights_are_float32_on_the_cpu(smollm2):
     assert smollm2[0].model.layers[0].mlp.up_proj.weight.dtype == mx.float32
 

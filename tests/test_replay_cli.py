@@ -7,6 +7,7 @@ import sys
 
 import pandas as pd
 import pytest
+from conftest import strict
 
 from cortexlab.allocators import STRATEGIES
 from cortexlab.cli import main as cli
@@ -27,15 +28,6 @@ ROW += [
 ]
 SMALL = ["replay", "--requests", "60", "--workload", "heavy-tail", "--request-rate", "40"]
 SMALL += ["--seed", "1"]
-
-
-def strict(text: str):
-    """Parse JSON without the extensions NaN and Infinity, which other readers refuse."""
-
-    def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 @pytest.fixture

@@ -56,6 +56,11 @@ def test_a_comparison_names_differences_and_marks_intervals_that_are_apart(runs,
     assert " ".join(lines[-1].split()) == "output_throughput 10 [9, 11] 20 [19, 21] 2.000 *"
 
 
+def test_intervals_are_apart_whichever_is_the_higher(runs):
+    there, back = report.comparison(*runs), report.comparison(*reversed(runs))
+    assert [line.rstrip().endswith("*") for line in (there, back)] == [True, True]
+
+
 def test_a_comparison_fits_the_terminal_and_says_that_intervals_were_left_out(runs):
     a, b = report.comparison(*runs, width=58), report.comparison(*runs, width=40)
     assert max(map(len, a.splitlines()[4:])) <= 58 and "[9, 11]" in a and "left out" not in a

@@ -3,11 +3,11 @@
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import real_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -448,16 +448,7 @@ def test_a_known_trace_is_found_in_the_traces_folder_and_in_the_cache(
 
 # --- real traces ----------------------------------------------------------------------------------
 
-TRACES = Path(os.environ.get("CORTEXLAB_TRACES") or Path(__file__).parents[2] / "shared" / "traces")
 QUANTILES = [0.5, 0.9, 0.99]
-
-
-def real(name: str, file: str, monkeypatch) -> list[WorkItem]:
-    """Requests of a real trace; skips the test if its file is not here."""
-    if not (TRACES / file).is_file():
-        pytest.skip(f"{file} is not in {TRACES}: set CORTEXLAB_TRACES to its folder")
-    monkeypatch.setenv("CORTEXLAB_TRACES", str(TRACES))
-    return load_trace(name)
 
 
 def lengths_of(items, column: str) -> list[int]:
@@ -466,8 +457,8 @@ def lengths_of(items, column: str) -> list[int]:
     return [round(v) for v in (*np.quantile(values, QUANTILES), np.mean(values))]
 
 
-def test_the_real_azure_trace_has_the_published_statistics(monkeypatch):
-    items = real("azure_2023_conv", "azure_2023_conv.csv", monkeypatch)
+def test_the_real_azure_trace_has_the_published_statistics():
+    items = real_trace("azure_2023_conv")
     assert len(items) == 19_366
     assert lengths_of(items, "prompt_tokens") == [1020, 2734, 4142, 1155]
     assert lengths_of(items, "output_tokens") == [129, 424, 601, 211]
@@ -476,8 +467,8 @@ def test_the_real_azure_trace_has_the_published_statistics(monkeypatch):
     assert gaps.std() / gaps.mean() == pytest.approx(1.09, abs=0.01)
 
 
-def test_the_real_mooncake_trace_has_the_published_statistics(monkeypatch):
-    items = real("mooncake_conversation", "mooncake_conversation.jsonl", monkeypatch)
+def test_the_real_mooncake_trace_has_the_published_statistics():
+    items = real_trace("mooncake_conversation")
     assert len(items) == 12_031
     assert lengths_of(items, "prompt_tokens") == [6909, 27_367, 85_400, 12_035]
     assert lengths_of(items, "output_tokens") == [350, 597, pytest.approx(1118, abs=1), 343]
