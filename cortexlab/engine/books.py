@@ -6,10 +6,11 @@ time. An exception in open books (Ctrl-C comes at any line) leaves them torn: wh
 next has them rebuilt first.
 """
 
+import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from threading import get_ident
+from operator import call
 
 from ..errors import CortexLabError
 
@@ -29,6 +30,14 @@ class Door:
     @property
     def is_occupied(self) -> bool:
         return self._live().gi_running
+
+    @property
+    def am_inside(self) -> bool:
+        """Whether it was this thread that entered: the generator is among its callers."""
+        frame, inside = inspect.currentframe(), self._live().gi_frame
+        while frame is not None and frame is not inside:
+            frame = frame.f_back
+        return frame is not None
 
     def enter(self, call: Callable):
         """What ``call`` returns; `Occupied`, and nothing done, while another call is under way."""
@@ -69,39 +78,36 @@ class Books:
     def __init__(self, rebuild: Callable[[], None]):
         self._rebuild = rebuild
         self._door = Door()
-        self._keeper: int | None = None  # thread that has them open
         self._is_torn = False  # or open
         self._asked: deque[Callable[[], object]] = deque()
 
-    def do(self, change: Callable):
-        """What ``change`` returns, called alone with the books. Raise nothing on purpose in it."""
+    def do(self, change: Callable, inside: Callable = call):
+        """What ``change`` returns, called alone with the books. Raise nothing on purpose in it.
+
+        ``inside`` is called with it instead, where this thread has the books open: a signal handler
+        or a finalizer may come at any time.
+        """
         while True:
             try:
                 return self._door.enter(lambda: self._opened(change))
             except Occupied:
-                if self._is_mine:
-                    return change()
+                if self._door.am_inside:
+                    return inside(change)
                 time.sleep(1e-5)  # never long: neither model nor users' functions run inside
 
     def ask(self, change: Callable[[], object]) -> None:
-        """Have ``change`` made: at once, or as soon as the books close, where a signal handler or a
-        finalizer asks while its thread has them open.
+        """Have ``change`` made: at once, or, where this thread has the books open, when they close.
+        It may be made twice.
         """
-        self._asked.append(change)
-        while self._asked and not self._is_mine:
-            self.do(lambda: None)
-
-    @property
-    def _is_mine(self) -> bool:
-        return self._door.is_occupied and self._keeper == get_ident()
+        self.do(change, inside=self._asked.append)
 
     def _opened(self, change: Callable):
-        self._keeper = get_ident()
         if self._is_torn:
             self._rebuild()
         self._is_torn = True
         result = change()
         while self._asked:
-            self._asked.popleft()()
-        self._is_torn, self._keeper = False, None
+            self._asked[0]()  # again, if it is cut short
+            self._asked.popleft()
+        self._is_torn = False
         return result

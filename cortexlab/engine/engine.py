@@ -312,6 +312,8 @@ class Engine:
         request.is_careful = True
 
     def _add(self, request: Generation) -> None:
+        if self.requests.get(request.id) is request:
+            return
         request.error = refusal(request, self.requests, self.max_seq_len, self.cache.blocks)
         if request.error is not None:
             return
