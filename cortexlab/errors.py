@@ -162,18 +162,35 @@ def token_ids(
 
 def shown(value: object, longest: int = 160) -> str:
     """``value`` as text for a message: one line of at most ``longest`` characters."""
-    text = " ".join(repr(value).splitlines())
+    try:
+        text = " ".join(repr(value).splitlines())
+    except Exception:  # of the value's own class, or an integer of too many digits
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= longest else text[:longest] + "…"
 
 
 def reason_of(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (_words(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def named(error: BaseException) -> str:
     """An error's type and text, for a message of one line."""
-    return f"{type(error).__name__}: {shown(str(error))}"
+    return f"{type(error).__name__}: {shown(_words(error))}"
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether an error is a function's own, and no interrupt of it. A panic in a library written in
+    Rust, such as `tokenizers`, is own, but no `Exception`.
+    """
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def one_of(kind: str, value: object, allowed) -> str:

@@ -4,21 +4,24 @@ by `test_interrupts.py` and `soak_engine.py`.
 
 import sys
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
-from conftest import prompts_of
+import mlx.core as mx
+from conftest import byte_level, prompts_of
+from mlx_lm.generate import generate_step
 
 import cortexlab as cl
 
 PACKAGE = str(Path(cl.__file__).parent)
 LENGTHS, MAX_TOKENS = (40, 20, 7), 5
-
 TIGHT = {"num_blocks": 67, "block_size": 1, "watermark": 0.0, "oom_policy": "preempt"}
 MODES = {
     "plain": {"num_blocks": 64},
     "prefix cache, pipelined": {"num_blocks": 64, "prefix_caching": True, "pipeline": True},
     "swap": TIGHT | {"preemption": "swap"},  # both preempt twice in each run
     "preempt": TIGHT | {"prefix_caching": True},
+    "ends": {"num_blocks": 64, "tokenizer": byte_level(), "prefix_caching": True},
 }
 
 
@@ -50,14 +53,50 @@ class Interrupter:
         return self._line
 
 
-def interrupted_run(model, right: dict, options: dict, at: int, again: int | None = None) -> bool:
-    """Run three requests, interrupt them at line ``at`` and, going on, at line ``again``; assert
-    that nothing is lost, told twice or wrong. False when the run has fewer than ``at`` lines.
+def submit(engine: cl.Engine, mode: str, told: list) -> list[cl.Request]:
+    """Submit the requests of a mode; what their consumers are told goes to ``told``. In the mode
+    "ends" they end in all ways, and the fourth draws its tokens.
     """
-    engine = cl.Engine(model, **options)
-    consumed, taken = [], []
     prompts = prompts_of(LENGTHS, 256)
-    requests = [engine.submit(p, MAX_TOKENS, on_token=consumed.append) for p in prompts]
+    if mode != "ends":
+        return [engine.submit(prompt, MAX_TOKENS, on_token=told.append) for prompt in prompts]
+
+    def cancelling(event):
+        told.append(event)
+        if len(first.output_tokens) == 2:
+            engine.cancel(victim.id)
+
+    def failing(request):
+        return 1 / 0 if len(request.output_tokens) == 2 else False
+
+    more = {"on_token": told.append, "ignore_eos": True}
+    first = engine.submit(prompts[0], MAX_TOKENS, **more | {"on_token": cancelling})
+    drawn = {"sampling": {"temperature": 0.8}, "seed": 3, "logprobs": 2}
+    victim = engine.submit(prompts[2], 30, **more)
+    return [
+        first,
+        engine.submit(prompts[1], MAX_TOKENS, stop=failing, **more),
+        victim,
+        engine.submit(prompts[2], MAX_TOKENS, **drawn, **more),
+        engine.submit(prompts[1], 30, timeout_s=12, **more),
+    ]
+
+
+REASONS = {"ends": ["length", "error", "cancelled", "length", "timeout"]}
+
+
+def engine_for(model, mode: str) -> cl.Engine:
+    """An engine whose clock advances by one with each look at it."""
+    return cl.Engine(model, clock=count().__next__, **MODES[mode])
+
+
+def interrupted_run(model, mode: str, right: list, at: int, again: int | None = None) -> bool:
+    """Run the requests of a mode, interrupt them at line ``at`` and, going on, at line ``again``;
+    assert that nothing is lost, told twice or wrong. ``right``: their tokens, as far as they may
+    come. False when the run has fewer than ``at`` lines.
+    """
+    engine, consumed, taken = engine_for(model, mode), [], []
+    requests = submit(engine, mode, consumed)
     happened = []
     for line in (at, again):
         if line is not None:
@@ -73,21 +112,45 @@ def interrupted_run(model, right: dict, options: dict, at: int, again: int | Non
         taken += engine.step()
     else:
         raise AssertionError(f"the engine does not finish, {where}")
-    for request in requests:
-        expected = right[request.prompt, MAX_TOKENS]
-        assert request.output_tokens == expected, where
-        assert len(request.token_times) == MAX_TOKENS and request.error is None, where
-        assert request.finish_reason == "length", where
+    reasons = REASONS.get(mode, ["length"] * 3)
+    for request, tokens, reason in zip(requests, right, reasons, strict=True):
+        # An interrupt within the callback's `cancel` may leave its victim alone.
+        if request.finish_reason != reason:
+            assert (reason, request.finish_reason) == ("cancelled", "length"), where
+        told = request.output_tokens
+        assert told == tokens[: len(told)] and len(request.token_times) == len(told), where
+        assert request.finish_reason != "length" or len(told) == request.max_tokens, where
+        assert (request.error is not None) == (reason == "error"), where
+        assert request.stream is None or request.text == engine.tokenizer.decode(told), where
+        assert len(request.logprobs) in (0, len(told)), where
         for events in (taken, consumed):
             own = [event for event in events if event.request_id == request.id]
-            assert [event.token for event in own] == expected, where
-            assert [event.finish_reason for event in own] == [None] * 4 + ["length"], where
-    assert len(taken) == len(consumed) == MAX_TOKENS * len(prompts), where
+            assert [event.token for event in own if event.token is not None] == told, where
+            ends = [event.finish_reason for event in own]
+            assert ends == [None] * (len(own) - 1) + [request.finish_reason], where
+            assert "".join(event.text or "" for event in own) == request.text, where
+    assert len(taken) == len(consumed), where
     engine.cache.blocks.check()
     assert engine.stats().used_blocks == 0 and not engine.scheduler.running, where
-    later = [engine.submit(prompt, MAX_TOKENS) for prompt in prompts]
+    later = [engine.submit(each.prompt, MAX_TOKENS) for each in requests[:3]]
     ends = Counter(event.finish_reason for event in engine.run())
-    assert ends["length"] == len(prompts), where
-    for request in later:
-        assert request.output_tokens == right[request.prompt, MAX_TOKENS], where
+    assert ends["length"] == 3, where
+    for request, tokens in zip(later, right, strict=False):
+        assert request.output_tokens == tokens[:MAX_TOKENS], where
     return bool(happened)
+
+
+def right_tokens(model, mode: str) -> list[list[int]]:
+    """Tokens of the requests of a mode, each for itself and to its full length."""
+    found = []
+    for request in submit(engine_for(model, mode), mode, []):
+        alone = engine_for(model, mode)
+        alone.clock = lambda: 0.0
+        options = {} if request.chooser.greedy else {"sampling": {"temperature": 0.8}, "seed": 3}
+        again = alone.submit(request.prompt, request.max_tokens, ignore_eos=True, **options)
+        list(alone.run())
+        if request.chooser.greedy:
+            steps = generate_step(mx.array(request.prompt), model, max_tokens=request.max_tokens)
+            assert again.output_tokens == [int(token) for token, _ in steps]
+        found.append(again.output_tokens)
+    return found

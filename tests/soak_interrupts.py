@@ -11,8 +11,7 @@ import random
 import sys
 import time
 
-from conftest import Reference, prompts_of
-from interrupts import LENGTHS, MAX_TOKENS, MODES, interrupted_run
+from interrupts import MODES, interrupted_run, right_tokens
 
 import cortexlab as cl
 
@@ -24,16 +23,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     model, _ = cl.load_model("tiny")
-    reference, rng = Reference(model), random.Random(args.seed)
-    right = {
-        (tuple(prompt), MAX_TOKENS): [token for token, _ in reference.steps(prompt, MAX_TOKENS)]
-        for prompt in prompts_of(LENGTHS, 256)
-    }
-    for mode, options in MODES.items():
+    rng = random.Random(args.seed)
+    for mode in MODES:
+        right = right_tokens(model, mode)
         began, at, failures, runs = time.monotonic(), 1, [], 0
         while True:
             try:
-                if not interrupted_run(model, right, options, at):
+                if not interrupted_run(model, mode, right, at):
                     break
             except AssertionError as error:
                 failures.append(f"line {at}: {error}")
@@ -41,7 +37,7 @@ def main() -> int:
         for _ in range(args.pairs):
             first, second = rng.randrange(1, at), rng.randrange(1, rng.choice([60, 200, 800, at]))
             try:
-                interrupted_run(model, right, options, first, second)
+                interrupted_run(model, mode, right, first, second)
             except AssertionError as error:
                 failures.append(f"lines {first} and {second}: {error}")
         print(

@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import prompts_of
+from conftest import byte_level, prompts_of
 from mlx_lm.generate import generate_step, stream_generate
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import cortexlab as cl
@@ -23,22 +23,6 @@ def byte_fallback(size=256) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def byte_level(template=None) -> PreTrainedTokenizerFast:
-    """Letters, and a BOS token that it puts before every text by itself."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:254]
-    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=template
-    )
 
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -107,7 +91,8 @@ def test_what_a_tokenizer_returns_may_be_a_prompt(tiny):
     right = tuple(tokenizer.encode("Hello"))
     for given in (
         tokenizer("Hello"), tokenizer(["Hello"]), tokenizer("Hello", return_tensors="np"),
-        tokenizer.encode("Hello"), tokenizer.encode("Hello", return_tensors="np")[0],
+        tokenizer.encode("Hello"), tokenizer.encode("Hello", return_tensors="np"),
+        tokenizer.backend_tokenizer.encode("Hello"),
     ):  # fmt: skip
         assert engine.submit(given, 2).prompt == right
     with pytest.raises(cl.BadInput, match="2 texts: submit one at a time"):
@@ -157,6 +142,55 @@ def test_what_raises_in_a_tokenizer_fails_its_request_alone(tiny, tiny_reference
     own = [event for event in events if event.request_id == bad.id]
     assert [event.token for event in own] == [9, 7, None]
     assert own[-1].finish_reason == "error" and engine.stats().used_blocks == 0
+
+
+class Panic(BaseException):
+    """What a library written in Rust raises where it panics."""
+
+    __module__ = "pyo3_runtime"
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize("error", [Panic("index out\nof bounds"), Unspeakable()])
+@pytest.mark.parametrize("where", ["tokenizer", "sampling", "stop", "on_token", "processor"])
+def test_an_error_of_any_kind_fails_its_request_in_one_line(tiny, tiny_reference, where, error):
+    def raising(*_):
+        raise error
+
+    tokenizer, options = None, {}
+    if where == "tokenizer":
+        tokenizer = byte_level()
+        tokenizer.decode = raising
+    else:
+        options = {"logits_processors": [raising]} if where == "processor" else {where: raising}
+    engine = cl.Engine(tiny, num_blocks=64, tokenizer=tokenizer)
+    told = []
+    bad = engine.submit([4, 5], 12, **{"on_token": told.append} | options)
+    list(engine.run())
+    assert bad.finish_reason == "error" and "\n" not in bad.error
+    assert type(error).__name__ in bad.error
+    assert where == "on_token" or told[-1].finish_reason == "error", "its consumer is told"
+    if tokenizer is None:
+        good = engine.submit([1, 2, 3], 12)
+        list(engine.run())
+        assert tiny_reference.check(good)
+
+
+def test_a_message_shows_what_cannot_be_shown(tiny):
+    engine = cl.Engine(tiny, num_blocks=16)
+    for value in (10**5000, type("Mute", (), {"__repr__": lambda self: 1 / 0})()):
+        with pytest.raises(cl.BadInput, match="max_tokens"):
+            engine.submit([1], value)
+
+
+@pytest.mark.parametrize("tokenizer", ["name", b"abc", 3])
+def test_what_is_no_tokenizer_is_refused(tiny, tokenizer):
+    with pytest.raises(cl.BadInput, match="tokenizer must encode and decode"):
+        cl.Engine(tiny, num_blocks=16, tokenizer=tokenizer)
 
 
 def test_tokens_that_a_tokenizer_lacks_do_not_end_the_others(tiny, tiny_reference):
@@ -212,14 +246,20 @@ def test_a_model_whose_logits_are_not_finite_is_refused():
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("pipeline", [False, True])
-@pytest.mark.parametrize("attention", ["auto", "windows", "views"])
-def test_a_request_whose_logits_are_nan_fails_and_leaves_no_nan_to_others(attention, pipeline):
+def model_with_nan(token: int):
+    """A model that makes NaN of a token, which it hardly ever says."""
     model = cl.load_model("tiny")[0]
     for layer, row in ((model.model.embed_tokens, np.nan), (model.lm_head, 0)):
         weight = np.array(layer.weight)
-        weight[250] = row  # NaN where it is read, and hardly ever sampled
+        weight[token] = row
         layer.weight = mx.array(weight)
+    return model
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+@pytest.mark.parametrize("attention", ["auto", "windows", "views"])
+def test_a_request_whose_logits_are_nan_fails_and_leaves_no_nan_to_others(attention, pipeline):
+    model = model_with_nan(250)
 
     def forced(tokens, logits):
         token = [1, 2, 250, 4, 5][len(tokens) - 3]
@@ -249,6 +289,19 @@ def test_a_request_whose_logits_are_nan_fails_and_leaves_no_nan_to_others(attent
         assert request.output_tokens == [int(token) for token, _ in right]
     assert len([event for event in events if event.finish_reason]) == 7
     engine.cache.blocks.check()
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+@pytest.mark.parametrize("steps", range(4))
+def test_a_prefix_before_a_token_of_nan_stays_good_for_others(steps, pipeline):
+    model, prefix = model_with_nan(250), list(range(1, 33))
+    engine = cl.Engine(model, num_blocks=64, block_size=8, prefix_caching=True, pipeline=pipeline)
+    bad = engine.submit([*prefix, 250, 3], 4)
+    for _ in range(steps):
+        engine.step()
+    for prompt in ([*prefix, 5, 6], [*prefix, 7]):
+        assert served(engine, prompt, 4).output_tokens == tokens_of(model, prompt, 4)
+    assert bad.finish_reason == "error"
 
 
 def test_a_processor_that_makes_nan_fails_its_request(tiny, tiny_reference):
@@ -319,6 +372,26 @@ def test_weights_written_in_place_are_noticed_by_forget_prefixes():
     engine.cache.blocks.check()
     engine.forget_prefixes()
     assert engine.stats()["cached_blocks"] == 0 == engine.stats().used_blocks
+
+
+def test_what_old_weights_computed_is_not_shared_after_a_swap():
+    model, prompt = cl.load_model("tiny")[0], list(range(60))
+    engine = cl.Engine(
+        model, block_size=8, num_blocks=30, prefix_caching=True, oom_policy="preempt",
+        preemption="swap", watermark=0.0,
+    )  # fmt: skip
+    requests = [engine.submit([i, *prompt], 60) for i in range(3)]
+    for _ in range(4):
+        engine.step()
+    proj = model.model.layers[0].self_attn.k_proj
+    proj.weight[...] = proj.weight * 1.3
+    mx.eval(proj.weight)
+    engine.forget_prefixes()
+    list(engine.run())
+    assert engine.stats().num_preemptions
+    for request in requests:
+        again = list(request.prompt)
+        assert served(engine, again).output_tokens == tokens_of(model, again)
 
 
 @pytest.mark.parametrize("change", ["quantize", "head"])

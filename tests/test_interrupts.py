@@ -6,44 +6,37 @@ import threading
 
 import pytest
 from conftest import prompts_of
-from interrupts import LENGTHS, MAX_TOKENS, MODES, interrupted_run
+from interrupts import MODES, engine_for, interrupted_run, right_tokens, submit
 
 import cortexlab as cl
 
 STRIDE = 53  # lines between the interrupts of two runs; `soak_engine.py` takes 4
 
 
-@pytest.fixture(scope="module")
-def right(tiny, tiny_reference):
-    """Tokens by prompt and length."""
-    prompts = [tuple(prompt) for prompt in prompts_of(LENGTHS, 256)]
-    return {
-        (prompt, MAX_TOKENS): [token for token, _ in tiny_reference.steps(prompt, MAX_TOKENS)]
-        for prompt in prompts
-    }
+@pytest.fixture(scope="module", params=MODES)
+def mode(request, tiny):
+    """A mode, and the right tokens of its requests."""
+    return request.param, right_tokens(tiny, request.param)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_an_exception_at_any_line_loses_no_event_and_no_block(tiny, right, mode):
+def test_an_exception_at_any_line_loses_no_event_and_no_block(tiny, mode):
     at = 1
-    while interrupted_run(tiny, right, MODES[mode], at):
+    while interrupted_run(tiny, *mode, at):
         at += STRIDE
     assert at > 5000, "a run has that many lines"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_second_exception_while_the_first_is_mended_loses_nothing_either(tiny, right, mode):
+def test_a_second_exception_while_the_first_is_mended_loses_nothing_either(tiny, mode):
     rng = random.Random(7)
     for _ in range(60):
         at, again = rng.randrange(1, 6000), rng.randrange(1, rng.choice([60, 200, 800]))
-        interrupted_run(tiny, right, MODES[mode], at, again)
+        interrupted_run(tiny, *mode, at, again)
 
 
 def test_the_pools_of_the_tight_modes_preempt_twice_in_every_run(tiny):
     for mode in ("swap", "preempt"):
-        engine = cl.Engine(tiny, **MODES[mode])
-        for prompt in prompts_of(LENGTHS, 256):
-            engine.submit(prompt, MAX_TOKENS)
+        engine = engine_for(tiny, mode)
+        submit(engine, mode, [])
         list(engine.run())
         assert engine.stats().num_preemptions >= 2
 

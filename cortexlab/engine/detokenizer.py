@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..errors import BadInput, shown
+
 WINDOW, KEPT = 24, 8  # tokens decoded together, runs of bytes apart; those kept of them
 UNSURE = re.compile("(\ufffd{1,3}|@@)\\Z")  # an end that the next token may change
 BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -127,6 +129,8 @@ def wrapped(tokenizer) -> TokenizerWrapper:
     """
     if isinstance(tokenizer, TokenizerWrapper):
         return tokenizer
+    if not all(callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
+        raise BadInput(f"tokenizer must encode and decode, not {shown(tokenizer)}")
     return TokenizerWrapper(tokenizer, detokenizer_class=lambda _: None)
 
 

@@ -11,12 +11,10 @@ landing waits for its tokens. Pipelined, the next step is launched before one la
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from heapq import heappop, heappush
-from itertools import count, repeat, takewhile
-from operator import attrgetter
+from itertools import count
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,7 +38,6 @@ from .submission import new_request, refusal
 # Tokens copied by relocation and compaction between two steps (the last copy may overshoot):
 # 100 MB of SmolLM2-135M in float32, 0.1 s.
 MAX_MOVED_TOKENS = 2048
-_is_told, _event = attrgetter("is_told"), attrgetter("event")
 
 
 class Engine:
@@ -168,12 +165,10 @@ class Engine:
         """Step until every request has ended, yielding events; those not taken stay queued.
         `CortexLabError` inside a step, as for `step`.
         """
-        outbox = self._output.outbox
-        while self.requests or outbox:
-            if self._steps.is_occupied or not (outbox and outbox[0].is_told):
+        while self.requests or self._output.outbox:
+            if self._steps.is_occupied or not self._output.num_told:
                 self._advance()
-            while outbox and outbox[0].is_told:
-                yield outbox.popleft().event
+            yield from self._output.take()
 
     def step(self) -> list[TokenEvent]:
         """Run one step, if there is one to run, and return the events it delivered (pipelined,
@@ -181,10 +176,8 @@ class Engine:
         callback or another thread: to wait for it could be to wait for ever.
         """
         self._advance()
-        outbox = self._output.outbox
-        num_told = sum(1 for _ in takewhile(_is_told, tuple(outbox)))
-        # In one expression: an exception between two would lose events.
-        return list(map(_event, map(deque.popleft, repeat(outbox, num_told))))
+        taken = self._output.take()
+        return [*taken]  # in no function's call: a signal at its end would lose them
 
     def _advance(self) -> None:
         end_streams_with_thread()
@@ -298,18 +291,25 @@ class Engine:
         return notices
 
     def _doubt(self, request: Generation, flight: Flight, now: float) -> None:
-        """Compute a request whose logits are not finite again, in steps where no row reads slots of
-        another sequence (`windows` does, and NaN times a weight of zero is NaN); there, fail it.
+        """Fail a request whose logits are not finite, if no row of its step read another sequence's
+        slots: NaN times a weight of zero is NaN. Else compute it again in such steps, and with it
+        all that share blocks with it.
         """
-        if request.table is not None:
-            self.cache.wipe(request.table)
-            self.scheduler.restart(request, now)
-        if self._in_flight:
-            self._in_flight[0].dropped.add(request)
-            request.num_pending = 0
+        shared = {*request.table.shared} if request.table is not None else set()
+        doubted = [
+            each for each in self.scheduler.running
+            if each is request or not shared.isdisjoint(each.table.shared)
+        ]  # fmt: skip
+        self.scheduler.forget_prefixes()
+        for each in doubted:
+            self.cache.wipe(each.table)
+        for each in doubted:
+            self.scheduler.restart(each, now)
+            each.is_careful, each.num_pending = True, 0
+            for under_way in (flight, *(self._in_flight or ())[:1]):
+                under_way.dropped.add(each)
         if flight.is_careful:
             self._output.end(request, "error", NOT_FINITE)
-        request.is_careful = True
 
     def _add(self, request: Generation) -> None:
         if self.requests.get(request.id) is request:

@@ -1,7 +1,6 @@
 """The logical layer over the physical one: block tables over an arena, and the copies they owe."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import mlx.core as mx
 
@@ -59,16 +58,12 @@ class KVCache:
             pool.clear()
 
     def wipe(self, table: BlockTable) -> None:
-        """Write zeros into the blocks that no other sequence has computed or reads."""
-        fresh = (b for b in table.shared[table.num_found :] if b.num_holders == 1)
-        extents = [*chain(*(block.extents for block in fresh)), *table.extents]
-        size = self.blocks.block_size
-        slots = Slots([(each.start * size, each.end * size) for each in extents])
-        if slots.count:
-            for layer, (heads, *dims) in enumerate(self.arena.layers):
-                zeros = (mx.zeros((heads, slots.count, dim), self.arena.dtype) for dim in dims)
-                self.arena.write(layer, slots, *zeros)
-            mx.eval(self.arena.arrays())
+        """Write zeros into a table's blocks, shared ones too."""
+        slots = Slots(list(table.runs(0, table.capacity)))
+        for layer, (heads, *dims) in enumerate(self.arena.layers):
+            zeros = (mx.zeros((heads, slots.count, dim), self.arena.dtype) for dim in dims)
+            self.arena.write(layer, slots, *zeros)
+        mx.eval(self.arena.arrays())
 
     def warmup(self) -> None:
         self.arena.warmup()

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from ..errors import BadInput, ModelError, named
+from ..errors import BadInput, ModelError, is_own, named, reason_of
 from ..host.models import model_limits
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Schedule
@@ -56,7 +56,7 @@ class Flight:
         if choice is not None and not choice.finite.item():
             return NOT_FINITE
         if error is None and token >= vocabulary:
-            return f"its sampler returned token {token}, but tokens go up to {vocabulary - 1}"
+            return f"it was given token {token}, but tokens go up to {vocabulary - 1}"
         return error
 
 
@@ -268,8 +268,10 @@ def _choose(flight: Flight, logits: mx.array, before: Flight | None) -> None:
         try:
             choice = chooser(history, logits[i : i + 1], last.state if last else chooser.state)
         except BadInput as error:
-            flight.errors[request] = str(error)
-        except Exception as error:
+            flight.errors[request] = reason_of(error)
+        except BaseException as error:
+            if not is_own(error):
+                raise
             flight.errors[request] = f"its sampler or logits processor raised {named(error)}"
         else:
             flight.choices[request] = choice

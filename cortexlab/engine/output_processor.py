@@ -9,18 +9,22 @@ twice, and nothing is lost.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat, starmap, takewhile
+from operator import attrgetter
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..errors import named
+from ..errors import is_own, named
 from ..scheduler.request import Request, RequestState, TokenEvent
 from .books import Books
 from .detokenizer import TextState, TextStream
 from .sampler import Choice, Chooser
+
+_is_told, _event = attrgetter("is_told"), attrgetter("event")
 
 END_STATES = {
     "stop": RequestState.FINISHED,
@@ -64,9 +68,14 @@ class Notice:
     logprobs: dict[int, float] | None = None
     text: Text | None = None
     event: TokenEvent | None = None
-    calls: list[None] = field(default_factory=lambda: [None])  # of the consumer, to be made
+    is_silent: bool = False  # not for the request's own consumer
     error: str | None = None  # of a function of the user's
     is_told: bool = False
+    call: list[TokenEvent] = field(default_factory=list)  # arguments of the consumer
+    calls: Iterator[list[TokenEvent]] = field(init=False)  # to be made
+
+    def __post_init__(self):
+        self.calls = iter([self.call])
 
     @classmethod
     def of(cls, request: Generation, token: int, choice: Choice | None, now: float) -> "Notice":
@@ -109,9 +118,9 @@ class OutputProcessor:
 
     def end(self, request: Request, reason: str, error: str | None = None, silent=False) -> None:
         """End a request without a token; ``silent``: its consumer is not told."""
-        request.error = error
+        request.error, request.finish_reason = error, reason  # from here on, a repair ends it
+        self.outbox.append(Notice(request, None, reason, is_silent=silent))
         self._end(request, reason)
-        self.outbox.append(Notice(request, None, reason, calls=[] if silent else [None]))
 
     def repair(self, live: Iterable[Generation]) -> None:
         """Book again what an exception kept from the ``live`` requests, and from the outbox."""
@@ -138,14 +147,28 @@ class OutputProcessor:
         if untold and untold[0].request is request and untold[0].token is None:
             self._tell(untold[0])
 
+    @property
+    def num_told(self) -> int:
+        """Notices whose events can be taken."""
+        return sum(1 for _ in takewhile(_is_told, tuple(self.outbox)))
+
+    def take(self) -> Iterator[TokenEvent]:
+        """Events that can be taken, each as it is asked for; written in C, so that no signal comes
+        between taking and giving.
+        """
+        return map(_event, map(deque.popleft, repeat(self.outbox, self.num_told)))
+
     def _tell(self, notice: Notice) -> None:
         if notice.event is None:
             self._form(notice)
-        if notice.calls and notice.request.on_token and not notice.error:
+        if notice.request.on_token and not notice.is_silent:
             try:
-                notice.request.on_token(notice.calls.pop() or notice.event)
-            except Exception as raised:
-                notice.error = f"its token consumer raised {named(raised)}"
+                # Taken and called in C, so that no signal comes between.
+                deque(starmap(notice.request.on_token, notice.calls), maxlen=0)
+            except BaseException as raised:
+                if not is_own(raised):
+                    raise
+                notice.error, notice.is_silent = f"its token consumer raised {named(raised)}", True
         if notice.error or (notice.reason and notice.token is not None):
             self._books.do(partial(self._close, notice))
         notice.is_told = True
@@ -161,17 +184,21 @@ class OutputProcessor:
             function = "stop function"
             if has_token and request.finish_reason is None:
                 notice.reason = _reason(notice)
-        except Exception as raised:
+        except BaseException as raised:
+            if not is_own(raised):
+                raise
             notice.error = f"its {function} raised {named(raised)}"
         shown = notice.text.shown if notice.text and (has_token or notice.text.shown) else None
-        notice.event = TokenEvent(request.id, notice.token, notice.reason, shown, notice.logprobs)
+        event = TokenEvent(request.id, notice.token, notice.reason, shown, notice.logprobs)
+        notice.call[:] = [event]
+        notice.event = event
 
     def _close(self, notice: Notice) -> None:
         """End the request of a told notice, by its last token or by what a function raised."""
         request = notice.request
         if request.finish_reason is None:
             if notice.error:
-                self.end(request, "error", notice.error, silent=True)
+                self.end(request, "error", notice.error, silent=notice.is_silent)
             else:
                 self._end(request, notice.reason)
         elif notice.error and not request.error:

@@ -66,7 +66,8 @@ class Chooser:
         shape = logits.shape
         for processor in self._processors:
             logits = processor(tokens, logits)
-            if not isinstance(logits, mx.array) or logits.shape != shape:
+            is_like = isinstance(logits, mx.array) and logits.shape == shape
+            if not is_like or not mx.issubdtype(logits.dtype, mx.floating):
                 raise BadInput(
                     f"its logits processor must return logits {list(shape)}, not {_kind(logits)}"
                 )

@@ -8,6 +8,7 @@ from ..errors import (
     a_sequence,
     a_text,
     at_least,
+    is_own,
     named,
     seconds,
     shown,
@@ -29,6 +30,10 @@ def new_request(tokenizer, vocabulary: int, prompt, options: RequestOptions, **f
         prompt = _encoded(tokenizer, prompt, options.messages)
     elif isinstance(prompt, Mapping) and "input_ids" in prompt:  # as a tokenizer returns it
         prompt = _only_row(prompt["input_ids"])
+    elif getattr(prompt, "ndim", 1) == 2:
+        prompt = _only_row(prompt)
+    elif hasattr(prompt, "ids"):  # of the library `tokenizers`
+        prompt = prompt.ids
     stops = set(token_ids("stop_token_ids", options.stop_token_ids, vocabulary, in_any_order=True))
     if tokenizer is not None and not options.ignore_eos:
         stops |= set(tokenizer.eos_token_ids)
@@ -67,7 +72,9 @@ def _encoded(tokenizer, prompt: str | None, messages: Sequence[Mapping] | None) 
         bos = tokenizer.bos_token
         add_special_tokens = bos is None or not prompt.startswith(bos)
         return tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-    except Exception as error:
+    except BaseException as error:
+        if not is_own(error):
+            raise
         raise BadInput(f"{what} that its tokenizer cannot encode: {named(error)}") from error
 
 

@@ -301,7 +301,8 @@ class Scheduler:
     def _preempt(self, request: Request, step: Schedule) -> None:
         """Send a request back to the queue, its tokens swapped out where there is room."""
         table, num_tokens = request.table, request.num_computed
-        if self.swap and num_tokens and (out := self.swap.allocate(Need(num_tokens, num_tokens))):
+        kept = num_tokens and not table.is_old  # what is computed again may be shared
+        if self.swap and kept and (out := self.swap.allocate(Need(num_tokens, num_tokens))):
             request.swapped, out.num_tokens = out, num_tokens
             move = Move(table.all_extents, out.extents, num_tokens, way=Way.OUT)
             self.blocks.moves.append(move)
