@@ -11,9 +11,9 @@ import random
 import sys
 import time
 
-from interrupts import MODES, interrupted_run, right_tokens
+import cortexlab as cl  # isort: skip - before MLX
 
-import cortexlab as cl
+from interrupts import MODES, interrupted_run, right_tokens
 
 
 def main() -> int:

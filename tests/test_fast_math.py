@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu
 
-from cortexlab.engine.mlx_lm_hook import attention_over_extents
+from cortexlab.engine.mlx_lm_hook import over_extents
 from cortexlab.host import fast_math
 
 pytestmark = pytest.mark.cpu  # other devices have a fast SwiGLU of their own
@@ -52,10 +52,9 @@ def test_swiglu_of_huge_gates_is_the_gate_or_zero():
 def test_a_step_uses_fast_swiglu_and_mlx_lm_gets_its_own_back(monkeypatch):
     monkeypatch.delenv(fast_math.SWITCH, raising=False)
     gate = mx.array([1.0, -2.0], dtype=mx.bfloat16)
-    with attention_over_extents([llama]):
-        assert llama.swiglu is not swiglu
-        assert mx.array_equal(llama.swiglu(gate, gate), swiglu(gate, gate))  # mlx-lm's in 16 bits
+    used = over_extents([llama], lambda: (llama.swiglu, llama.swiglu(gate, gate)))
+    assert used[0] is not swiglu
+    assert mx.array_equal(used[1], swiglu(gate, gate)), "mlx-lm's own in 16 bits"
     assert llama.swiglu is swiglu
     monkeypatch.setenv(fast_math.SWITCH, "0")
-    with attention_over_extents([llama]):
-        assert llama.swiglu is swiglu
+    assert over_extents([llama], lambda: llama.swiglu) is swiglu

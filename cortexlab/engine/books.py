@@ -1,16 +1,16 @@
 """Who may write an engine's books, and when: one thread at a time, and never half of a change.
 
-*The books* are what scheduler, block tables and requests say. The users' functions and the model
-run while they are closed, so that a callback or another thread may submit, cancel and ask at any
-time. An exception in open books (Ctrl-C comes at any line) leaves them torn: whoever opens them
-next has them rebuilt first.
+*The books* are what scheduler, block tables and requests say. The model and the users' functions
+(but for allocators and the clock) run while they are closed, so that a callback or another thread
+may submit, cancel and ask at any time. An exception in open books (Ctrl-C comes at any line) leaves
+them torn: whoever opens them next has them rebuilt first.
 """
 
 import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from operator import call
+from operator import call as call_it
 
 from ..errors import CortexLabError
 
@@ -41,16 +41,27 @@ class Door:
 
     def enter(self, call: Callable):
         """What ``call`` returns; `Occupied`, and nothing done, while another call is under way."""
-        generator = self._live()
-        try:
-            return generator.send(call)
-        except ValueError as error:
-            if generator.gi_frame is None or str(error) != "generator already executing":
-                raise
-            raise Occupied(
-                "a step is under way: until it is done, neither its callbacks nor another thread "
-                "can call step() or run()"
-            ) from None
+        while True:
+            try:
+                return self._live().send(call)
+            except (ValueError, StopIteration) as error:
+                if error.__traceback__.tb_next is not None:  # raised inside, by the call
+                    raise
+                if isinstance(error, ValueError):
+                    raise Occupied from None
+                # Else an exception in another thread has just ended the generator.
+
+    def wait(self, call: Callable, inside: Callable[[Callable], object] = call_it):
+        """What ``call`` returns, once nobody else is inside; where this thread is, what ``inside``
+        makes of it: a signal handler or a finalizer may come at any time.
+        """
+        while True:
+            try:
+                return self.enter(call)
+            except Occupied:
+                if self.am_inside:
+                    return inside(call)
+                time.sleep(1e-5)
 
     def _live(self) -> Generator:
         """The generator. An exception ends one; all threads agree on the next."""
@@ -81,25 +92,18 @@ class Books:
         self._is_torn = False  # or open
         self._asked: deque[Callable[[], object]] = deque()
 
-    def do(self, change: Callable, inside: Callable = call):
-        """What ``change`` returns, called alone with the books. Raise nothing on purpose in it.
-
-        ``inside`` is called with it instead, where this thread has the books open: a signal handler
-        or a finalizer may come at any time.
-        """
-        while True:
-            try:
-                return self._door.enter(lambda: self._opened(change))
-            except Occupied:
-                if self._door.am_inside:
-                    return inside(change)
-                time.sleep(1e-5)  # never long: neither model nor users' functions run inside
+    def do(self, change: Callable):
+        """What ``change`` returns, called alone with the books. Raise nothing on purpose in it."""
+        result = self._door.wait(lambda: self._opened(change), inside=lambda _: change())
+        if self._asked and not self._door.am_inside:  # after the last look
+            self.do(lambda: None)
+        return result
 
     def ask(self, change: Callable[[], object]) -> None:
         """Have ``change`` made: at once, or, where this thread has the books open, when they close.
         It may be made twice.
         """
-        self.do(change, inside=self._asked.append)
+        self._door.wait(lambda: self._opened(change), inside=lambda _: self._asked.append(change))
 
     def _opened(self, change: Callable):
         if self._is_torn:

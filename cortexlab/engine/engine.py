@@ -27,11 +27,11 @@ from ..scheduler.prefix_cache import block_hashes, filled_blocks
 from ..scheduler.request import Request, RequestState, TokenEvent
 from ..scheduler.scheduler import Scheduler
 from .attention import check_method
-from .books import Books, Door
+from .books import Books, Door, Occupied
 from .detokenizer import wrapped
 from .kv_cache import KVCache
 from .model_runner import NOT_FINITE, Flight, ModelRunner
-from .output_processor import END_STATES, Generation, Notice, OutputProcessor
+from .output_processor import END_STATES, Generation, Notice, OutputProcessor, call_each
 from .records import Done, StepRecord, before_step, serving_stats
 from .submission import new_request, refusal
 
@@ -92,11 +92,11 @@ class Engine:
         self._books, self._steps = Books(self._rebuild), Door()
         self._output = OutputProcessor(self._books, self._end)
         self._weights = runner.weights() if options.prefix_caching else []
-        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._deadlines: list[tuple[float, int, str]] = []  # a heap: when, number, id
         self._in_flight: tuple[Flight, dict] | None = None  # with its record, as far as known
         self._is_stepping = False  # from schedule to landing
         self._is_sound = True  # what the arena holds
-        self._untold: list[StepRecord] = []
+        self._untold: Iterator[StepRecord] = iter(())
         self._numbers = count(1)  # of requests
         self._landed_at = -math.inf
         self._done = Done()
@@ -132,13 +132,13 @@ class Engine:
         return next(name for n in self._numbers if (name := f"request-{n}") not in self.requests)
 
     def cancel(self, request_id: str) -> bool:
-        """End a request now and free its blocks; False when no such request is live."""
+        """End a request now and free its blocks; the next step tells it. False when no such request
+        is live.
+        """
         request = self.requests.get(request_id)
         if request is None or request.finish_reason is not None:
             return False
         self._books.ask(partial(self._cancel, request))
-        if not self._steps.is_occupied:  # else whoever steps tells it
-            self._output.tell_end(request)
         return True
 
     def forget_prefixes(self) -> None:
@@ -165,10 +165,11 @@ class Engine:
         """Step until every request has ended, yielding events; those not taken stay queued.
         `CortexLabError` inside a step, as for `step`.
         """
-        while self.requests or self._output.outbox:
-            if self._steps.is_occupied or not self._output.num_told:
+        out = self._output
+        while self.requests or out.outbox or out.events:
+            if self._steps.is_occupied or not out.events:
                 self._advance()
-            yield from self._output.take()
+            yield from out.take_each()
 
     def step(self) -> list[TokenEvent]:
         """Run one step, if there is one to run, and return the events it delivered (pipelined,
@@ -176,12 +177,17 @@ class Engine:
         callback or another thread: to wait for it could be to wait for ever.
         """
         self._advance()
-        taken = self._output.take()
-        return [*taken]  # in no function's call: a signal at its end would lose them
+        return self._output.take()
 
     def _advance(self) -> None:
         end_streams_with_thread()
-        self._steps.enter(self._turn)
+        try:
+            self._steps.enter(self._turn)
+        except Occupied:
+            raise Occupied(
+                "a step is under way: until it is done, neither its callbacks nor another thread "
+                "can call step() or run()"
+            ) from None
 
     def _turn(self) -> None:
         """One step. If an exception cuts it short, the next one begins with `_rebuild`."""
@@ -218,8 +224,7 @@ class Engine:
     def _tell(self) -> None:
         """Call the users' functions, with closed books."""
         self._output.tell()
-        while self._untold:
-            self._on_step(self._untold.pop(0))
+        call_each(self._on_step, self._untold)
 
     # --- with open books --------------------------------------------------------------------------
 
@@ -258,69 +263,63 @@ class Engine:
     def _book(self, flight: Flight, record: dict, found: Iterable, now: float) -> None:
         if not self._is_stepping:  # rebuilt meanwhile
             return
+        notices, is_sound = self._notices(flight, found, now)
+        self._output.book(notices)
         self._done.num_steps += 1
         self._done.num_prefill_tokens += flight.num_prefill
         self._done.num_decode_tokens += flight.num_decode
-        self._output.book(self._notices(flight, found, now))
         if self._on_step:
             record["started_at"] = max(record["started_at"], self._landed_at)
-            self._untold.append(
-                StepRecord(
-                    ended_at=now, num_prefill_tokens=flight.num_prefill,
-                    num_decode_tokens=flight.num_decode,
-                    copied_bytes=self.cache.arena.copied_bytes, **record,
-                )
+            told = StepRecord(
+                ended_at=now, num_prefill_tokens=flight.num_prefill,
+                num_decode_tokens=flight.num_decode,
+                copied_bytes=self.cache.arena.copied_bytes, **record,
             )  # fmt: skip
+            self._untold = iter([told])
         self._landed_at = now
+        if not is_sound:
+            self._rebuild()
 
-    def _notices(self, flight: Flight, found: Iterable[tuple[int, bool]], now: float) -> list:
-        """Notices of a flight's tokens; requests that can get none are ended."""
-        notices = []
+    def _notices(
+        self, flight: Flight, found: Iterable[tuple[int, bool]], now: float
+    ) -> tuple[list[Notice], bool]:
+        """Notices of a flight's tokens, and whether all logits are finite; requests that can get no
+        token are ended.
+        """
+        notices, is_sound = [], True
         for request, (token, is_finite) in zip(flight.sampling, found, strict=True):
-            if request in flight.dropped:
-                continue
             request.num_pending -= 1
             if request.finish_reason is not None:  # ended while its token was under way
                 continue
+            is_sound &= is_finite
             if not is_finite:
-                self._doubt(request, flight, now)
+                self._doubt(request)
             elif error := flight.error(request, token, self.runner.vocabulary):
                 self._output.end(request, "error", error)
             else:
                 notices.append(Notice.of(request, token, flight.choices.get(request), now))
-        return notices
+        return notices, is_sound
 
-    def _doubt(self, request: Generation, flight: Flight, now: float) -> None:
-        """Fail a request whose logits are not finite, if no row of its step read another sequence's
-        slots: NaN times a weight of zero is NaN. Else compute it again in such steps, and with it
-        all that share blocks with it.
+    def _doubt(self, request: Generation) -> None:
+        """Fail a request whose logits are not finite, if it is careful. Else make it so: its NaN
+        may be another's, since NaN times a weight of zero is NaN.
         """
-        shared = {*request.table.shared} if request.table is not None else set()
-        doubted = [
-            each for each in self.scheduler.running
-            if each is request or not shared.isdisjoint(each.table.shared)
-        ]  # fmt: skip
-        self.scheduler.forget_prefixes()
-        for each in doubted:
-            self.cache.wipe(each.table)
-        for each in doubted:
-            self.scheduler.restart(each, now)
-            each.is_careful, each.num_pending = True, 0
-            for under_way in (flight, *(self._in_flight or ())[:1]):
-                under_way.dropped.add(each)
-        if flight.is_careful:
+        if request.is_careful:
             self._output.end(request, "error", NOT_FINITE)
+        request.is_careful, request.prefix_ids = True, ()
 
     def _add(self, request: Generation) -> None:
         if self.requests.get(request.id) is request:
             return
         request.error = refusal(request, self.requests, self.max_seq_len, self.cache.blocks)
         if request.error is not None:
+            request.finish_reason = "error"
+            self._leave(request)
             return
         self.scheduler.add(request)
         if request.timeout_s is not None:
             due = request.arrived_at + request.timeout_s
-            heappush(self._deadlines, (due, request.number, request))
+            heappush(self._deadlines, (due, request.number, request.id))
         self.requests[request.id] = request
 
     def _cancel(self, request: Generation) -> None:
@@ -345,19 +344,21 @@ class Engine:
         if request.state is not state:
             request.finished_at = self.clock()
             request.enter(state, request.finished_at)
-        self.requests.pop(request.id, None)
+        if self.requests.get(request.id) is request:
+            del self.requests[request.id]
 
     def _end_late(self, now: float) -> None:
         """End requests whose time is over."""
         while self._deadlines and self._deadlines[0][0] <= now:
-            request = self._deadlines[0][2]
-            if self.requests.get(request.id) is request and request.finish_reason is None:
+            _, number, request_id = self._deadlines[0]
+            request = self.requests.get(request_id)
+            if request and request.number == number and request.finish_reason is None:
                 self._output.end(request, "timeout")
             heappop(self._deadlines)
 
     def _notice_weights(self) -> None:
         """Forget prefixes, where a prompt may be admitted that other weights computed."""
-        if self._weights and self.scheduler.admits and not self.runner.has_weights(self._weights):
+        if self._weights and self.scheduler.waiting and not self.runner.has_weights(self._weights):
             self.scheduler.forget_prefixes()
             self._weights = self.runner.weights()
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..allocators import Stats, Strategy, strategy_of
 from ..scheduler.block_manager import BlockManager
-from ..scheduler.block_table import BlockTable, Way, slot_runs
+from ..scheduler.block_table import Way, slot_runs
 from .arena import Arena, LayerShape, Slots
 from .host_arena import HostArena
 
@@ -56,14 +56,6 @@ class KVCache:
         """Start over with empty pools; what the arena holds is void."""
         for pool in filter(None, (self.blocks, self.swap)):
             pool.clear()
-
-    def wipe(self, table: BlockTable) -> None:
-        """Write zeros into a table's blocks, shared ones too."""
-        slots = Slots(list(table.runs(0, table.capacity)))
-        for layer, (heads, *dims) in enumerate(self.arena.layers):
-            zeros = (mx.zeros((heads, slots.count, dim), self.arena.dtype) for dim in dims)
-            self.arena.write(layer, slots, *zeros)
-        mx.eval(self.arena.arrays())
 
     def warmup(self) -> None:
         self.arena.warmup()

@@ -13,7 +13,7 @@ Afterwards, and after an exception, the modules are as they were.
 import contextlib
 import copy
 import sys
-import threading
+from collections.abc import Callable
 from types import ModuleType
 
 import mlx.core as mx
@@ -24,10 +24,11 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from ..errors import ModelError
 from ..host import fast_math
 from .attention import Plan
+from .books import Door
 
 ATTENTION, SWIGLU = "scaled_dot_product_attention", "swiglu"
 INNER = ("language_model", "model", "transformer")  # names of a model's inner model
-_lock = threading.RLock()
+_door = Door()
 
 
 class ArenaArray(mx.array):
@@ -122,10 +123,15 @@ def attention_modules(model: nn.Module) -> list[ModuleType]:
     return [module for name in sorted(names) if hasattr(module := sys.modules[name], ATTENTION)]
 
 
-@contextlib.contextmanager
-def attention_over_extents(modules: list[ModuleType]):
-    """Within it an `ArenaArray` goes to its plan, SwiGLU to `fast_math`; one thread at a time."""
-    with _lock, contextlib.ExitStack() as stack:
+def over_extents(modules: list[ModuleType], call: Callable):
+    """What ``call`` returns: within it an `ArenaArray` goes to its plan, SwiGLU to `fast_math`. One
+    thread at a time.
+    """
+    return _door.wait(lambda: _over_extents(modules, call))
+
+
+def _over_extents(modules: list[ModuleType], call: Callable):
+    with contextlib.ExitStack() as stack:
         for module in modules:
             original = getattr(module, ATTENTION)
             # Restored in any case: an exception may come before the next line.
@@ -134,7 +140,7 @@ def attention_over_extents(modules: list[ModuleType]):
             if fast_math.wanted() and getattr(module, SWIGLU, None) is swiglu:
                 stack.callback(setattr, module, SWIGLU, swiglu)
                 setattr(module, SWIGLU, _swiglu)
-        yield
+        return call()
 
 
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:

@@ -4,6 +4,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from .mlx_lm_hook import (
     WholeCache,
     WindowCache,
     attention_modules,
-    attention_over_extents,
+    over_extents,
     with_last_rows,
 )
 from .sampler import Choice
@@ -47,7 +48,6 @@ class Flight:
     finite: mx.array | None = None  # [len(sampling)]: whether its logits are
     choices: dict[Request, Choice] = field(default_factory=dict)  # other than the largest logit
     errors: dict[Request, str] = field(default_factory=dict)  # why a request could get no token
-    dropped: set[Request] = field(default_factory=set)  # whose tokens are not to be used
     planning_s: float = 0.0  # of the host, for row runs and attention plans
 
     def error(self, request: Request, token: int, vocabulary: int) -> str | None:
@@ -200,8 +200,7 @@ class ModelRunner:
         rows = mx.array(list(ends) or [0])
         # Wrapped anew, so that a module replaced since the last step is used.
         model = with_last_rows(self.model, rows) if self._heads_last_rows else self.model
-        with attention_over_extents(self._modules):
-            logits = model(inputs, cache=self._caches(plan))
+        logits = over_extents(self._modules, partial(model, inputs, cache=self._caches(plan)))
         if not ends:  # only parts of prompts: the head is never evaluated
             return None
         logits = logits.reshape(-1, logits.shape[-1])

@@ -1,9 +1,9 @@
 """From tokens to text and events, and the ends they bring: what a request's owner sees of it.
 
-    step ---- book ----> outbox of notices ---- tell ----> text, the users' functions, an event
+    step ---- book ----> outbox of notices ---- tell ----> text, the users' functions ----> events
               books open                        books closed
 
-A notice stays in the outbox until the engine's caller has its event. Each part of telling it is
+A notice stays in the outbox until all are told. Each part of telling it is
 kept by one assignment, so that telling goes on where an exception stopped it: nothing is told
 twice, and nothing is lost.
 """
@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat, starmap, takewhile
-from operator import attrgetter
+from operator import length_hint
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -23,8 +22,6 @@ from ..scheduler.request import Request, RequestState, TokenEvent
 from .books import Books
 from .detokenizer import TextState, TextStream
 from .sampler import Choice, Chooser
-
-_is_told, _event = attrgetter("is_told"), attrgetter("event")
 
 END_STATES = {
     "stop": RequestState.FINISHED,
@@ -41,7 +38,7 @@ class Generation(Request):
 
     chooser: Chooser | None = None
     stream: TextStream | None = None  # with a tokenizer
-    is_careful: bool = False  # its steps read no slot but their own: see `Engine._book`
+    is_careful: bool = False  # in its steps no row reads another sequence's slots
 
 
 class Text(NamedTuple):
@@ -70,12 +67,11 @@ class Notice:
     event: TokenEvent | None = None
     is_silent: bool = False  # not for the request's own consumer
     error: str | None = None  # of a function of the user's
-    is_told: bool = False
-    call: list[TokenEvent] = field(default_factory=list)  # arguments of the consumer
-    calls: Iterator[list[TokenEvent]] = field(init=False)  # to be made
+    told: list[TokenEvent] = field(default_factory=list)  # what the consumer is called with
+    calls: Iterator[TokenEvent] = field(init=False)  # of it, not made yet
 
     def __post_init__(self):
-        self.calls = iter([self.call])
+        self.calls = iter(self.told)
 
     @classmethod
     def of(cls, request: Generation, token: int, choice: Choice | None, now: float) -> "Notice":
@@ -86,7 +82,7 @@ class Notice:
     def book(self) -> None:
         """Add the token to its request, unless it is there."""
         request = self.request
-        if self.token is None:
+        if self.token is None or len(request.output_tokens) > self.place:
             return
         if request.state is RequestState.PREFILLING:  # not if preempted while it was pending
             request.enter(RequestState.DECODING, self.landed_at)
@@ -106,6 +102,7 @@ class OutputProcessor:
 
     def __init__(self, books: Books, end: Callable[[Request, str], None]):
         self.outbox: deque[Notice] = deque()
+        self.events: list[TokenEvent] = []  # told, not taken
         self._books, self._end = books, end
 
     # --- with open books --------------------------------------------------------------------------
@@ -124,9 +121,10 @@ class OutputProcessor:
 
     def repair(self, live: Iterable[Generation]) -> None:
         """Book again what an exception kept from the ``live`` requests, and from the outbox."""
-        for notice in self.outbox:
+        outbox = tuple(self.outbox)
+        for notice in outbox:
             notice.book()
-        told = {notice.request for notice in self.outbox if notice.token is None}
+        told = {notice.request for notice in outbox if notice.token is None}
         for request in live:
             reason = request.finish_reason  # "stop" and "length" come with the last token
             is_own = END_STATES.get(reason, RequestState.FINISHED) is not RequestState.FINISHED
@@ -137,41 +135,34 @@ class OutputProcessor:
 
     def tell(self) -> None:
         """Call the users' functions for each notice, and end requests with their last token."""
-        while untold := [notice for notice in tuple(self.outbox) if not notice.is_told]:
-            for notice in untold:
-                self._tell(notice)
+        while self.outbox:
+            self._tell(self.outbox[0])
 
-    def tell_end(self, request: Generation) -> None:
-        """Tell a request's end at once, unless there is something to be told before."""
-        untold = [notice for notice in tuple(self.outbox) if not notice.is_told]
-        if untold and untold[0].request is request and untold[0].token is None:
-            self._tell(untold[0])
+    def take(self) -> list[TokenEvent]:
+        """All events that can be taken."""
+        # No call, on one line: neither a signal nor a tracer nor a thread comes between.
+        taken, self.events = self.events, []; return taken  # noqa: E702  # fmt: skip
 
-    @property
-    def num_told(self) -> int:
-        """Notices whose events can be taken."""
-        return sum(1 for _ in takewhile(_is_told, tuple(self.outbox)))
-
-    def take(self) -> Iterator[TokenEvent]:
-        """Events that can be taken, each as it is asked for; written in C, so that no signal comes
-        between taking and giving.
-        """
-        return map(_event, map(deque.popleft, repeat(self.outbox, self.num_told)))
+    def take_each(self) -> Iterator[TokenEvent]:
+        """Events that can be taken, each as it is asked for."""
+        while self.events:
+            event = self.events[0]
+            del self.events[0]; yield event  # noqa: E702  # fmt: skip
 
     def _tell(self, notice: Notice) -> None:
         if notice.event is None:
             self._form(notice)
         if notice.request.on_token and not notice.is_silent:
             try:
-                # Taken and called in C, so that no signal comes between.
-                deque(starmap(notice.request.on_token, notice.calls), maxlen=0)
+                call_each(notice.request.on_token, notice.calls)
             except BaseException as raised:
                 if not is_own(raised):
                     raise
                 notice.error, notice.is_silent = f"its token consumer raised {named(raised)}", True
         if notice.error or (notice.reason and notice.token is not None):
             self._books.do(partial(self._close, notice))
-        notice.is_told = True
+        if self.outbox and self.outbox[0] is notice:
+            self.events += [notice.event]; del self.outbox[0]  # noqa: E702  # fmt: skip
 
     def _form(self, notice: Notice) -> None:
         """Find a notice's text, whether its request ends with it, and its event."""
@@ -183,14 +174,15 @@ class OutputProcessor:
                 request.stream.state, _, request.text, _ = notice.text
             function = "stop function"
             if has_token and request.finish_reason is None:
-                notice.reason = _reason(notice)
+                reason = _reason(notice)
+                notice.reason = reason if request.finish_reason is None else None
         except BaseException as raised:
             if not is_own(raised):
                 raise
             notice.error = f"its {function} raised {named(raised)}"
         shown = notice.text.shown if notice.text and (has_token or notice.text.shown) else None
         event = TokenEvent(request.id, notice.token, notice.reason, shown, notice.logprobs)
-        notice.call[:] = [event]
+        notice.told[:] = [event]
         notice.event = event
 
     def _close(self, notice: Notice) -> None:
@@ -203,8 +195,20 @@ class OutputProcessor:
                 self._end(request, notice.reason)
         elif notice.error and not request.error:
             request.error = notice.error
-        if notice.token is not None and request.finish_reason != notice.reason:
+        told = notice.event.finish_reason
+        if told and request.finish_reason != told:
             notice.event = replace(notice.event, finish_reason=None)
+            for end in self.outbox:  # of which its consumer has been told
+                end.is_silent |= end.request is request
+
+
+def call_each(function: Callable, calls: Iterator) -> None:
+    """Call ``function`` with each of ``calls``, taken in C: no signal comes between taking one and
+    calling.
+    """
+    num_calls = length_hint(calls)
+    if len([*map(function, calls)]) < num_calls:
+        raise RuntimeError("it raised StopIteration")
 
 
 def _text(notice: Notice) -> Text:

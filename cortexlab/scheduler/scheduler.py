@@ -163,11 +163,6 @@ class Scheduler:
             request.table.num_tokens = stop
         return step
 
-    def restart(self, request: Request, now: float) -> None:
-        """Send a running request back to the queue, and keep nothing that it computed."""
-        self._leave(request, keep=False)
-        self._back_to_queue(request, now)
-
     def restart_all(self, requests: Iterable[Request], now: float) -> None:
         """Queue the ``requests`` that have not ended, and no others; the pools were cleared."""
         self.running, self.waiting, self.stalled, self._refused = [], [], {}, None
@@ -287,14 +282,10 @@ class Scheduler:
         else:
             insort(self.waiting, request, key=_queue_order)
 
-    def _leave(
-        self, request: Request, prefix_ids: Sequence[Hashable] = (), keep: bool = True
-    ) -> None:
+    def _leave(self, request: Request, prefix_ids: Sequence[Hashable] = ()) -> None:
         self.running.remove(request)
         self.stalled.pop(request, None)
         request.fills.append(request.table.num_tokens)
-        if not keep:
-            request.table.num_tokens = 0
         self.blocks.free(request.table, prefix_ids)
         request.table = None
 
