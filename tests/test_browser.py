@@ -162,6 +162,8 @@ def run_all(page, address: str, notebooks: Path, name: str) -> list:
     for _ in range(1800):
         page.keyboard.press("Control+s")
         page.wait_for_timeout(300)
+        if not path.read_text(encoding="utf-8"):  # JupyterLab is writing it
+            continue
         cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
         if [cell.execution_count for cell in cells] == shipped and "| Idle" in bar.inner_text():
             return cells

@@ -144,10 +144,12 @@ def test_a_preempted_request_is_admitted_again_by_the_rule_of_the_watermark():
     """
     for watermark, running in [(0.2, "ab"), (0.3, "a")]:
         of = scheduler(watermark=watermark, oom_policy="preempt")
-        for each in (request("a", 3), request("b", 3)):
+        both = request("a", 3), request("b", 3)
+        for each in both:
             of.add(each)
         assert of.blocks.growth == "chain" and admitted(of)[0] == "ab"
-        of.restart_all()
+        of.blocks.clear()
+        of.restart_all(both, now=0.0)
         assert admitted(of)[0] == running
 
 

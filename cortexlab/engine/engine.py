@@ -11,7 +11,7 @@ landing waits for its tokens. Pipelined, the next step is launched before one la
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
@@ -214,12 +214,10 @@ class Engine:
 
     def _land(self, flight: Flight, record: dict) -> None:
         """Wait for a step's tokens, and add them to their requests."""
-        if flight.tokens is None:
+        if flight.found is None:
             mx.eval(self.cache.arena.arrays())
-        found = [
-            array.tolist() if array is not None else [] for array in (flight.tokens, flight.finite)
-        ]
-        self._books.do(partial(self._book, flight, record, zip(*found, strict=True), self.clock()))
+        found = flight.found.tolist() if flight.found is not None else []
+        self._books.do(partial(self._book, flight, record, found, self.clock()))
 
     def _tell(self) -> None:
         """Call the users' functions, with closed books."""
@@ -260,11 +258,10 @@ class Engine:
             launched, self._in_flight = self._in_flight, launched
         return launched
 
-    def _book(self, flight: Flight, record: dict, found: Iterable, now: float) -> None:
+    def _book(self, flight: Flight, record: dict, tokens: list[int], now: float) -> None:
         if not self._is_stepping:  # rebuilt meanwhile
             return
-        notices, is_sound = self._notices(flight, found, now)
-        self._output.book(notices)
+        self._output.book(self._notices(flight, tokens, now))
         self._done.num_steps += 1
         self._done.num_prefill_tokens += flight.num_prefill
         self._done.num_decode_tokens += flight.num_decode
@@ -277,28 +274,23 @@ class Engine:
             )  # fmt: skip
             self._untold = iter([told])
         self._landed_at = now
-        if not is_sound:
+        if min(tokens, default=0) < 0:
             self._rebuild()
 
-    def _notices(
-        self, flight: Flight, found: Iterable[tuple[int, bool]], now: float
-    ) -> tuple[list[Notice], bool]:
-        """Notices of a flight's tokens, and whether all logits are finite; requests that can get no
-        token are ended.
-        """
-        notices, is_sound = [], True
-        for request, (token, is_finite) in zip(flight.sampling, found, strict=True):
+    def _notices(self, flight: Flight, tokens: list[int], now: float) -> list[Notice]:
+        """Notices of a flight's tokens; requests that can get none are ended."""
+        notices = []
+        for request, token in zip(flight.sampling, tokens, strict=True):
             request.num_pending -= 1
             if request.finish_reason is not None:  # ended while its token was under way
                 continue
-            is_sound &= is_finite
-            if not is_finite:
+            if token < 0:
                 self._doubt(request)
             elif error := flight.error(request, token, self.runner.vocabulary):
                 self._output.end(request, "error", error)
             else:
                 notices.append(Notice.of(request, token, flight.choices.get(request), now))
-        return notices, is_sound
+        return notices
 
     def _doubt(self, request: Generation) -> None:
         """Fail a request whose logits are not finite, if it is careful. Else make it so: its NaN

@@ -45,7 +45,7 @@ class Flight:
     num_prefill: int
     is_careful: bool  # no row reads a slot of another sequence
     tokens: mx.array | None = None  # [len(sampling)]
-    finite: mx.array | None = None  # [len(sampling)]: whether its logits are
+    found: mx.array | None = None  # the tokens; -1 where logits are not finite
     choices: dict[Request, Choice] = field(default_factory=dict)  # other than the largest logit
     errors: dict[Request, str] = field(default_factory=dict)  # why a request could get no token
     planning_s: float = 0.0  # of the host, for row runs and attention plans
@@ -114,6 +114,7 @@ class ModelRunner:
             RowRun(chunk.start, chunk.num_rows, list(chunk.request.table.runs(0, chunk.stop)))
             for chunk in chunks
         ]
+        planning_s = time.perf_counter() - started_at
         ends = [last - 1 for _, last in sampled]
         tokens = [
             token for chunk in chunks for token in chunk.request.tokens(chunk.start, chunk.stop)
@@ -128,7 +129,7 @@ class ModelRunner:
         return Flight(
             sampling, pending, rows, ends, inputs, num_decode, lasts[-1] - num_decode,
             any(chunk.request.is_careful for chunk in chunks),
-            planning_s=time.perf_counter() - started_at,
+            planning_s=planning_s,
         )  # fmt: skip
 
     def launch(
@@ -144,7 +145,7 @@ class ModelRunner:
             return
         _choose(flight, logits, before)
         choices = (array for choice in flight.choices.values() for array in choice.arrays())
-        mx.async_eval(flight.tokens, flight.finite, *choices, arena.arrays())
+        mx.async_eval(flight.tokens, flight.found, *choices, arena.arrays())
 
     def plans(self, rows: Sequence[RowRun], arena: Arena, method: str) -> list[Plan]:
         """One plan for all rows, or one a sequence where they cannot be batched."""
@@ -251,7 +252,6 @@ class ModelRunner:
 def _choose(flight: Flight, logits: mx.array, before: Flight | None) -> None:
     """A token for each row of ``[len(flight.sampling), vocabulary]``, or why there is none."""
     flight.tokens = mx.argmax(logits, axis=-1).astype(mx.uint32)
-    flight.finite = _can_choose(logits)
     places, tokens = [], []
     for i, (request, at) in enumerate(zip(flight.sampling, flight.pending, strict=True)):
         chooser = request.chooser
@@ -278,6 +278,7 @@ def _choose(flight: Flight, logits: mx.array, before: Flight | None) -> None:
             tokens.append(choice.token)
     if places:
         flight.tokens[mx.array(places)] = mx.concatenate(tokens)
+    flight.found = mx.where(_can_choose(logits), flight.tokens.astype(mx.int32), -1)
 
 
 def _can_choose(logits: mx.array) -> mx.array:
