@@ -229,10 +229,11 @@ def test_a_block_whose_tokens_have_an_id_only_in_part_is_not_shared():
         assert [request.cached_tokens for request in done.requests] == cached
 
 
-def test_a_scaled_prompt_may_have_more_ids_than_blocks():
+def test_ids_behind_the_end_of_a_scaled_prompt_do_not_count():
     long = WorkItem(0.0, 1025, 3, (0, 1, 2), 512).scaled(0.3)
-    assert (long.prompt_tokens, long.prefix_block, len(long.prefix_ids)) == (308, 154, 3)
-    assert replayed([long], block_size=154, prefix_caching=True).row["completed"] == 1
+    assert (long.prompt_tokens, long.prefix_block, long.prefix_ids) == (308, 154, (0, 1))
+    row = replayed([long, replace(long, arrived_at=100.0)], block_size=154, prefix_caching=True).row
+    assert (row["completed"], row["prefix_hit_rate"]) == (2, 0.5)
 
 
 # --- equal rows on every machine ------------------------------------------------------------------

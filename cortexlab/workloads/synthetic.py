@@ -60,10 +60,15 @@ class WorkItem:
         return max(self.output_tokens, self.max_tokens or 0)
 
     def scaled(self, factor: float, rounded: Callable[[float], int] = math.ceil) -> "WorkItem":
-        """This item with its lengths and prefix block times ``factor``, rounded, at least 1."""
+        """This item with its lengths and prefix block times ``factor``, rounded, at least 1. Ids of
+        blocks that begin behind the new prompt's end are cut off.
+        """
         lengths = (self.prompt_tokens, self.output_tokens, self.prefix_block)
         prompt, output, block = (max(1, rounded(length * factor)) for length in lengths)
-        return replace(self, prompt_tokens=prompt, output_tokens=output, prefix_block=block)
+        ids = self.prefix_ids[: -(-prompt // block)]
+        return replace(
+            self, prompt_tokens=prompt, output_tokens=output, prefix_ids=ids, prefix_block=block
+        )
 
 
 def _lognormal(median: float, sigma: float, low: int, high: int):
