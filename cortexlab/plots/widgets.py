@@ -217,7 +217,7 @@ class Stage:
 def explored(name: str, num_requests: int, request_rate: float, seed: int) -> list[WorkItem]:
     """A workload made at ``request_rate``, or the beginning of a trace with its own arrivals."""
     if name in traces.KNOWN:
-        return traces.load_trace(name, seed)[:num_requests]
+        return traces.load_trace(name, seed, num_requests)
     return make_workload(name, num_requests, seed=seed, request_rate=request_rate)
 
 

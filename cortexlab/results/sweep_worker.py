@@ -199,7 +199,7 @@ def _items(
             request_rate=rate,
             scale_lengths=scale_lengths,
         )
-    items = scale(load_trace(trace, seed)[: num_requests or None], scale_lengths)
+    items = scale(load_trace(trace, seed, num_requests or None), scale_lengths)
     return with_arrivals(items, request_rate, 1.0, seed) if request_rate else items
 
 
