@@ -518,7 +518,7 @@ def test_a_killed_writer_leaves_no_half_result(before, tmp_path):
 
 
 COMMANDS = ["doctor", "bench", "replay", "allocbench", "sweep", "compare", "report"]
-COMMANDS += ["fetch-model", "lab"]
+COMMANDS += ["traces", "fetch-model", "lab"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

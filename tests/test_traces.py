@@ -11,11 +11,12 @@ import time
 
 import pyarrow
 import pytest
-from conftest import real_trace
+from conftest import real_trace, strict
 from test_workload import AZURE, AZURE_ROW, mooncake, refused, saved
 
 from cortexlab import CortexLabError
-from cortexlab.workloads.trace_summary import repeated_prefix_share
+from cortexlab.cli import main as cli
+from cortexlab.workloads.trace_summary import repeated_prefix_share, summary
 from cortexlab.workloads.traces import find_trace, load_trace, read_trace
 
 AZURE_2024 = AZURE + "2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 00:00:01+00:00,1000,4\n"
@@ -293,3 +294,62 @@ BAD = {  # fault -> (content, line, pattern of the message)
 @pytest.mark.parametrize(("content", "line", "said"), BAD.values(), ids=BAD)
 def test_what_cannot_be_read_is_refused_with_its_line_and_a_way_out(content, line, said, tmp_path):
     refused(saved(tmp_path, "t.txt", content), line, said)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """The command line in this process: ``(exit code, stdout, stderr)``, 80 columns wide."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words):
+        capsys.readouterr()
+        return cli.main([*map(str, words)]), *capsys.readouterr()
+
+    return run
+
+
+def test_traces_prints_what_was_understood(run, tmp_path):
+    rows = [
+        request(3000 * n, 600 * (n + 1), ids=[*range(-(-600 * (n + 1) // 512))]) for n in (0, 1)
+    ]
+    path = saved(tmp_path, "m.jsonl", jsonl(*rows, request(6000, output=0)))
+    code, stdout, stderr = run("traces", path, "--json")
+    found = strict(stdout)
+    assert (code, stderr, found) == (0, "", summary(read_trace(path)))
+    assert (found["format"], found["requests"], found["left_out"]) == ("Mooncake", 2, 1)
+    assert (found["spread_s"], found["prefix_block"]) == (3, 512)
+    assert found["repeated_prefix_share"] == 2 / 5
+    assert found["prompt_tokens"] == {"p50": 900, "p90": 1140, "p99": 1194, "max": 1200}
+    code, stdout, _ = run("traces", path)
+    assert code == 0 and max(map(len, stdout.splitlines())) <= 80
+    for part in ("Mooncake", "40.0%", "1,200", "spread", "1 of 3 rows left out"):
+        assert part in stdout
+    assert strict(run("traces", path, "--json", "--requests", "1")[1])["request_rate"] is None
+
+
+def test_traces_without_a_file_lists_names_and_formats(run):
+    code, stdout, _ = run("traces")
+    assert code == 0 and max(map(len, stdout.splitlines())) <= 80
+    for part in ("azure_2023_conv", "mooncake_conversation", "BurstGPT", "Bailian", "Vidur"):
+        assert part in stdout
+    assert len(strict(run("traces", "--json")[1])["known"]) == 2
+
+
+def test_a_replay_says_what_it_did_not_take_as_it_stands(run, tmp_path):
+    path = saved(tmp_path, "b.csv", BURST_GPT + "0,GPT-4,9,0,9,API log\n5,GPT-4,9,8,17,API log\n")
+    words = ("--out", tmp_path / "out", "--name", "r")
+    code, _, stderr = run("replay", "--trace", path, *words)
+    assert (code, stderr) == (
+        0,
+        f"trace {path}: 1 of 2 rows left out (0 prompt or output tokens)\n",
+    )
+    said = json.loads((tmp_path / "out" / "r" / "run.json").read_text())["trace"]
+    assert (said["format"], said["requests"], said["left_out"]) == ("BurstGPT", 1, 1)
+
+
+def test_trace_block_is_for_traces(run, tmp_path):
+    code, _, stderr = run("replay", "--trace-block", "16", "--out", tmp_path)
+    assert code == 2 and "--trace-block needs --trace" in stderr

@@ -94,12 +94,14 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     where, advice = environment(), recommendation(bench)
     document = {"environment": where, "rows": bench.rows, "ratios": bench.ratios}
     text = json.dumps(document, allow_nan=False)
-    _write(target, args, bench, document, advice)
+    _write(target, args, bench, document, advice, make_items.trace)
     code = 0 if bench.held else 1
     return code, text if args.json else _report(args, bench, where, advice, target)
 
 
-def _write(target: Path, args: argparse.Namespace, bench, document: dict, advice: str) -> None:
+def _write(
+    target: Path, args: argparse.Namespace, bench, document: dict, advice: str, trace: dict | None
+) -> None:
     import pandas as pd
 
     from ..results import store
@@ -108,7 +110,7 @@ def _write(target: Path, args: argparse.Namespace, bench, document: dict, advice
     tables = {"rows": pd.DataFrame(bench.rows)}
     tables |= {"requests": bench.requests(), "steps": bench.steps()}
     run = {"command": "bench", "arguments": given_arguments(args)}
-    run |= {"recommendation": advice}
+    run |= {"recommendation": advice, "trace": trace}
     run |= {name: document[name] for name in ("environment", "ratios")}
     with store.written_atomically(target) as folder:
         store.write_tables(folder, run, **tables)

@@ -11,11 +11,11 @@ from importlib import metadata
 from pathlib import Path
 
 from ..errors import BadInput, CortexLabError, ModelError, shown
-from . import allocbench, bench, replay
+from . import allocbench, bench, replay, traces
 from .options import Help, Parser, named_as_options, terminal_width
 
 NOTEBOOKS, EXPERIMENTS = Path("notebooks"), Path("experiments")
-MEASURING = {  # commands with a module of their own
+MODULES = {  # commands with a module of their own
     "bench": (bench, "run a workload on a real model under each strategy and under mlx-lm"),
     "replay": (
         replay,
@@ -26,6 +26,7 @@ MEASURING = {  # commands with a module of their own
         allocbench,
         "what bookkeeping costs: microseconds an operation, by strategy and size of pool",
     ),
+    "traces": (traces, "what a trace file holds, as it is understood; which traces are known"),
 }
 
 
@@ -76,7 +77,7 @@ def build_parser() -> Parser:
     text = "what this machine is, how fast, and what to do where it falls short"
     doctor = command("doctor", run_doctor, text)
     doctor.add_argument("--json", action="store_true", help="one JSON document")
-    for name, (module, text) in MEASURING.items():
+    for name, (module, text) in MODULES.items():
         module.add_arguments(command(name, module.run, text))
     _add_sweep(command)
     _add_results(command)

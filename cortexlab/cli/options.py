@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import get_args
@@ -75,9 +75,10 @@ def add_workload(
     add("--workload", default="chat", help="chat, lognormal, heavy-tail or shared-prefix")
     add(
         "--trace",
-        help="azure_2023_conv, mooncake_conversation, or a .csv or .jsonl file, instead of a "
-        "--workload",
+        help="azure_2023_conv, mooncake_conversation, a file (`cortexlab traces` lists the "
+        "formats), or - for standard input, instead of a --workload",
     )
+    add_trace_options(parser)
     text = "requests per second, inf (all at time 0) or trace (the trace's own times)"
     if trace_rate is None:
         add("--request-rate", type=_rate, default=rate, help=text)
@@ -97,6 +98,16 @@ def add_workload(
         help="multiplies prompt and output lengths, rounded up",
     )
     add("--seed", type=int, default=0, help="seed of lengths, arrivals and tokens")
+
+
+def add_trace_options(parser: argparse.ArgumentParser) -> None:
+    """Options of how a trace is read."""
+    parser.add_argument(
+        "--trace-block",
+        type=int,
+        metavar="N",
+        help="prompt tokens for each hash id of the trace, where its format does not say",
+    )
 
 
 def add_result(parser: argparse.ArgumentParser, command: str) -> None:
@@ -121,15 +132,28 @@ def source_of(args: argparse.Namespace) -> str:
     return f"trace {args.trace}" if args.trace else f"workload {args.workload}"
 
 
-def workload_of(args: argparse.Namespace, requests: int) -> Callable[[int | None], list]:
-    """A function from the model's context to the items; a trace is read at once, and bad arguments
-    are refused before a model is loaded.
+@dataclass(frozen=True)
+class Arriving:
+    """What arrives: a function from the model's context to the items."""
+
+    make: Callable[[int | None], list]
+    trace: dict | None = None  # what ``run.json`` says of the trace
+
+    def __call__(self, context: int | None) -> list:
+        return self.make(context)
+
+
+def workload_of(args: argparse.Namespace, requests: int) -> Arriving:
+    """The workload that the options name; a trace is read at once, and bad arguments are refused
+    before a model is loaded. What was not taken as a trace has it is said on standard error.
     """
     from ..workloads import synthetic, traces
 
     if args.trace is None:
         if args.request_rate == "trace":
             raise BadInput("request_rate trace needs --trace")
+        if args.trace_block is not None:
+            raise BadInput("trace_block needs --trace")
 
         def make(context: int | None) -> list:
             return synthetic.make_workload(
@@ -139,12 +163,14 @@ def workload_of(args: argparse.Namespace, requests: int) -> Callable[[int | None
             )  # fmt: skip
 
         make(None)
-        return make
-    items = traces.load_trace(args.trace, args.seed)[: args.requests]
-    items = synthetic.scale(items, args.scale_lengths)
+        return Arriving(make)
+    trace = traces.read_trace(args.trace, args.seed, args.requests, args.trace_block)
+    if trace.remarks:
+        print(f"trace {trace.name}: {'; '.join(trace.remarks)}", file=sys.stderr)
+    items = synthetic.scale(trace.items, args.scale_lengths)
     if args.request_rate != "trace":
         items = synthetic.with_arrivals(items, args.request_rate, args.burstiness, args.seed)
-    return lambda context: items
+    return Arriving(lambda context: items, trace.described())
 
 
 def strategies_of(text: str, others: tuple[str, ...] = ()) -> list:

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     options = chosen(args, ReplayOptions)
     target = target_of(args)
     step_time = StepTime.load(args.step_time) if args.step_time else reference
-    items = workload_of(args, REPLAY_REQUESTS)(None)
+    arriving = workload_of(args, REPLAY_REQUESTS)
+    items = arriving(None)
     if args.shuffle_lengths:
         if args.prefix_caching:
             raise BadInput(
@@ -90,19 +91,21 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
         )  # fmt: skip
     rows, where = [each.row for each in done], machine()
     text = json.dumps({"environment": where, "rows": rows}, allow_nan=False)
-    _write(target, args, done, where, step_time)
+    _write(target, args, done, where, step_time, arriving.trace)
     code = 1 if any(row["failed"] for row in rows) else 0
     return code, text if args.json else _report(args, rows, len(items), target)
 
 
-def _write(target: Path, args: argparse.Namespace, done, where: dict, step_time) -> None:
+def _write(
+    target: Path, args: argparse.Namespace, done, where: dict, step_time, trace: dict | None
+) -> None:
     from ..replay import tables
     from ..results import store
 
     plots = store.drawing()
     frames = tables(done)
     run = {"command": "replay", "arguments": given_arguments(args), "environment": where}
-    run |= {"step_time": json.loads(step_time.to_json())}
+    run |= {"step_time": json.loads(step_time.to_json()), "trace": trace}
     with store.written_atomically(target) as folder:
         store.write_tables(folder, run, **frames)
         save_figures(folder, plots.replay_figures(frames["rows"], frames["steps"]))
