@@ -14,7 +14,7 @@ FLOORS = (  # from the ground up; folders of one floor do not import each other
     {"errors", "metrics"},
     {"allocators", "host"},
     {"options", "workloads"},
-    {"scheduler"},
+    {"scheduler", "answer"},
     {"engine"},
     {"replay"},
     {"bench"},
