@@ -1,15 +1,17 @@
 """`run_bench`: shares, sums, the baseline mlx-lm, and the recommendation."""
 
+import itertools
 import math
+from collections import defaultdict
 
 import pytest
 from mlx_lm.generate import BatchGenerator
 
-from cortexlab import metrics
+from cortexlab import answer, metrics
 from cortexlab.bench import serve, summary
 from cortexlab.bench.mlx_lm import Difference
 from cortexlab.bench.serve import Setting, run_bench
-from cortexlab.bench.summary import Bench, Run
+from cortexlab.bench.summary import Run
 from cortexlab.options import MLX_LM
 from cortexlab.scheduler.request import Request, RequestState
 from cortexlab.workloads.synthetic import WorkItem, make_workload
@@ -160,42 +162,44 @@ def _run_of(name: str, requests: list[Request], seconds: float) -> Run:
     return Run(strategy=name, requests=requests, started_at=0.0, duration=seconds, steps=[])
 
 
-def _fake(**seconds) -> Bench:
-    """A bench of strategies with given seconds for each repeat, 100 tokens each."""
-    made = Bench()
-    for name, times in seconds.items():
-        for time in times:
-            made.runs.append(
-                _run_of(name, [Request("r", (1,), 100, output_tokens=[0] * 100)], time)
-            )
-        speed = 100 / sorted(times)[len(times) // 2]
-        made.rows.append(
-            {
-                "strategy": name,
-                "output_throughput": speed,
-                "token_share": 0.5 + len(name) / 100,
-                "peak_kv_bytes": 1,
-            }
-        )
-    return made
+def test_strategies_take_turns_in_going_first(tiny):
+    names, items = ["paged", "runs", MLX_LM], [WorkItem(0.0, 5, 2)]
+    order = [run.strategy for run in run_bench(tiny, items, names, repeats=3).runs]
+    assert order == [*names, *names[1:], *names[:1], *names[2:], *names[:2]]
 
 
-def test_the_recommendation_tells_a_lead_from_noise():
-    assert (
-        "Use paged" in (text := summary.recommendation(_fake(paged=[1, 1, 1], static=[2, 2, 2])))
-        and "+100%" in text
-    )
-    noisy = summary.recommendation(_fake(paged=[1, 2, 1], cortexstream=[2, 1, 1.5]))
-    assert (
-        "Use cortexstream" in noisy
-        and "no difference in speed beyond noise" in noisy
-        and "memory decides" in noisy
-    )
-    single = summary.recommendation(_fake(paged=[1], static=[2]))
-    assert (
-        "Fastest in this one run: paged" in single
-        and "One run cannot tell speed from noise" in single
-    )
+def test_a_bench_goes_on_until_it_knows_or_time_is_over(tiny, monkeypatch):
+    items = [WorkItem(0.0, 5, 2)]
+    speeds = {"paged": itertools.cycle([1.0, 1.01]), "runs": itertools.cycle([2.0, 2.01])}
+    monkeypatch.setattr(Run, "throughput", property(lambda run: fixed[id(run)]))
+    fixed = defaultdict(lambda: None)
+    real = serve._Job.engine
+
+    def timed(job, strategy):
+        run = real(job, strategy)
+        fixed[id(run)] = next(speeds[strategy])
+        return run
+
+    monkeypatch.setattr(serve._Job, "engine", timed)
+    bench = run_bench(tiny, items, ["paged", "runs"], repeats="auto")
+    assert [look["repeats"] for look in bench.looks] == [3]
+    assert bench.comparison.between("runs", "paged").faster
+    speeds |= {"runs": itertools.cycle([1.0, 1.3, 0.8])}
+    bench = run_bench(tiny, items, ["paged", "runs"], repeats="auto")
+    assert [look["repeats"] for look in bench.looks] == list(answer.LOOKS)
+    assert sum(look["error"] for look in bench.looks) == pytest.approx(answer.ERROR)
+    bench = run_bench(tiny, items, ["paged", "runs"], repeats="auto", seconds=0)
+    assert bench.looks == [{"repeats": 1, "error": answer.ERROR}]
+    assert "One run cannot tell" in summary.recommendation(bench)
+
+
+def test_the_recommendation_is_of_the_runs_and_of_the_rows(tiny_bench):
+    text = summary.recommendation(tiny_bench)
+    assert text == answer.recommendation(tiny_bench.rows, tiny_bench.comparison)
+    assert tiny_bench.comparison.repeats == 2 and tiny_bench.error == answer.ERROR
+    names = [*tiny_bench.comparison.pooled, MLX_LM]
+    assert sorted(names) == sorted(row["strategy"] for row in tiny_bench.rows)
+    assert all(name in text for name in names)
 
 
 def test_an_interval_needs_two_values():

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from cortexlab.answer import Comparison
 from cortexlab.cli.main import main
 from cortexlab.metrics import COLUMNS
 from cortexlab.plots import SWEEP_WORDS
@@ -131,6 +132,13 @@ def test_a_report_begins_with_the_recommendation_and_names_common_parameters_onc
     assert page.index("Use &lt;paged&gt;.") < page.index("<h2>")
     assert "the same in all rows: block_size 16, pool 60%" in page
     assert "<th>rate</th>" in page and "<th>pool</th>" not in page
+
+
+def test_a_report_shows_the_differences_in_speed_of_all_pairs(tmp_path):
+    found = Comparison({"paged": [10.0, 10.1], "<runs>": [5.0, 5.1]}).as_dict()
+    folder = write_run(tmp_path / "a", [row("paged", 1.0)], {"differences": found})
+    page = report.write(folder).read_text()
+    assert "paged / &lt;runs&gt;" in page and "1.99 [" in page and "faster" in page
 
 
 def test_a_sweeps_report_shows_the_sweep_file(tmp_path):

@@ -12,11 +12,12 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import answer
 from ..allocators import STRATEGIES, Allocator, blamed_on, check_names, strategy_of
 from ..engine.engine import Engine
 from ..engine.model_runner import ModelRunner
 from ..engine.records import StepRecord
-from ..errors import BadInput, at_least, one_of, yes_or_no
+from ..errors import BadInput, a_number, at_least, one_of, yes_or_no
 from ..options import (
     BENCH_BATCH_SIZE,
     BENCHED,
@@ -34,6 +35,7 @@ from .mlx_lm import CacheUse, Difference, run_batch_generator, run_one_by_one
 from .summary import Bench, Run, engine_step, mlx_lm_step, ratios, strategy_row
 
 ALL = (*STRATEGIES, MLX_LM)
+AUTO = "auto"  # repeats until the answer is known
 WARMUP_PROMPT, WARMUP_TOKENS = 32, 4  # tokens of each warm-up request
 
 Strategy = str | Callable[[int], Allocator]
@@ -82,12 +84,14 @@ def run_bench(
     strategies: Sequence[Strategy] = BENCHED,
     setting: Setting = Setting(),
     *,
-    repeats: int = 1,
+    repeats: int | str = 1,
+    seconds: float = answer.SECONDS,
     stop_token_ids: Sequence[int] = (),
     progress: Progress = lambda tokens, strategy: None,
 ) -> Bench:
     """Run every strategy on ``items``, ``repeats`` times in turn, and check every token against the
-    unmodified model.
+    unmodified model. With ``repeats="auto"`` until every two strategies are told apart or equal, as
+    far as `answer.LOOKS` and ``seconds`` allow.
 
     ``progress(tokens, strategy)`` is called with tokens as they come. A request that cannot fit is
     refused by name on standard error and counted; `BadInput` when every one is.
@@ -96,14 +100,18 @@ def run_bench(
         if strategy != MLX_LM and not callable(strategy):
             one_of("strategy", strategy, ALL)
     names = check_names(strategies)
-    repeats = at_least("repeats", repeats, 1)
+    if repeats != AUTO:
+        repeats = at_least("repeats", repeats, 1)
+    seconds = a_number("seconds", seconds, low=0)
     named = dict(zip(names, strategies, strict=True))
     job = _job(ModelRunner(model), items, named, setting, stop_token_ids, progress)
     for strategy in strategies:
         job.warm_up(strategy)
     bench, one_by_one = Bench(), []
-    for _ in range(repeats):
-        for strategy in strategies:
+    for repeat in _until_known(bench, seconds) if repeats == AUTO else range(repeats):
+        # Each in turn goes first, so that a place in the turn is nobody's advantage.
+        first = repeat % len(strategies)
+        for strategy in (*strategies[first:], *strategies[:first]):
             bench.runs.append(job.run(strategy))
             if strategy == MLX_LM and setting.batch_size == 1:
                 one_by_one.append(job.mlx_lm(one_by_one=True))
@@ -116,6 +124,23 @@ def run_bench(
     bench.rows = [strategy_row(bench.of(name), *shared) for name in names]
     bench.ratios = ratios(bench, names)
     return bench
+
+
+def _until_known(bench: Bench, seconds: float) -> Iterator[int]:
+    """Numbers of repeats until ``bench`` knows its answer, ``seconds`` are over, or looks are. Each
+    look is booked in the bench, with the chance of an error that it takes.
+    """
+    started_at, before = time.perf_counter(), 0
+    for repeat in range(answer.LOOKS[-1]):
+        yield repeat
+        done = repeat + 1
+        last = done == answer.LOOKS[-1] or time.perf_counter() - started_at >= seconds
+        if done in answer.LOOKS or last:
+            bench.error = answer.error_of_look(done, before, last)
+            bench.looks.append({"repeats": done, "error": bench.error})
+            if last or bench.comparison.known:
+                return
+            before = done
 
 
 @dataclass(frozen=True, kw_only=True)

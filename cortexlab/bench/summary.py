@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import mlx.nn as nn
 import pandas as pd
 
-from .. import metrics
+from .. import answer, metrics
 from ..engine.records import StepRecord
 from ..options import MLX_LM
 from ..replay.step_time import StepTime
@@ -56,6 +56,15 @@ class Bench:
     runs: list[Run] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
     ratios: list[dict] = field(default_factory=list)
+    looks: list[dict] = field(default_factory=list)  # of a bench that went on until it knew
+    error: float = answer.ERROR  # what its last look left for the comparison
+
+    @property
+    def comparison(self) -> answer.Comparison:
+        """The strategies' speeds, repeat by repeat."""
+        names = dict.fromkeys(run.strategy for run in self.runs)
+        speeds = {name: [run.throughput for run in self.of(name)] for name in names}
+        return answer.Comparison(speeds, self.error)
 
     @property
     def held(self) -> bool:
@@ -293,59 +302,5 @@ def _measures(run: Run) -> dict:
 
 
 def recommendation(bench: Bench) -> str:
-    """One sentence computed from the runs: which strategy, by how much, and whether that is more
-    than noise. Compared repeat by repeat: a lead is one only when it holds in every repeat, and one
-    repeat shows none.
-    """
-    ours = [row for row in bench.rows if row["strategy"] != MLX_LM]
-    if not ours:
-        return "Only mlx-lm was run: name a strategy to compare."
-    speed = {row["strategy"]: [run.throughput for run in bench.of(row["strategy"])] for row in ours}
-    by_speed = sorted(ours, key=lambda row: row["output_throughput"], reverse=True)
-    fastest = by_speed[0]["strategy"]
-    if len(speed[fastest]) == 1:
-        leanest = max(ours, key=lambda row: row["token_share"])
-        return (
-            f"Fastest in this one run: {fastest}, {by_speed[0]['output_throughput']:.1f} output "
-            f"tokens/s; leanest: {leanest['strategy']}, {leanest['token_share']:.0%} of the KV "
-            "memory it ties up is tokens. One run cannot tell speed from noise: add --repeats 3."
-        )
-    tied = [row for row in by_speed if not _ahead(speed[fastest], speed[row["strategy"]])]
-    best = max(tied, key=lambda row: row["token_share"])
-    name = best["strategy"]
-    parts = [
-        f"Use {name}: {best['output_throughput']:.1f} output tokens/s, {best['token_share']:.0%} "
-        "of the KV memory it ties up is tokens"
-    ]
-    if rivals := [row for row in tied if row is not best]:
-        leads = (
-            f"{_lead(speed[name], speed[row['strategy']])} {row['strategy']}" for row in rivals
-        )
-        shares = (f"{row['strategy']} has {row['token_share']:.0%}" for row in rivals)
-        parts.append(
-            f"no difference in speed beyond noise: {', '.join(leads)}, so memory decides: "
-            f"{', '.join(shares)}"
-        )
-    if slower := [row["strategy"] for row in by_speed if row not in tied]:
-        parts.append(f"{_lead(speed[name], speed[slower[0]])} {slower[0]}, the next")
-    if theirs := [run.throughput for run in bench.of(MLX_LM)]:
-        noise = (
-            "" if _ahead(speed[name], theirs) or _ahead(theirs, speed[name]) else ", within noise"
-        )
-        parts.append(f"{_lead(speed[name], theirs)} mlx-lm's own batching{noise}")
-    return "; ".join(parts) + "."
-
-
-def _lead(ours: list[float], theirs: list[float]) -> str:
-    """How much faster, in words: the median of the ratios repeat by repeat, which need not be the
-    ratio of the medians.
-    """
-    ratio = metrics.ratio_summary(ours, theirs)
-    return (
-        f"{ratio['median'] - 1:+.0%} run by run ({ratio['min'] - 1:+.0%} to "
-        f"{ratio['max'] - 1:+.0%}, {ratio['n']} repeats) against"
-    )
-
-
-def _ahead(ours: list[float], theirs: list[float]) -> bool:
-    return len(ours) > 1 and all(a > b for a, b in zip(ours, theirs, strict=True))
+    """The sentence about a bench."""
+    return answer.recommendation(bench.rows, bench.comparison)

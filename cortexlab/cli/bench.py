@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from ..answer import LOOKS, SECONDS, WITHIN
+from ..errors import BadInput, a_number
 from ..options import BENCH_BATCH_SIZE, BENCHED, MLX_LM, EngineOptions
 from .options import (
     DEFAULT_REQUESTS,
@@ -58,16 +60,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         max_seq_len="longest request, and the region of static (default: the longest as a power of "
         "two, at most the model's context)",
     )  # fmt: skip
-    text = "runs of every strategy, in turn; medians and 95 %% intervals are reported"
-    add("--repeats", type=int, default=1, help=text)
+    add(
+        "--repeats",
+        type=_repeats,
+        default=1,
+        help="runs of every strategy, in turn, or auto: until every two are told apart or equal "
+        f"within {WITHIN}, at most {LOOKS[-1]}".replace("%", "%%"),
+    )
+    text = f"after which --repeats auto starts no more of them (default: {SECONDS:g})"
+    add("--seconds", type=float, help=text)
     add_result(parser, "bench")
+
+
+def _repeats(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, not {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> tuple[int, str]:
     default = ",".join(name for name in BENCHED if name != "static" or not args.prefix_caching)
     given = default if args.strategies is None else args.strategies
     strategies = strategies_of(given, others=(MLX_LM,))
-    check_counts(args, block_size=1, batch_size=1, requests=1, repeats=1, seed=0)
+    check_counts(args, block_size=1, batch_size=1, requests=1, seed=0)
+    auto = args.repeats == "auto"
+    if not auto:
+        check_counts(args, repeats=1)
+    if args.seconds is not None:
+        a_number("seconds", args.seconds, low=0)
+        if not auto:
+            raise BadInput("--seconds is for --repeats auto")
     engine = chosen(args, EngineOptions, max_batch_size=args.batch_size)
     del engine["max_seq_len"], engine["prefix_caching"]  # the setting's own
     target = target_of(args)
@@ -85,14 +108,16 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     model, tokenizer = load_model(args.model)
     items = make_items(model_limits(model)[0])
     stops = () if tokenizer is None else tuple(tokenizer.eos_token_ids)
-    total = sum(item.output_tokens for item in items) * args.repeats * len(strategies)
-    with progress_bar(total) as advance:
+    total = sum(item.output_tokens for item in items) * len(strategies)
+    limit = SECONDS if args.seconds is None else args.seconds
+    with progress_bar(None if auto else total * args.repeats) as advance:
         bench = run_bench(
-            model, items, strategies, setting, repeats=args.repeats, stop_token_ids=stops,
-            progress=advance,
+            model, items, strategies, setting, repeats=args.repeats, seconds=limit,
+            stop_token_ids=stops, progress=advance,
         )  # fmt: skip
     where, advice = environment(), recommendation(bench)
     document = {"environment": where, "rows": bench.rows, "ratios": bench.ratios}
+    document["differences"] = bench.comparison.as_dict() | {"looks": bench.looks}
     text = json.dumps(document, allow_nan=False)
     _write(target, args, bench, document, advice, make_items.trace)
     code = 0 if bench.held else 1
@@ -111,7 +136,7 @@ def _write(
     tables |= {"requests": bench.requests(), "steps": bench.steps()}
     run = {"command": "bench", "arguments": given_arguments(args)}
     run |= {"recommendation": advice, "trace": trace}
-    run |= {name: document[name] for name in ("environment", "ratios")}
+    run |= {name: document[name] for name in ("environment", "ratios", "differences")}
     with store.written_atomically(target) as folder:
         store.write_tables(folder, run, **tables)
         if fitted := bench.step_time():
@@ -121,16 +146,19 @@ def _write(
 
 
 def _report(args: argparse.Namespace, bench, where: dict, advice: str, target: Path) -> str:
-    from ..results.console import bench_table
+    from ..results.console import bench_table, difference_table
 
+    repeats = bench.comparison.repeats
     blocks = next((row["num_blocks"] for row in bench.rows if row["num_blocks"]), None)
     pool = f", pool of {blocks} blocks of {args.block_size}" if blocks else ""
     head = (
         f"{args.model} on {where['device']} ({where['blas']}), {source_of(args)}, "
-        f"batch {args.batch_size}{pool}, {args.repeats} repeat{'s' * (args.repeats != 1)}"
+        f"batch {args.batch_size}{pool}, {repeats} repeat{'s' * (repeats != 1)}"
     )
     table = bench_table(bench.rows, terminal_width())
     lines = [filled(head), table, "", filled(advice)]
+    if bench.comparison.differences:
+        lines += ["", difference_table(bench.comparison), ""]
     if refused := max(row["refused"] for row in bench.rows):
         total = refused + len(bench.runs[0].requests)
         lines.append(

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..answer import recommendation
 from ..errors import BadInput, at_least
 from ..options import ReplayOptions
 from ..workloads.synthetic import REPLAY_RATE, REPLAY_REQUESTS
@@ -90,14 +91,21 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
             step_time=step_time, progress=lambda each: advance(1, each.row["strategy"]), **options,
         )  # fmt: skip
     rows, where = [each.row for each in done], machine()
+    advice = recommendation(rows)
     text = json.dumps({"environment": where, "rows": rows}, allow_nan=False)
-    _write(target, args, done, where, step_time, arriving.trace)
+    _write(target, args, done, where, step_time, advice, arriving.trace)
     code = 1 if any(row["failed"] for row in rows) else 0
-    return code, text if args.json else _report(args, rows, len(items), target)
+    return code, text if args.json else _report(args, rows, len(items), advice, target)
 
 
 def _write(
-    target: Path, args: argparse.Namespace, done, where: dict, step_time, trace: dict | None
+    target: Path,
+    args: argparse.Namespace,
+    done,
+    where: dict,
+    step_time,
+    advice: str,
+    trace: dict | None,
 ) -> None:
     from ..replay import tables
     from ..results import store
@@ -105,20 +113,23 @@ def _write(
     plots = store.drawing()
     frames = tables(done)
     run = {"command": "replay", "arguments": given_arguments(args), "environment": where}
-    run |= {"step_time": json.loads(step_time.to_json()), "trace": trace}
+    run |= {"recommendation": advice, "trace": trace}
+    run |= {"step_time": json.loads(step_time.to_json())}
     with store.written_atomically(target) as folder:
         store.write_tables(folder, run, **frames)
         save_figures(folder, plots.replay_figures(frames["rows"], frames["steps"]))
 
 
-def _report(args: argparse.Namespace, rows: list[dict], num_requests: int, target: Path) -> str:
+def _report(
+    args: argparse.Namespace, rows: list[dict], num_requests: int, advice: str, target: Path
+) -> str:
     from ..results.console import replay_table
 
     head = (
         f"{source_of(args)}, {num_requests} requests, at most {args.max_batch_size} at once, pool: "
         f"{args.num_blocks}; times are the virtual clock's"
     )
-    lines = [filled(head), replay_table(rows, terminal_width())]
+    lines = [filled(head), replay_table(rows, terminal_width()), "", filled(advice)]
     for row in rows:
         which = f"{row['strategy']}, blocks of {row['block_size']}"
         if row["refused"]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..answer import Comparison
 from ..metrics import COLUMNS, SHARES, Column
 
 
@@ -53,6 +54,21 @@ def bench_table(rows: Sequence[dict], width: int) -> str:
             | {"same": f"{row['requests_identical'] + row['requests_near_tie']}/{row['completed']}"}
         )
     return _table(BENCH_COLUMNS, shown, width)
+
+
+def difference_table(comparison: Comparison) -> str:
+    """Speed of the fastest strategy over each other one's, and mlx-lm's; all pairs are in
+    ``run.json``. ``log sd``: standard deviation of the logarithms of the ratios, repeat by repeat.
+    """
+    best, level = comparison.pooled[0], f"{100 * (1 - comparison.error):.4g} %"
+    cells = [["output tokens/s", "ratio", level, "log sd", "verdict"]]
+    for name in comparison.speeds:
+        if name != best:
+            each = comparison.between(best, name)
+            ends = f"{each.low:.2f}-{each.high:.2f}"
+            sd = f"{each.sd_log_ratio:.3f}"
+            cells.append([f"{best} / {name}", f"{each.ratio:.2f}", ends, sd, each.verdict])
+    return "\n".join([*lines_of(cells), f"log sd of all together: {comparison.sd_log_ratio:.3f}"])
 
 
 def _table(columns: Sequence[Column], shown: Sequence[dict], width: int) -> str:

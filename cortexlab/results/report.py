@@ -222,6 +222,8 @@ def write(folder: Path) -> Path:
     run, parts = found["run"], []
     if "recommendation" in run:
         parts.append(f"<p><b>{html.escape(run['recommendation'])}</b></p>")
+    if pairs := run.get("differences", {}).get("pairs"):
+        parts.append(_speeds(pairs, run["differences"]["level"]))
     order = [*CAPTIONS]
     for picture in sorted(
         folder.glob("*.png"), key=lambda path: [*order, path.stem].index(path.stem)
@@ -257,6 +259,23 @@ def _machine(run: dict) -> str:
     known = {name: str(value) for name, value in where.items() if value is not None}
     table = pd.Series(known, name="").to_frame().to_html(header=False, border=0)
     return f'<div class="words">{table}</div>'
+
+
+def _speeds(pairs: list[dict], level: float) -> str:
+    """Speeds of all pairs as HTML."""
+    cells = pd.DataFrame(
+        {
+            "output tokens/s": f"{each['strategy']} / {each['against']}",
+            "ratio": f"{each['ratio']:.2f} [{each['low']:.2f}, {each['high']:.2f}]",
+            "sd of its logarithm": f"{each['sd_log_ratio']:.3f}",
+            "verdict": each["verdict"],
+        }
+        for each in pairs
+    ).to_html(index=False, border=0)
+    return (
+        "<h2>Differences in speed</h2><p>Geometric means of ratios repeat by repeat; in brackets "
+        f'intervals that hold together, at {100 * level:.4g} %.</p><div class="wide">{cells}</div>'
+    )
 
 
 def _figures(table: pd.DataFrame) -> str:
