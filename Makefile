@@ -20,12 +20,13 @@ bench: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# the engine's whole matrix and 2,000 requests with every kind of preemption; a million steps an allocator; findings elsewhere
+# the engine's whole matrix and 2,000 requests with every kind of preemption; a million steps an allocator; findings elsewhere; winners among equals
 soak: $(READY)
 	$(BIN)/python tests/soak_engine.py
 	$(BIN)/python tests/soak_interrupts.py
 	$(BIN)/python tests/soak_allocators.py --steps 1000000
 	$(BIN)/python tests/soak_findings.py
+	$(BIN)/python tests/soak_recommendation.py
 
 lab: $(READY)
 	$(BIN)/cortexlab lab $(ARGS)
