@@ -176,7 +176,8 @@ class Comparison:
 
     def repeats_wanted(self) -> int:
         """Repeats after which intervals would be about as narrow as 3 %, by the noise seen."""
-        noise = max(each.sd_log_ratio for each in self.differences if not each.known)
+        own = (each.sd_log_ratio for each in self.differences if not each.known)
+        noise = max(self.sd_log_ratio, *own)
         wanted = float(self.repeats)
         for _ in range(4):
             n = min(max(wanted, 2.0), MOST_REPEATS)
@@ -240,8 +241,8 @@ def recommendation(rows: Sequence[Mapping], comparison: Comparison | None = None
         parts += [f"memory decides, {each}" if len(left) < len(best) else each for each in said]
     if MLX_LM in comparison.speeds:
         parts.append(_ahead(best, MLX_LM, comparison))
-    open_pairs = [each for each in combinations(best, 2) if not comparison.between(*each).known]
-    if open_pairs:
+    judged = best if len(names) > 1 else [*comparison.speeds]
+    if not all(comparison.between(*pair).known for pair in combinations(judged, 2)):
         wanted = comparison.repeats_wanted()
         told = f"about {wanted}" if wanted <= MOST_REPEATS else f"more than {MOST_REPEATS:,}"
         parts.append(f"at this noise {told} repeats would show differences of {WITHIN}")

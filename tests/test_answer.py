@@ -195,6 +195,7 @@ def test_mlx_lm_is_named_apart_and_never_ranked():
     assert told in text
     alike = sentence(exact(paged=1.0, mlx_lm=0.98))
     assert "no difference found from mlx-lm's own batching, which no pool limits (at" in alike
+    assert "repeats would show" in alike and "repeats would show" not in text
     only = recommendation([{"strategy": MLX_LM}], Comparison({MLX_LM: [1.0]}))
     assert only == "Only mlx-lm was run: name a strategy to compare."
 
