@@ -5,7 +5,8 @@ hour on two quiet cores.
 
 Names for one allocator share the work of `bench --model tiny --requests 10 --batch-size 4`. The
 exit code is 1 when more than one bench in eight has a winner among equals, or fewer than four in
-five find the slowed one where the standard deviation of a log ratio is at most .06.
+five find the slowed one where the standard deviation of a log ratio is at most .06. On a machine so
+busy that no bench is that quiet, nothing is said about finding.
 """
 
 import argparse

@@ -96,9 +96,19 @@ def bench(tmp_path_factory):
 def test_with_json_a_bench_prints_one_document_and_no_other_line(bench):
     done, _ = bench
     document = strict(done.stdout)
-    assert set(document) >= {"environment", "rows", "ratios"}
+    assert set(document) >= {"environment", "rows", "ratios", "differences"}
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+def test_a_bench_that_goes_on_until_it_knows_books_its_looks(run, tmp_path):
+    words = ["--repeats", "auto", "--seconds", "0.001", "--out", tmp_path, "--name", "auto"]
+    code, stdout, _ = run("bench", *SMALL, *words, "--strategies", "paged,runs")
+    assert code == 0 and ", 1 repeat\n" in stdout and "One run cannot tell" in stdout
+    made = strict((tmp_path / "auto" / "run.json").read_text())
+    assert made["differences"]["looks"] == [{"repeats": 1, "error": 0.05}]
+    assert made["arguments"]["repeats"] == "auto"
+    assert " ".join(stdout.split()).count(made["recommendation"]) == 1
 
 
 def test_every_row_of_a_bench_has_every_field(bench):
@@ -291,6 +301,8 @@ BAD = [  # words of the command line, and a pattern of the line on standard erro
         for option in ("block-size", "num-blocks", "batch-size", "requests", "repeats")
         for value in ("0", "-1", "many", "1.5")
     ),
+    ("--seconds 3", "--seconds is for --repeats auto"),
+    ("--repeats auto --seconds -1", "seconds.*-1"),
     ("--num-blocks 0%", "num-blocks.*0%"),
     ("--num-blocks=-5%", "num-blocks.*-5%"),
     ("--num-blocks nan%", "num-blocks.*nan%"),

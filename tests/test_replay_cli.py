@@ -68,6 +68,14 @@ def test_a_replay_of_every_strategy_has_a_row_each_and_a_whole_result(run, tmp_p
     assert (requests["first_token_at"] > requests["arrived_at"]).all()
 
 
+def test_a_replay_says_in_one_sentence_which_strategy_is_best(run, tmp_path):
+    words = "--strategies static,paged,runs --num-blocks 60% --name said"
+    code, stdout, _ = run(*SMALL, *words.split())
+    made = json.loads((tmp_path / "out" / "said" / "run.json").read_text())
+    assert code == 0 and made["recommendation"].startswith("Best: runs; mean TTFT in seconds: ")
+    assert made["recommendation"] in " ".join(stdout.split())
+
+
 def test_replays_of_equal_seed_print_equal_rows_but_for_the_wall_time(run):
     words = "--strategies paged,runs --num-blocks 40% --json --name again --overwrite"
     documents = []
