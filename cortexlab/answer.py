@@ -214,11 +214,16 @@ def _logs(speeds: Sequence) -> np.ndarray:
 # --- words ----------------------------------------------------------------------------------------
 
 
-def recommendation(rows: Sequence[Mapping], comparison: Comparison | None = None) -> str:
+def recommendation(
+    rows: Sequence[Mapping],
+    comparison: Comparison | None = None,
+    shares: Comparison | None = None,
+) -> str:
     """One sentence about a bench's rows and its ``comparison``, or about a replay's rows: which
     strategies are best, by how much, and where no difference was found. The first measure with a
     difference decides: speed, then memory; of a replay, requests served in time, or else waiting,
-    then memory, then the pieces that a sequence lies in.
+    then memory, then the pieces that a sequence lies in. ``shares``: token shares of a bench in
+    every repeat, which are weighted by time and so have noise of their own.
     """
     if comparison is None:
         return _of_replay(rows)
@@ -235,9 +240,10 @@ def recommendation(rows: Sequence[Mapping], comparison: Comparison | None = None
     if not comparison.differences:
         parts = ["One run cannot tell speed from noise: --repeats 5 can, or --repeats auto"]
         return "; ".join(parts + _decided(tokens, [memory])[1]) + "."
+    noisy = () if shares is None else [each for each in shares.differences if not each.faster]
     best, parts = _fastest(comparison)
     if len(best) > 1:
-        left, said = _decided({name: tokens[name] for name in best}, [memory])
+        left, said = _decided({name: tokens[name] for name in best}, [memory], noisy)
         parts += [f"memory decides, {each}" if len(left) < len(best) else each for each in said]
     if MLX_LM in comparison.speeds:
         parts.append(_ahead(best, MLX_LM, comparison))
@@ -327,18 +333,25 @@ def _of_replay(rows: Sequence[Mapping]) -> str:
 Aim = tuple[str, Column, Callable]  # words, a column, and which of its values is best
 
 
-def _decided(rows: Mapping[str, Mapping], aims: Iterable[Aim]) -> tuple[list[str], list[str]]:
+def _decided(
+    rows: Mapping[str, Mapping], aims: Iterable[Aim], noisy: Iterable[Difference] = ()
+) -> tuple[list[str], list[str]]:
     """Names that are best by the first of ``aims`` in which rows differ, then by the next, and what
-    is said of each.
+    is said of each. Differences of the pairs in ``noisy`` are none.
     """
     best, parts = [*rows], []
+    same = {frozenset((each.strategy, each.against)) for each in noisy}
     for words, column, choose in aims:
         known = {name: rows[name][column.name] for name in best}
         known = {name: value for name, value in known.items() if value is not None}
         if not known:
             continue
         top = choose(known, key=known.get)
-        alike = [name for name in known if _alike(column, known[name], known[top])]
+        alike = [
+            name
+            for name in known
+            if _alike(column, known[name], known[top]) or frozenset((name, top)) in same
+        ]
         text, others = column.text(known[top]), [name for name in known if name not in alike]
         if not others:
             parts.append(f"{words}: {text}{('', '', ' for both', ' for all')[min(len(alike), 3)]}")

@@ -182,6 +182,14 @@ def test_memory_decides_only_by_a_whole_percent_that_is_printed():
     assert decided in sentence(measured, paged=0.894, runs=0.914)
 
 
+def test_memory_does_not_decide_by_its_noise():
+    measured, rows = exact(paged=1.0, runs=1.0), rows_of(["paged", "runs"], runs=0.94)
+    noisy = Comparison({"paged": [0.9, 0.95, 0.9, 0.9], "runs": [0.94, 0.94, 0.95, 0.9]})
+    quiet = Comparison({"paged": [0.9, 0.901, 0.9, 0.9], "runs": [0.94, 0.94, 0.941, 0.94]})
+    assert "memory decides" not in recommendation(rows, Comparison(measured), noisy)
+    assert "memory decides" in recommendation(rows, Comparison(measured), quiet)
+
+
 def test_a_winner_leads_by_a_percent_that_is_printed():
     assert not Difference("a", "b", 1.02, 1.009, 1.04, 0.01).faster
     assert Difference("a", "b", 1.02, 1.011, 1.04, 0.01).faster

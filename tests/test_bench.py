@@ -195,7 +195,6 @@ def test_a_bench_goes_on_until_it_knows_or_time_is_over(tiny, monkeypatch):
 
 def test_the_recommendation_is_of_the_runs_and_of_the_rows(tiny_bench):
     text = summary.recommendation(tiny_bench)
-    assert text == answer.recommendation(tiny_bench.rows, tiny_bench.comparison)
     assert tiny_bench.comparison.repeats == 2 and tiny_bench.error == answer.ERROR
     names = [*tiny_bench.comparison.pooled, MLX_LM]
     assert sorted(names) == sorted(row["strategy"] for row in tiny_bench.rows)

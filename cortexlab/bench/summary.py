@@ -278,7 +278,6 @@ def _measures(run: Run) -> dict:
     without prompts (median, and its share of all their time).
     """
     timed = [(step["ended_at"] - step["started_at"], step) for step in run.steps]
-    slots = ((s, {name: step[f"{name}_slots"] for name in metrics.SHARES}) for s, step in timed)
     decoding = [
         (seconds, step["host_s"])
         for seconds, step in timed
@@ -291,7 +290,7 @@ def _measures(run: Run) -> dict:
         "request_throughput": len(run.finished) / run.duration,
         "output_throughput": run.throughput,
         **metrics.latency_summary(run.finished),
-        **metrics.shares(slots),
+        **_shares(run),
         **{
             name: metrics.weighted_mean((s, step[name]) for s, step in timed if name in step)
             for name in ("external_fragmentation", "num_holes")
@@ -303,4 +302,16 @@ def _measures(run: Run) -> dict:
 
 def recommendation(bench: Bench) -> str:
     """The sentence about a bench."""
-    return answer.recommendation(bench.rows, bench.comparison)
+    shares = {
+        name: [_shares(run)["token_share"] or 0 for run in bench.of(name)]
+        for name in bench.comparison.pooled
+    }
+    return answer.recommendation(bench.rows, bench.comparison, answer.Comparison(shares))
+
+
+def _shares(run: Run) -> dict:
+    """The four shares of a run, each step weighted by its time."""
+    timed = ((step["ended_at"] - step["started_at"], step) for step in run.steps)
+    return metrics.shares(
+        (s, {name: step[f"{name}_slots"] for name in metrics.SHARES}) for s, step in timed
+    )
