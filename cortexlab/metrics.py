@@ -26,9 +26,14 @@ PREFIX = "param_"  # keeps a swept parameter's column apart from a measured colu
 # --- columns --------------------------------------------------------------------------------------
 
 
+Kind = Literal["double", "int64", "string", "doubles", "extents"]
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a result's rows: its words on pages and axes, and its looks in printed tables."""
+    """A column of a result's tables: its type on disk, its words on pages and axes, and its looks
+    in printed tables.
+    """
 
     name: str
     words: str | None = None  # on a page; None: the page leaves the column out
@@ -40,6 +45,7 @@ class Column:
     scale: float = 1  # stored units in a printed one
     format: Callable[[Any], str] = str  # of the scaled value in a printed table
     drop: int = 0  # rank among what a narrow terminal loses: the largest goes first, 0 never
+    kind: Kind = "double"  # type on disk, also where all values are missing
 
     @property
     def label(self) -> str:
@@ -61,6 +67,7 @@ def _short_seconds(value: float) -> str:
 _timed = partial(Column, clock="run", interval=True)
 _ms = partial(_timed, unit="ms")
 _seconds = partial(_ms, scale=1000, format="{:.2f}".format)  # stored in ms, printed in seconds
+_whole = partial(Column, kind="int64")
 _share = partial(Column, format="{:.1%}".format)
 _weighted = partial(_share, clock="run")  # each step weighted by its duration
 _count = "{:.0f}".format
@@ -77,14 +84,30 @@ def _goodput(ttft: float, tpot: float) -> Column:
     return Column(goodput_name(ttft, tpot), f"{words})", axis=f"{words} a token)")
 
 
-# In the order of a page. Only columns with words, an axis, a heading or a clock are here.
+_WHOLE = (
+    *("num_blocks", "batch_size", "requests", "refused", "completed", "completed_by_last_arrival"),
+    *("failed", "tokens", "total_input_tokens", "total_output_tokens", "cached_tokens"),
+    *("arena_bytes", "requests_identical", "requests_near_tie", "repeats"),
+    *("repeat", "prompt_tokens", "output_tokens"),
+    *("num_running", "num_waiting", "num_prefill_tokens", "num_decode_tokens"),
+    *(f"{name}_slots" for name in (*SHARES, "pool")),
+    *("free_blocks", "used_blocks", "largest_free_run"),
+)
+_REAL = (
+    *("max_gap", "mean_live_tokens", "prefix_hit_tokens_rate", "empty_share"),
+    *("arrived_at", "scheduled_at", "first_token_at", "finished_at"),
+    *("ttft_ms", "tpot_ms", "e2el_ms", "started_at", "ended_at", "host_s"),
+)
+_TEXT = ("tokens_sha256", "request", "state", "finish_reason", "error")
+
+# In the order of a page; columns that are shown nowhere come last.
 COLUMNS = {
     column.name: column
     for column in (
-        Column("strategy", heading="strategy"),
-        Column("block_size", axis="block size (slots)", heading="block"),
+        Column("strategy", heading="strategy", kind="string"),
+        _whole("block_size", axis="block size (slots)", heading="block"),
         Column("request_rate", axis="requests arriving per second"),
-        Column("max_batch_size", axis="requests run at once, at most"),
+        _whole("max_batch_size", axis="requests run at once, at most"),
         _timed("duration"),
         _timed("request_throughput", "requests/s"),
         _timed(
@@ -141,11 +164,11 @@ COLUMNS = {
         ),
         _share("long_extent_share", "tokens in long extents", "share", heading="long"),
         Column("prefix_hit_rate", "prefix hits", "share", heading="hits", format="{:.2%}".format),
-        Column("copied_bytes", "copied", "bytes"),
-        Column("copied_blocks", "copied", "blocks"),
+        _whole("copied_bytes", "copied", "bytes"),
+        _whole("copied_blocks", "copied", "blocks"),
         _share("copied_share", heading="copied", drop=1),
-        Column("peak_blocks", heading="peak", drop=4),
-        Column(
+        _whole("peak_blocks", heading="peak", drop=4),
+        _whole(
             "peak_kv_bytes",
             "peak KV",
             "bytes",
@@ -153,11 +176,18 @@ COLUMNS = {
             scale=1 << 20,
             format=_count,
         ),
-        Column("num_preemptions", "preemptions", heading="preempt", drop=7),
+        _whole("num_preemptions", "preemptions", heading="preempt", drop=7),
         Column("median_host_us", clock="run"),
         Column("host_share", clock="run"),
         Column("seconds", clock="wall", heading="s", format="{:.1f}".format, drop=8),
         Column("point_seconds", clock="wall"),
+        *map(_whole, _WHOLE),
+        *map(Column, _REAL),
+        *(Column(name, kind="string") for name in _TEXT),
+        Column("itl_ms", kind="doubles"),  # of a request: gaps between its tokens
+        Column(
+            "extents", kind="extents"
+        ),  # of a step: [[request number, first block, blocks], ...]
     )
 }
 
@@ -165,6 +195,12 @@ COLUMNS = {
 def column_of(name: str) -> Column | None:
     """The column that ``name`` is, or of whose interval ``name`` is an end."""
     return COLUMNS.get(name.removesuffix("_low").removesuffix("_high"))
+
+
+def kind_of(name: str) -> Kind | None:
+    """The type on disk of a column or of an end of its interval; None for an unknown column."""
+    column = column_of(name)
+    return "double" if column and name != column.name else column and column.kind
 
 
 # --- formulas -------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import strict
+from pyarrow.dataset import dataset
+from pyarrow.parquet import read_schema
 
 from cortexlab import allocators
 from cortexlab.cli import main as cli
@@ -187,6 +189,20 @@ def test_the_default_name_of_a_result_is_the_command_and_the_time(run, tmp_path)
     run(*ONE, "--out", tmp_path)
     (folder,) = tmp_path.iterdir()
     assert pd.to_datetime(folder.name.removeprefix("bench-"), format="%Y%m%dT%H%M%SZ")
+
+
+def test_outputs_of_one_token_print_no_warning_and_are_typed_as_all_others(tmp_path, bench):
+    words = ["--strategies", "paged", "--out", tmp_path, "--name", "one"]
+    done = process("bench", *SMALL[:-1], "0.001", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    for table in ("rows", "requests", "steps"):
+        files = [str(folder / f"{table}.parquet") for folder in (tmp_path / "one", bench[1])]
+        assert dataset(files).to_table().num_rows, "two results are one data set"
+        types = [dict(zip(s.names, s.types, strict=True)) for s in map(read_schema, files)]
+        assert types[0] == {name: types[1][name] for name in types[0]}
+    rows = results.read(tmp_path / "one")["rows"]
+    means = rows.groupby("strategy").mean(numeric_only=True)
+    assert {"mean_tpot_ms", "prefix_hit_rate", "median_itl_ms", "duration_low"} <= set(means)
 
 
 # --- names in use, refusals, a user's own strategies ----------------------------------------------

@@ -9,10 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from pyarrow.parquet import read_schema
 
 from cortexlab.answer import Comparison
 from cortexlab.cli.main import main
-from cortexlab.metrics import COLUMNS
+from cortexlab.metrics import COLUMNS, kind_of
 from cortexlab.plots import SWEEP_WORDS
 from cortexlab.results import report, sweep
 from cortexlab.results import store as results
@@ -186,6 +187,32 @@ def test_a_bench_stores_an_interval_of_each_latency_and_throughput():
     for statistic in ("mean", "median", "p99"):
         expected |= {f"{statistic}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")}
     assert {name for name, column in COLUMNS.items() if column.interval} == expected
+
+
+VALUES = {"double": 0.5, "int64": 1, "string": "x", "doubles": [0.5], "extents": [[1, 2, 3]]}
+
+
+@pytest.mark.parametrize("values", ["missing", "some missing", "whole"])
+def test_a_column_has_one_type_whatever_its_values(values, tmp_path):
+    names = [*COLUMNS, *(f"{name}_low" for name in COLUMNS if COLUMNS[name].interval)]
+    full = {name: VALUES[kind_of(name)] for name in names}
+    if values == "whole":  # numbers, and lists of nothing
+        full |= {name: 1 if kind_of(name) == "double" else full[name] for name in names}
+        full |= {"itl_ms": [], "extents": []}
+    none = dict.fromkeys(names)
+    frame = pd.DataFrame({"missing": [none], "some missing": [none, full], "whole": [full]}[values])
+    results.write_table(tmp_path / "x.parquet", frame)
+    types = read_schema(tmp_path / "x.parquet")
+    assert {name: types.field(name).type for name in names} == {
+        name: results.KINDS[kind_of(name)] for name in names
+    }
+    assert kind_of("duration_high") == "double"
+
+
+def test_a_column_that_the_table_does_not_know_keeps_its_type(tmp_path):
+    frame = pd.DataFrame({"param_seed": [1], "mine": [True], "peak_blocks": ["a few"]})
+    results.write_table(tmp_path / "x.parquet", frame)
+    assert list(results.read_table(tmp_path / "x.parquet").iloc[0]) == [1, True, "a few"]
 
 
 def test_a_column_has_words_for_pages_axes_and_printed_tables():

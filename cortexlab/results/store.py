@@ -8,16 +8,27 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
 
-from ..errors import BadInput, shown
+from ..errors import BadInput, reason_of, shown
+from ..metrics import kind_of
 
 LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, temporary names are longer
+LONGEST_REASON = 160  # characters of what a library says of a damaged file
 TABLES = ("rows", "requests", "steps")
+KINDS = {  # of columns on disk
+    "double": pa.float64(),
+    "int64": pa.int64(),
+    "string": pa.string(),
+    "doubles": pa.list_(pa.float64()),
+    "extents": pa.list_(pa.list_(pa.int64())),
+}
 
 
 def default_name(command: str) -> str:
@@ -125,8 +136,41 @@ def replace_text(target: Path, text: str) -> None:
 def write_tables(folder: Path, run: dict, **tables: pd.DataFrame) -> None:
     """``<name>.parquet`` for each table and ``run.json``."""
     for name, table in tables.items():
-        table.to_parquet(folder / f"{name}.parquet", index=False)
+        write_table(folder / f"{name}.parquet", table)
     write_run(folder, run)
+
+
+def write_table(file: Path, table: pd.DataFrame) -> None:
+    """``table`` as Parquet, each known column of the type that `metrics.COLUMNS` says."""
+    parquet.write_table(_typed(pa.Table.from_pandas(table, preserve_index=False)), file)
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """A written table, its columns of the types that `write_table` gives them; `BadInput` where the
+    file is damaged.
+    """
+    with named_if_damaged(file):
+        return _typed(parquet.read_table(file)).to_pandas()
+
+
+def _typed(table: pa.Table) -> pa.Table:
+    """``table`` with every known column of its type; a column whose values do not fit keeps its
+    own.
+    """
+    for at, name in enumerate(table.column_names):
+        if kind := kind_of(name):
+            with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                table = table.set_column(at, name, table[at].cast(KINDS[kind]))
+    return table
+
+
+@contextmanager
+def named_if_damaged(file: Path) -> Iterator[None]:
+    """Turn what reading ``file`` raises into `BadInput` that names it."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        raise BadInput(f"{file} cannot be read: {reason_of(error)[:LONGEST_REASON]}") from error
 
 
 def write_run(folder: Path, run: dict, allow_nan: bool = False) -> None:

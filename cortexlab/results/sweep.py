@@ -350,7 +350,7 @@ def _keep(folder: Path, point: Point, outcome: Outcome) -> None:
     for old in (_error_of(folder, point), _notebook_of(folder, point, failed=True)):
         old.unlink(missing_ok=True)
     with store.replacing(_rows_of(folder, point)) as part:  # last of all: the point is done now
-        outcome.rows.assign(point_seconds=outcome.seconds).to_parquet(part, index=False)
+        store.write_table(part, outcome.rows.assign(point_seconds=outcome.seconds))
 
 
 def _collect(target: Path, folder: Path, spec: SweepSpec, how: dict, done: list[Point]) -> None:
@@ -362,7 +362,7 @@ def _collect(target: Path, folder: Path, spec: SweepSpec, how: dict, done: list[
     rows = pd.concat(parts, ignore_index=True)
     for name, table in _by_clock(rows).items():
         with store.replacing(target / f"{name}.parquet") as part:
-            table.to_parquet(part, index=False)
+            store.write_table(part, table)
     run = {
         "command": "sweep",
         "arguments": how,
