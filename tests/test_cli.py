@@ -6,9 +6,12 @@ import argparse
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -491,6 +494,149 @@ def test_a_default_of_zero_is_on_the_help_page(command, run):
 
 
 # --- results are written whole or not at all ------------------------------------------------------
+
+
+SHORT = ["replay", "--requests", "30", "--json"]
+
+
+def at_once(*each: list) -> list[tuple[int, str, str]]:
+    """``(exit code, stdout, stderr)`` of commands that run at the same time."""
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "cortexlab"]
+    started = [subprocess.Popen([*command, *map(str, words)], **piped) for words in each]
+    told = [process.communicate(timeout=240) for process in started]
+    return [(process.returncode, *words) for process, words in zip(started, told, strict=True)]
+
+
+def test_of_six_runs_of_one_name_one_wins_and_the_others_are_refused(tmp_path):
+    words = [*SHORT, "--out", tmp_path / "new", "--name", "mine", "--seed"]
+    done = at_once(*([*words, seed] for seed in range(6)))
+    assert sorted(code for code, *_ in done) == [0, 2, 2, 2, 2, 2]
+    for seed, (code, stdout, stderr) in enumerate(done):
+        if code == 2:
+            assert stdout == "" and stderr.count("\n") == 1 and "mine" in stderr
+        else:
+            assert results.read(tmp_path / "new" / "mine")["run"]["arguments"]["seed"] == seed
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["mine"]
+
+
+def test_six_runs_without_a_name_leave_six_whole_results(tmp_path):
+    words = [*SHORT, "--out", tmp_path / "new", "--seed"]
+    done = at_once(*([*words, seed] for seed in range(6)))
+    assert [code for code, *_ in done] == [0] * 6
+    found = [results.read(folder) for folder in (tmp_path / "new").iterdir()]
+    assert sorted(each["run"]["arguments"]["seed"] for each in found) == [*range(6)]
+    assert all({"rows", "requests", "steps"} < set(each) for each in found)
+
+
+def test_default_names_of_one_second_differ(tmp_path, monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, zone):
+            return cls(2026, 1, 2, 3, 4, 5, tzinfo=zone)
+
+    monkeypatch.setattr(results, "datetime", Clock)
+    (tmp_path / "bench-20260102T030405Z").mkdir()
+    with ExitStack() as claims:
+        claimed = [results.claimed(tmp_path, None, command="bench") for _ in range(2)]
+        names = [claims.enter_context(each).name for each in claimed]
+    assert names == ["bench-20260102T030405Z-2", "bench-20260102T030405Z-3"]
+
+
+def test_a_folder_that_another_program_made_in_the_meantime_is_not_replaced(tmp_path):
+    target = tmp_path / "mine"
+    refused = pytest.raises(results.BadInput, match="another program")
+    with refused, results.claimed(tmp_path, "mine"), results.written_atomically(target, False):
+        target.mkdir()
+        (target / "theirs").write_text("precious")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "theirs"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from cortexlab.results import store as results
+with results.claimed(Path(sys.argv[1]), "mine", overwrite=True) as target:
+    with results.written_atomically(target) as folder:
+        (folder / "run.json").write_text("half")
+        print("held", flush=True)
+        time.sleep(120)
+"""
+
+
+def test_a_killed_run_blocks_its_name_no_longer_than_it_lives(run, tmp_path):
+    words = (*SHORT, "--out", tmp_path, "--name", "mine")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        code, stdout, stderr = run(*words)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1) and "another process" in stderr
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert visible(tmp_path) == []
+    assert run(*words)[0] == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"], "the killed run's are left"
+
+
+def test_a_result_that_a_killed_run_had_taken_away_is_put_back(run, tmp_path):
+    (tmp_path / ".mine.old").mkdir()
+    (tmp_path / ".mine.old" / "run.json").write_text("old")
+    code, _, stderr = run(*SHORT, "--out", tmp_path, "--name", "mine")
+    assert code == 2 and "exist already" in stderr
+    assert (tmp_path / "mine" / "run.json").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("out", ["/proc/nope/x", "/proc"])
+def test_an_out_that_even_root_cannot_make_is_refused_before_the_first_step(out, run, monkeypatch):
+    def replay(*_, **__):
+        pytest.fail("a step was made")
+
+    monkeypatch.setattr("cortexlab.replay.replay", replay)
+    code, stdout, stderr = run(*SHORT, "--out", out, "--name", "mine")
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1) and out in stderr
+
+
+def test_a_refusal_after_the_name_is_taken_leaves_no_folder(run, tmp_path):
+    code, *_ = run(*SHORT, "--out", tmp_path / "a" / "b", "--num-blocks", "fifty")
+    assert code == 2 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a\nb", "\udcff"])
+def test_a_name_that_makes_no_result_folder_is_refused_in_one_line(name, run, tmp_path):
+    code, stdout, stderr = run(*SHORT, "--out", tmp_path, "--name", name)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1) and "--name must be" in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [4_000, 60_000], ids=["a table", "a figure"])
+def test_a_full_disk_is_one_line_that_names_the_folder_and_keeps_the_old_result(limit, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text("old")
+    command = [sys.executable, "-m", "cortexlab", "replay", "--requests", "300", "--overwrite"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path), "--name", "mine"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert str(tmp_path / "mine") in done.stderr and "File too large" in done.stderr
+    assert (tmp_path / "mine" / "run.json").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_japanese_name_is_told_where_standard_output_knows_ascii_alone(tmp_path):
+    words = ["replay", "--requests", "30", "--out", tmp_path, "--name", "結果"]
+    done = process(*words, PYTHONIOENCODING="ascii", MPLBACKEND="nonsense")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u7d50\u679c" in done.stdout and visible(tmp_path) == ["結果"]
+    page = process("report", tmp_path / "結果", PYTHONIOENCODING="ascii", MPLBACKEND="nonsense")
+    assert (page.returncode, page.stderr) == (0, "")
 
 
 def visible(folder: Path) -> list[str]:

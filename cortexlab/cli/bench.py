@@ -137,7 +137,7 @@ def _write(
     run = {"command": "bench", "arguments": given_arguments(args)}
     run |= {"recommendation": advice, "trace": trace}
     run |= {name: document[name] for name in ("environment", "ratios", "differences")}
-    with store.written_atomically(target) as folder:
+    with store.written_atomically(target, args.overwrite) as folder:
         store.write_tables(folder, run, **tables)
         if fitted := bench.step_time():
             step_time, quality = fitted

@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     if rest and args.command is not run_lab:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = [option for option in rest if option != "--"]
-    # With --json, nothing but the document goes to standard output.
-    aside = contextlib.redirect_stdout(sys.stderr)
     try:
-        with aside if getattr(args, "json", False) else contextlib.nullcontext():
+        with contextlib.ExitStack() as args.until_end:
+            if getattr(args, "json", False):  # nothing but the document goes to standard output
+                args.until_end.enter_context(contextlib.redirect_stdout(sys.stderr))
             code, text = args.command(args)
         if text:
             print(text)
@@ -200,5 +200,6 @@ def run_lab(args) -> tuple[int, str]:
 
 
 def entry() -> None:
-    """The console script."""
+    """The console script. A letter that standard output cannot show is written as its number."""
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -120,11 +120,11 @@ def add_result(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def target_of(args: argparse.Namespace) -> Path:
-    """The folder that a result goes to."""
+    """The folder that a result goes to, held against other processes until the command ends."""
     from ..results import store
 
-    name = args.name or store.default_name(args.name_of_command)
-    return store.check_target(Path(args.out), name, args.overwrite)
+    claim = store.claimed(Path(args.out), args.name, args.overwrite, args.name_of_command)
+    return args.until_end.enter_context(claim)
 
 
 def source_of(args: argparse.Namespace) -> str:
@@ -233,7 +233,7 @@ def named_as_options(message: str, args: argparse.Namespace) -> str:
 
 def given_arguments(args: argparse.Namespace) -> dict:
     """What a result's ``run.json`` says of the command line."""
-    hidden = ("command", "name_of_command", "rest")
+    hidden = ("command", "name_of_command", "rest", "until_end")
     given = {name: value for name, value in vars(args).items() if name not in hidden}
     return {name: str(value) if value == math.inf else value for name, value in given.items()}
 

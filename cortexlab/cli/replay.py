@@ -115,7 +115,7 @@ def _write(
     run = {"command": "replay", "arguments": given_arguments(args), "environment": where}
     run |= {"recommendation": advice, "trace": trace}
     run |= {"step_time": json.loads(step_time.to_json())}
-    with store.written_atomically(target) as folder:
+    with store.written_atomically(target, args.overwrite) as folder:
         store.write_tables(folder, run, **frames)
         save_figures(folder, plots.replay_figures(frames["rows"], frames["steps"]))
 

@@ -12,7 +12,6 @@ import pandas as pd
 import yaml
 from PIL import Image
 
-from .. import plots
 from ..errors import BadInput, shown
 from ..metrics import COLUMNS, PREFIX, median_interval
 from ..options import as_option
@@ -245,6 +244,7 @@ def _picture(file: Path) -> str:
     """
     data = base64.b64encode(file.read_bytes()).decode()
     caption = html.escape(CAPTIONS.get(file.stem, file.stem))
+    plots = store.loaded_plots()
     with Image.open(file) as image:
         width = min(1.0, image.width / (plots.WIDTH * plots.STYLE["savefig.dpi"]))
     return (

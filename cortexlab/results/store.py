@@ -6,11 +6,14 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
+from typing import IO
+from unicodedata import category
 
 import pandas as pd
 import pyarrow as pa
@@ -31,31 +34,51 @@ KINDS = {  # of columns on disk
 }
 
 
-def default_name(command: str) -> str:
-    """``<command>-<UTC time>``."""
-    return f"{command}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+class InUse(BadInput):
+    """A name that a result has, or that another process is writing."""
+
+
+@contextmanager
+def claimed(
+    out: Path, name: str | None, overwrite: bool = False, command: str = "result"
+) -> Iterator[Path]:
+    """The folder ``out/name`` for a result, held against all other processes until the block ends;
+    `BadInput` before any work is done.
+
+    Without a ``name`` it is ``<command>-<UTC time>``, or with ``-2``, ``-3``, ... behind it where
+    another result of that second has the name.
+    """
+    if name is not None:
+        target = check_target(out, name, overwrite)
+        with alone(target):
+            yield check_target(out, name, overwrite)  # the holder before may have written it
+        return
+    name = f"{command}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    for each in chain([name], (f"{name}-{n}" for n in count(2))):
+        with ExitStack() as claim:
+            try:
+                target = claim.enter_context(claimed(out, each))
+            except InUse:
+                continue
+            yield target
+            return
 
 
 def check_target(out: Path, name: str, overwrite: bool = False) -> Path:
-    """The folder ``out/name``, or `BadInput` before any work is done: a bad name, one in use, a
-    place that cannot be written.
-    """
-    if not name or name in (".", "..") or "/" in name:
-        raise BadInput(f"name must be a plain folder name, not {shown(name)}")
+    """The folder ``out/name``, or `BadInput` for a bad name, or one that a result has."""
+    wrong = any(letter == "/" or category(letter) in ("Cc", "Cs") for letter in name)
+    if not name or name.startswith(".") or wrong:
+        raise BadInput(f"name must be a plain folder name without a dot first, not {shown(name)}")
     if len(name.encode()) > LONGEST_NAME:
         raise BadInput(f"name must have at most {LONGEST_NAME} bytes, not {len(name.encode())}")
     target = Path(out) / name
-    if target.exists() and not overwrite:
-        raise BadInput(f"results {target} exist already: choose another name, or overwrite=True")
-    if target.exists() and not target.is_dir():
-        raise BadInput(
-            f"{target} is not a folder, so results cannot replace it: choose another name"
-        )
-    parent = Path(out)
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadInput(f"results folder {out} cannot be written: choose another folder")
+    if os.path.lexists(target):
+        if not overwrite:
+            raise InUse(f"results {target} exist already: choose another name, or overwrite=True")
+        if target.is_symlink() or not target.is_dir():
+            raise BadInput(
+                f"{target} is not a folder, so results cannot replace it: choose another name"
+            )
     return target
 
 
@@ -65,53 +88,109 @@ def named_if_unwritable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(f"results folder {folder} cannot be written: {error.strerror}") from error
+        reason = error.strerror or reason_of(error)
+        raise BadInput(f"results folder {folder} cannot be written: {reason}") from error
 
 
 @contextmanager
-def written_atomically(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its place when the block ends well, and is
-    removed when it does not.
+def alone(target: Path) -> Iterator[None]:
+    """The only process that writes the result ``target``; `InUse` where another one does.
 
-    A killed run leaves at most folders named ``.<name>-…``, never a half-written result. A run
-    killed between taking the old result away and putting the new one in its place leaves both,
-    whole, under such names.
+    The claim is a lock on a file beside ``target``, so it dies with its process. An old result that
+    a killed process had just taken away is put back. Folders made for the lock are removed again
+    where nothing was written.
     """
-    with named_if_unwritable(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    missing = [folder for folder in target.parents if not os.path.exists(folder)]
     try:
-        folder.chmod(0o755)
-        yield folder
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            os.replace(target, old)
-            try:
-                os.replace(folder, target)
-            except OSError:
-                os.replace(old, target)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(folder, target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        with _locked(_beside(target, "lock"), target):
+            old = _beside(target, "old")
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            yield
+    finally:
+        with suppress(OSError):  # not there, or not empty
+            for folder in missing:
+                folder.rmdir()
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """An exclusive lock on ``folder``, released when the process dies; `BadInput` where another
-    process has it.
+def _locked(path: Path, target: Path) -> Iterator[None]:
+    """An exclusive lock on the file ``path``, which is removed before the lock is released."""
+    while True:
+        with named_if_unwritable(target.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InUse(
+                    f"another process is writing to {target}: wait for it, or choose another name"
+                ) from error
+            except OSError as error:
+                raise BadInput(
+                    f"results folder {target.parent} cannot be locked: {error.strerror}"
+                ) from error
+            if not _is_file_at(path, file):  # its holder removed it before it let go
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_file_at(path: Path, file: IO) -> bool:
+    """Whether ``path`` still names the open ``file``."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _beside(target: Path, what: str) -> Path:
+    """A hidden neighbour of ``target``."""
+    return target.with_name(f".{target.name}.{what}")
+
+
+@contextmanager
+def written_atomically(target: Path, overwrite: bool = True) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its place when the block ends well, and is removed
+    when it does not. For the holder of the claim on ``target`` (`claimed`, `alone`).
+
+    An old result stays whole until the new one is. A killed run leaves at most hidden folders,
+    ``.<name>.new`` and ``.<name>.old``, which the next run of that name clears up.
     """
-    with (folder / ".lock").open("w") as file:
+    new, old = _beside(target, "new"), _beside(target, "old")
+    with named_if_unwritable(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadInput(
-                f"another process is writing to {folder}: wait for it, or choose another name"
-            ) from error
-        yield
+            if new.exists():
+                shutil.rmtree(new)
+            new.mkdir()
+            yield new
+            if not target.exists():
+                os.rename(new, target)
+            elif overwrite:
+                _exchange(new, target, old)
+            else:
+                raise InUse(f"results {target} were made by another program in the meantime")
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+
+
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    """Put ``new`` in the place of ``target``, and ``target`` away."""
+    if old.exists():
+        shutil.rmtree(old)
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -120,11 +199,12 @@ def replacing(target: Path) -> Iterator[Path]:
     well.
     """
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with named_if_unwritable(target.parent):
+        try:
+            yield part
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def replace_text(target: Path, text: str) -> None:
@@ -181,12 +261,27 @@ def write_run(folder: Path, run: dict, allow_nan: bool = False) -> None:
 
 def drawing():
     """`cortexlab.plots` in its own style, for files: no window opens. Loads Matplotlib."""
+    plots = loaded_plots()
     import matplotlib
 
     matplotlib.use("Agg")
+    plots.use_style()
+    return plots
+
+
+def loaded_plots():
+    """`cortexlab.plots`, also where ``MPLBACKEND`` names no backend, which is then ignored."""
+    given, is_new = os.environ.pop("MPLBACKEND", None), "matplotlib" not in sys.modules
+    try:
+        import matplotlib  # which a wrong name stops
+    finally:
+        if given is not None:
+            os.environ["MPLBACKEND"] = given
+    if given and is_new:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = given
     from .. import plots
 
-    plots.use_style()
     return plots
 
 

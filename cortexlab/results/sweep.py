@@ -77,11 +77,10 @@ def run(
     spec = SweepSpec.load(file)
     work = spec.work()
     grid = named(spec, work)
-    target = store.check_target(out, name or file.stem, overwrite=True)
-    folder, how = target / "points", {"jobs": jobs, "dask": dask}
-    with store.named_if_unwritable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with store.alone(target):
+    with store.claimed(out, name or file.stem, overwrite=True) as target:
+        folder, how = target / "points", {"jobs": jobs, "dask": dask}
+        with store.named_if_unwritable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         num_before = len(_done(folder, grid))
         _run_missing(folder, work, grid, retry, how)
         done = _done(folder, grid)
