@@ -174,6 +174,69 @@ def test_results_whose_rows_differ_in_parameters_cannot_be_compared(runs, tmp_pa
     assert "param_rate" in capsys.readouterr().err
 
 
+@pytest.fixture
+def nested(runs, tmp_path, monkeypatch):
+    """A working directory beside the results."""
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", ["..", "../.hid/x", "../link", "../notebooks/.."])
+def test_results_are_found_by_any_path_to_their_folder(folder, nested):
+    (nested / ".hid").mkdir()
+    (nested / ".hid" / "x").symlink_to(nested)
+    (nested / "link").symlink_to(nested)
+    rows = results.read_rows(folder)
+    assert list(rows["run"]) == ["a", "a", "b", "b"], "a link is no second result"
+    assert list(results.read_rows(nested / ".hid" / "x")["run"]) == list(rows["run"])
+
+
+def test_a_linked_result_is_read_and_a_hidden_one_is_not(runs, tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "linked").symlink_to(runs[0])
+    write_run(tmp_path / "all" / ".hidden" / "c", [row("runs", 1.0)])
+    assert set(results.read_rows(tmp_path / "all")["run"]) == {"linked"}
+
+
+DAMAGED = ["run.json", "rows.parquet", "steps.parquet"]
+
+
+@pytest.mark.parametrize("rest", [b"", b"half"], ids=["empty", "truncated"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_result_is_left_out_and_named(name, rest, runs, tmp_path, capsys):
+    (tmp_path / "foreign").mkdir()  # of another program
+    (tmp_path / "foreign" / "run.json").write_text("{")
+    (runs[0] / "steps.parquet").write_bytes((runs[0] / "rows.parquet").read_bytes())
+    damaged = runs[0] / name
+    damaged.write_bytes(damaged.read_bytes()[:50] if rest else b"")
+    with pytest.warns(UserWarning) as told:
+        rows = results.read_rows(tmp_path)
+    assert set(rows["run"]) == {"b"}
+    assert len(told) == 1 and str(damaged) in str(told[0].message)
+    with pytest.raises(results.BadInput, match=name):
+        results.read(runs[0])
+    for words in (["report", "a"], ["compare", "a", "b"]):
+        assert main([*words, "--out", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(damaged) in line
+
+
+def test_a_damaged_figure_is_named(runs, tmp_path, capsys):
+    (runs[0] / "._memory.png").write_bytes(b"what macOS leaves beside")
+    assert main(["report", "a", "--out", str(tmp_path)]) == 0
+    (runs[0] / "memory.png").write_bytes(b"half")
+    assert main(["report", "a", "--out", str(tmp_path)]) == 2
+    assert str(runs[0] / "memory.png") in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_one_line(runs, tmp_path, capsys):
+    (runs[0] / "report.html").mkdir()
+    assert main(["report", "a", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(runs[0]) in line
+
+
 def test_a_missing_folder_has_no_rows_to_read(tmp_path):
     with pytest.raises(results.BadInput, match="no result"):
         results.read_rows(tmp_path / "a" / "nothing")
@@ -213,6 +276,15 @@ def test_a_column_that_the_table_does_not_know_keeps_its_type(tmp_path):
     frame = pd.DataFrame({"param_seed": [1], "mine": [True], "peak_blocks": ["a few"]})
     results.write_table(tmp_path / "x.parquet", frame)
     assert list(results.read_table(tmp_path / "x.parquet").iloc[0]) == [1, True, "a few"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_results_of_an_older_form_are_read_with_the_same_types(tmp_path):
+    write_run(tmp_path / "a", [row("paged", 1.0, prefix_hit_rate=None, cached_tokens=None)])
+    write_run(tmp_path / "b", [row("paged", 1.0, prefix_hit_rate=0.5, cached_tokens=3)])
+    rows = results.read_rows(tmp_path)
+    assert rows.groupby("strategy").mean(numeric_only=True)["prefix_hit_rate"].item() == 0.5
+    assert rows["cached_tokens"].dtype == "float64"
 
 
 def test_a_column_has_words_for_pages_axes_and_printed_tables():

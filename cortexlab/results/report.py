@@ -225,7 +225,7 @@ def write(folder: Path) -> Path:
         parts.append(_speeds(pairs, run["differences"]["level"]))
     order = [*CAPTIONS]
     for picture in sorted(
-        folder.glob("*.png"), key=lambda path: [*order, path.stem].index(path.stem)
+        folder.glob("[!.]*.png"), key=lambda path: [*order, path.stem].index(path.stem)
     ):
         parts.append(_picture(picture))
     if "rows" in found:
@@ -244,9 +244,10 @@ def _picture(file: Path) -> str:
     """
     data = base64.b64encode(file.read_bytes()).decode()
     caption = html.escape(CAPTIONS.get(file.stem, file.stem))
+    with store.named_if_damaged(file), Image.open(file) as image:
+        pixels = image.width
     plots = store.loaded_plots()
-    with Image.open(file) as image:
-        width = min(1.0, image.width / (plots.WIDTH * plots.STYLE["savefig.dpi"]))
+    width = min(1.0, pixels / (plots.WIDTH * plots.STYLE["savefig.dpi"]))
     return (
         f'<h2>{caption}</h2><img alt="{caption}" style="width:{width:.0%}" '
         f'src="data:image/png;base64,{data}">'
@@ -302,7 +303,7 @@ def command(run: dict) -> str:
             "cortexlab sweep FILE.yaml    # which is "
             f"this{beside}:\n\n{yaml.safe_dump(run['spec'], sort_keys=False)}"
         )
-    words = ["cortexlab", run["command"]]
+    words = ["cortexlab", run.get("command", "")]
     for name, value in run.get("arguments", {}).items():
         if value is True:
             words.append(as_option(name))

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -288,23 +289,45 @@ def loaded_plots():
 def read(folder: Path | str) -> dict:
     """A written result: its tables as data frames under ``rows, requests, steps``, and ``run``.
 
-    The rows of a sweep have the columns of ``timings.parquet``, too.
+    The rows of a sweep have the columns of ``timings.parquet``, too. `BadInput` names a damaged
+    file.
     """
     folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        raise BadInput(f"{folder} is no result of cortexlab: it has no run.json")
+    run = _run_of(folder)
     found = {
-        name: pd.read_parquet(folder / f"{name}.parquet")
+        name: read_table(folder / f"{name}.parquet")
         for name in TABLES
         if (folder / f"{name}.parquet").exists()
     }
     if "extents" in found.get("steps", ()):
-        found["steps"]["extents"] = found["steps"]["extents"].map(_nested)
-    if "rows" in found and (folder / "timings.parquet").exists():
-        timings = pd.read_parquet(folder / "timings.parquet")
-        new = [name for name in timings if name not in found["rows"]]
-        found["rows"] = found["rows"].merge(timings[["point", "row", *new]], on=["point", "row"])
-    return found | {"run": json.loads((folder / "run.json").read_text(encoding="utf-8"))}
+        with named_if_damaged(folder / "steps.parquet"):
+            found["steps"]["extents"] = found["steps"]["extents"].map(_nested)
+    if "rows" in found:
+        found["rows"] = _with_timings(folder, found["rows"])
+    return found | {"run": run}
+
+
+def _run_of(folder: Path) -> dict:
+    """The content of ``run.json``."""
+    file = folder / "run.json"
+    if not file.is_file():
+        raise BadInput(f"{folder} is no result of cortexlab: it has no run.json")
+    with named_if_damaged(file):
+        run = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(run, dict):
+        raise BadInput(f"{file} is no run.json of cortexlab: {shown(run)}")
+    return run
+
+
+def _with_timings(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """``rows`` with the columns of ``timings.parquet``, where there is one."""
+    file = folder / "timings.parquet"
+    if not file.exists():
+        return rows
+    timings = read_table(file)
+    with named_if_damaged(file):
+        new = [name for name in timings if name not in rows]
+        return rows.merge(timings[["point", "row", *new]], on=["point", "row"])
 
 
 def _nested(extents):
@@ -322,18 +345,45 @@ def _nested(extents):
 
 def read_rows(folder: Path | str) -> pd.DataFrame:
     """The rows of every result in ``folder`` or below it, one below the other; the column ``run``
-    is the result's path from ``folder``.
+    is the result's path from ``folder``. Hidden folders are left out, and so are damaged results,
+    with a warning that names them.
     """
     folder = Path(folder)
-    found = sorted(
-        path.parent
-        for path in folder.rglob("run.json")
-        if not any(part.startswith(".") for part in path.parts)
-    )
-    tables = {str(run.relative_to(folder)): read(run).get("rows") for run in found}
-    tables = {name: table for name, table in tables.items() if table is not None}
+    tables, damaged = {}, []
+    for found in _results_below(folder):
+        try:
+            tables[str(found.relative_to(folder))] = _rows_of(found)
+        except BadInput as error:
+            damaged.append(str(error))
+    left_out = f"left out: {'; '.join(damaged)}" if damaged else ""
     if not tables:
         raise BadInput(
-            f"{folder} holds no result of cortexlab: no run.json with rows.parquet beside it"
+            f"{folder} holds no result of cortexlab: "
+            + (left_out or "no run.json with rows.parquet beside it")
         )
+    if damaged:
+        warnings.warn(left_out, stacklevel=2)
     return pd.concat(tables, names=["run"]).reset_index("run").reset_index(drop=True)
+
+
+def _rows_of(folder: Path) -> pd.DataFrame:
+    """The rows of a result all of whose files are whole; of other tables only the end is read."""
+    _run_of(folder)
+    for name in TABLES[1:]:
+        if (file := folder / f"{name}.parquet").exists():
+            with named_if_damaged(file):
+                parquet.read_metadata(file)
+    return _with_timings(folder, read_table(folder / "rows.parquet"))
+
+
+def _results_below(folder: Path) -> Iterator[Path]:
+    """Folders with ``run.json`` and ``rows.parquet``, links followed, each once; no hidden ones."""
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if {"run.json", "rows.parquet"} <= set(files):
+            yield Path(path)
