@@ -237,6 +237,38 @@ def test_a_page_that_cannot_be_written_is_one_line(runs, tmp_path, capsys):
     assert str(runs[0]) in line
 
 
+def test_a_comparison_names_the_figures_that_one_side_lacks(tmp_path):
+    first = [row("paged", 1.0, median_tpot_ms=2.0, p99_itl_ms=3.0), row("runs", 1.0)]
+    second = [row("paged", 1.0, median_tpot_ms=None, p99_itl_ms=None)]
+    folders = [write_run(tmp_path / "a", first), write_run(tmp_path / "b", second)]
+    lines = report.comparison(*folders).splitlines()
+    assert "only in A: paged median_tpot_ms, p99_itl_ms; runs" in lines
+    assert not [line for line in lines if line.startswith("only in B") or "WARNING" in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens", "named"),
+    [
+        ({"seed": 2}, 7, "(seed)"),
+        ({"workload": "chat", "requests": 3, "shuffle_lengths": False}, 7, "(requests, workload)"),
+        ({"seed": 1}, 8, "(total_output_tokens)"),
+    ],
+)
+def test_a_comparison_of_different_work_warns(arguments, tokens, named, tmp_path):
+    first = write_run(tmp_path / "a", [row("paged", 1.0, total_output_tokens=7)])
+    given = {"model": "tiny", "seed": 1} | arguments
+    rows = [row("paged", 1.0, total_output_tokens=tokens)]
+    second = write_run(tmp_path / "b", rows, {"arguments": given})
+    (line,) = [each for each in report.comparison(first, second).splitlines() if "WARNING" in each]
+    assert named in line and "workloads differ" in line
+
+
+def test_results_without_rows_cannot_be_compared(runs, tmp_path, capsys):
+    (runs[1] / "rows.parquet").unlink()
+    assert main(["compare", "a", "b", "--out", str(tmp_path)]) == 2
+    assert str(runs[1]) in capsys.readouterr().err
+
+
 def test_a_missing_folder_has_no_rows_to_read(tmp_path):
     with pytest.raises(results.BadInput, match="no result"):
         results.read_rows(tmp_path / "a" / "nothing")

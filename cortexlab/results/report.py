@@ -31,6 +31,9 @@ CAPTIONS = {
     "block_size": "By block size",
     "sweep": "What was swept",
 }
+WORKLOAD = ("trace", "workload", "requests", "num_requests", "seed", "scale_lengths")
+WORKLOAD += ("shuffle_lengths", "input_len", "output_len", "range_ratio", "prompts")
+TOKENS = ("total_input_tokens", "total_output_tokens")
 SEED = f"{PREFIX}seed"  # rows that differ in their seed alone are repeats
 UNTOLD = ("date", "name", "out", "overwrite", "json")  # settings that change no figure
 
@@ -66,16 +69,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     Rows of one name are repeats (other seeds): their median and its 95 % interval. A single row
     brings the interval of its own repeats, where it was measured more than once.
     """
-    keys = [name for name in ("strategy", "block_size") if name in rows]
-    keys += [
-        name
-        for name in rows
-        if name.startswith(PREFIX) and name != SEED and _bare(name) not in keys
-    ]
-    if not keys:  # nothing but a seed differs: all rows are repeats
-        rows, keys = rows.assign(rows="all"), ["rows"]
-    if "block_size" in keys:
-        rows = rows.astype({"block_size": "Int64"})  # whole numbers beside mlx-lm's null
+    rows, keys = _named(rows)
     found = []
     for which, part in rows.groupby(keys, dropna=False):
         for measure in (name for name in MEASURES if name in rows):
@@ -89,6 +83,21 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     index = [*keys, "measure"]
     table = pd.DataFrame(found, columns=[*index, "value", "low", "high"]).set_index(index)
     return table.astype(float)  # None becomes NaN
+
+
+def _named(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """``rows``, and the columns that name a row."""
+    keys = [name for name in ("strategy", "block_size") if name in rows]
+    keys += [
+        name
+        for name in rows
+        if name.startswith(PREFIX) and name != SEED and _bare(name) not in keys
+    ]
+    if not keys:  # nothing but a seed differs: all rows are repeats
+        rows, keys = rows.assign(rows="all"), ["rows"]
+    if "block_size" in keys:
+        rows = rows.astype({"block_size": "Int64"})  # whole numbers beside mlx-lm's null
+    return rows, keys
 
 
 def common(*tables: pd.DataFrame) -> dict:
@@ -108,6 +117,9 @@ def comparison(first: Path, second: Path, width: int = 120) -> str:
     """
     a, b = store.read(first), store.read(second)
     lines = [f"A  {first}", f"B  {second}", *_settings(a["run"], b["run"], width)]
+    for folder, run in ((first, a), (second, b)):
+        if "rows" not in run:
+            raise BadInput(f"{folder} has no rows.parquet, so there is nothing to compare")
     tables = [summary(run["rows"]) for run in (a, b)]
     names = [", ".join(table.index.names[:-1]) for table in tables]
     if names[0] != names[1]:
@@ -117,10 +129,15 @@ def comparison(first: Path, second: Path, width: int = 120) -> str:
         )
     same = common(*tables)
     both = tables[0].merge(tables[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
-    for letter, table in zip("AB", tables, strict=True):
-        unmatched = table.index.difference(both.index)
-        if alone := sorted({_name(table, index, same) for index in unmatched}):
+    for letter, table, other in zip("AB", tables, reversed(tables), strict=True):
+        if alone := _missing(table, other, same):
             lines += _wrapped(f"only in {letter}: {'; '.join(alone)}", width)
+    if unlike := _unlike_work(a, b):
+        lines += _wrapped(
+            f"WARNING: the workloads differ ({', '.join(unlike)}), so the figures are of different "
+            "work",
+            width,
+        )
     differ = both[both["value_a"] != both["value_b"]]
     lines += [
         "",
@@ -134,12 +151,55 @@ def comparison(first: Path, second: Path, width: int = 120) -> str:
     return "\n".join(lines + table + ["intervals left out for width"] * (not interval))
 
 
+def _missing(table: pd.DataFrame, other: pd.DataFrame, same: dict) -> list[str]:
+    """What ``other`` lacks: the name of a row, or of a row and its measures where only those are
+    missing.
+    """
+    rows = {index[:-1] for index in _keys(other)}
+    missing, known = {}, set(_keys(other))
+    for index, key in zip(table.index, _keys(table), strict=True):
+        if key not in known:
+            measures = missing.setdefault(_name(table, index, same), [])
+            measures += [key[-1]] if key[:-1] in rows else []
+    return sorted(f"{name} {', '.join(measures)}".strip() for name, measures in missing.items())
+
+
+def _keys(table: pd.DataFrame) -> list[tuple]:
+    """The index of a summary; a missing value is None, which equals itself."""
+    return [tuple(None if pd.isna(each) else each for each in index) for index in table.index]
+
+
+def _unlike_work(first: dict, second: dict) -> list[str]:
+    """What shows that two results are of different workloads: settings, totals of tokens."""
+    a, b = _flat(first["run"]), _flat(second["run"])
+    unlike = []
+    for name in sorted(a.keys() | b.keys()):
+        given = {run.get(name, "None") for run in (a, b)}
+        if name.rpartition(".")[2] in WORKLOAD and len(given) == 2 and given != {"None", "False"}:
+            unlike.append(name.rpartition(".")[2])
+    for name in TOKENS:
+        if all(name in run["rows"] for run in (first, second)):
+            both = pd.merge(
+                *(_totals(run["rows"], name) for run in (first, second)),
+                left_index=True,
+                right_index=True,
+            ).dropna()
+            unlike += [name] if (both.iloc[:, 0] != both.iloc[:, 1]).any() else []
+    return list(dict.fromkeys(unlike))
+
+
+def _totals(rows: pd.DataFrame, name: str) -> pd.Series:
+    """The median of a total, by row."""
+    rows, keys = _named(rows)
+    return rows.groupby(keys, dropna=False)[name].median()
+
+
 def _settings(first: dict, second: dict, width: int) -> list[str]:
     """Lines of the settings and machine facts that two runs do not share."""
     a, b = _flat(first), _flat(second)
     lines = []
     for name in sorted(a.keys() | b.keys()):
-        if a.get(name) != b.get(name):
+        if a.get(name, "None") != b.get(name, "None"):
             lines += _wrapped(f"{name}: {a.get(name)} | {b.get(name)}", width)
     return lines
 
