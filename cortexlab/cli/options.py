@@ -2,19 +2,18 @@
 
 import argparse
 import math
-import os
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
-from ..allocators import STRATEGIES, make_allocator
-from ..errors import BadInput, at_least, one_of, reason_of, shown
+from ..allocators import STRATEGIES
+from ..allocators.own import own_strategy
+from ..errors import BadInput, at_least, one_of, shown
 from ..options import Options, as_option
 
 DEFAULT_REQUESTS = 16
@@ -182,17 +181,7 @@ def strategy_named(name: str, others: tuple[str, ...] = ()) -> str | Callable:
     """A strategy's name, or the factory that ``module:Factory`` names."""
     if ":" not in name:
         return one_of("strategy", name, (*STRATEGIES, *others))
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(import_module(module), attribute)
-        make_allocator(factory, 64)
-    except (Exception, SystemExit) as error:  # the user's module may do anything
-        reason = reason_of(error)[:200]
-        raise BadInput(f"cannot use strategy {shown(name)}: {reason}") from error
-    finally:
-        sys.path.pop(0)
-    return factory
+    return own_strategy(name)
 
 
 def numbers_of(name: str, text: str, number: type = int) -> list:
