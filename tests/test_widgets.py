@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cortexlab import plots
+from cortexlab.allocators import Paged
 from cortexlab.plots import widgets
 from cortexlab.workloads.synthetic import make_workload
 
@@ -84,6 +85,23 @@ def test_every_control_changes_the_picture_and_an_error_shows(monkeypatch):
     monkeypatch.setattr(widgets.Stage, "png", lambda *_: 1 / 0)
     slider.value = 10
     assert "ZeroDivisionError" in message.value
+
+
+def test_the_explorer_takes_strategies_of_ones_own_by_name_and_as_factories(tmp_path, monkeypatch):
+    source = "from cortexlab.allocators import Paged\n\nclass Tidy(Paged):\n    pass\n"
+    (tmp_path / "mine_explored.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+
+    class Mine(Paged):
+        pass
+
+    page = widgets.explorer(num_requests=20, strategies=("mine_explored:Tidy", Mine))
+    controls, _, _, listing, message = page.children
+    assert message.value == "" and "Tidy" in listing.value and "Mine" in listing.value
+    left, right = controls.children[1:3]
+    right.value = "runs"
+    assert message.value == "" and "Mine" not in listing.value
+    assert left.value == "mine_explored:Tidy"
 
 
 def test_the_explorer_offers_the_traces_on_this_machine_and_no_other(tmp_path, monkeypatch):

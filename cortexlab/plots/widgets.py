@@ -4,7 +4,7 @@ show in the page.
 
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import ipywidgets
@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .. import plots
-from ..allocators import STRATEGIES
+from ..allocators import STRATEGIES, Allocator, strategy_of
+from ..allocators.own import own_strategy
 from ..errors import BadInput
 from ..replay import Replay, replay, tables
 from ..workloads import traces
@@ -90,10 +91,13 @@ class Moment:
     num_waiting: int
 
 
+Named = str | Callable[[int], Allocator]  # a strategy's name, `module:Factory`, or a factory
+
+
 class Recorded(Replay):
     """A replay that takes down the block tables at each of its samples."""
 
-    def __init__(self, strategy: str, **options):
+    def __init__(self, strategy: Named, **options):
         super().__init__(strategy, on_sample=Recorded._take_down, **options)
         self._moments: dict[float, Moment] = {}
 
@@ -118,7 +122,7 @@ class Recorded(Replay):
 
 
 def record(
-    items: Sequence[WorkItem], strategies: Sequence[str], block_size: int, num_blocks: str
+    items: Sequence[WorkItem], strategies: Sequence[Named], block_size: int, num_blocks: str
 ) -> list[Recorded]:
     """Each strategy on ``items``, in a pool of the same size: ``num_blocks`` as
     `cortexlab.replay.replay` takes it.
@@ -126,7 +130,7 @@ def record(
     (paged,) = replay(items, ["paged"], block_sizes=[block_size], num_blocks=num_blocks)
     runs = [
         Recorded(
-            name,
+            own_strategy(name) if isinstance(name, str) and ":" in name else name,
             num_blocks=paged.blocks.num_blocks,
             block_size=block_size,
             max_seq_len=default_max_seq_len(items),
@@ -225,14 +229,15 @@ def explorer(
     workload: str = "lognormal",
     num_requests: int = 300,
     request_rate: float = 10.0,
-    strategies: tuple[str, str] = ("cortexstream", "runs"),
+    strategies: tuple[Named, Named] = ("cortexstream", "runs"),
     block_size: int = 16,
     num_blocks: str = "60%",
     seed: int = 1,
 ) -> ipywidgets.VBox:
     """Choose a workload, two strategies, a block size, a pool; play both replays on one clock.
 
-    A trace (those on this machine are offered) is its first ``num_requests``, with its own
+    A strategy of your own is a factory, or ``module:Factory``: a module of the notebook's folder. A
+    trace (those on this machine are offered) is its first ``num_requests``, with its own
     arrivals. Errors show in the page. Children: controls, player, picture, tables, message.
     """
     chosen = _controls(workload, strategies, block_size, num_blocks)
@@ -265,7 +270,7 @@ def explorer(
 
 
 def _controls(
-    workload: str, strategies: tuple[str, str], block_size: int, num_blocks: str
+    workload: str, strategies: tuple[Named, Named], block_size: int, num_blocks: str
 ) -> dict[str, ipywidgets.Dropdown]:
     """The explorer's dropdowns by name; what was given is the value of each."""
 
@@ -278,12 +283,14 @@ def _controls(
             style={"description_width": "5em"},
         )
 
+    offered = {each: strategy_of(each).name if callable(each) else each for each in strategies}
+    named = [(name, each) for each, name in ({name: name for name in STRATEGIES} | offered).items()]
     sizes = sorted({1, 4, 8, 16, 32, 64, 128, block_size})
     pools = dict.fromkeys([num_blocks, "30%", "45%", "60%", "80%", "100%"])
     return {
         "workload": dropdown("workload", [*EXPLORED, *traces.known_here()], workload),
-        "left": dropdown("left", STRATEGIES, strategies[0]),
-        "right": dropdown("right", STRATEGIES, strategies[1]),
+        "left": dropdown("left", named, strategies[0]),
+        "right": dropdown("right", named, strategies[1]),
         "block_size": dropdown("block size", sizes, block_size),
         "pool": dropdown("pool", pools, num_blocks),
     }
