@@ -2,6 +2,7 @@
 was killed at any moment.
 """
 
+import json
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from pandas.testing import assert_frame_equal
 
 from cortexlab import metrics
 from cortexlab.cli.main import main
-from cortexlab.results import report, sweep, sweep_worker
+from cortexlab.results import report, sweep, sweep_pool, sweep_worker
 from cortexlab.results.sweep import Point, SweepSpec
 
 ROOT = Path(__file__).parent.parent
@@ -162,9 +163,9 @@ def test_a_point_has_a_new_name_after_an_edit_of_its_trace_or_of_an_allocator(
 def test_a_worker_with_other_source_refuses_a_point(monkeypatch):
     work = sweep.FUNCTIONS["replay"]
     (point,) = sweep.named(replay_spec({"num_requests": [3]}), work)
-    assert len(sweep._run(work, point)[1].rows) == 1
+    assert len(sweep._run(work, point).rows) == 1
     monkeypatch.setattr(sweep_worker, "LOADED", b"another")
-    assert "source" in sweep._run(work, point)[1].error
+    assert "source" in sweep._run(work, point).error
 
 
 def test_a_notebooks_point_is_named_by_its_code_cells_and_not_by_its_text_cells(monkeypatch):
@@ -208,6 +209,298 @@ def test_a_point_that_succeeds_when_retried_leaves_no_error_file(tmp_path):
     sweep._keep(tmp_path, point, sweep_worker.Outcome(1.0, rows=rows, notebook="{}"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["abc.ipynb", "abc.parquet"]
 
+
+# --- what a sweep started ends with it ------------------------------------------------------------
+
+
+def notebook(file: Path, parameters: str, *cells: str) -> None:
+    """Write a notebook as nbformat does by itself: without the name of a kernel."""
+    first = nbformat.v4.new_code_cell(f"rows_file: str = ''\n{parameters}")
+    first.metadata["tags"] = ["parameters"]
+    others = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbformat.write(nbformat.v4.new_notebook(cells=[first, *others]), file)
+
+
+def notebook_sweep(folder: Path, grid: str, *cells: str, more: str = "") -> Path:
+    """The sweep ``forty`` of a notebook with a parameter ``n``, which leaves a row for each."""
+    write = "import pandas\npandas.DataFrame({'a': [n]}).to_parquet(rows_file)"
+    notebook(folder / "own.ipynb", "n: int = 1", "import os, pathlib, time", *cells, write)
+    file = folder / "forty.yaml"
+    file.write_text(f"notebook: own.ipynb\ngrid: {grid}\n{more}\n")
+    return file
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of the processes whose environment holds ``mark``."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+def until(is_so, seconds: float) -> float:
+    """Seconds until ``is_so()``, at most ``seconds``."""
+    started = time.monotonic()
+    while not is_so():
+        passed = time.monotonic() - started
+        assert passed < seconds, "it never came to be so"
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+@pytest.mark.parametrize(
+    ("number", "jobs", "send"),
+    [
+        ("SIGINT", 1, os.killpg),  # as a terminal does
+        ("SIGINT", 2, os.killpg),
+        ("SIGTERM", 1, os.kill),
+        ("SIGTERM", 2, os.kill),
+        ("SIGHUP", 2, os.killpg),
+        ("SIGKILL", 2, os.kill),
+    ],
+)
+def test_no_process_of_a_sweep_is_left_after_a_signal_and_the_same_command_goes_on(
+    tmp_path, monkeypatch, number, jobs, send
+):
+    mark = f"CORTEXLAB_TEST_{os.getpid()}_{number}_{jobs}"
+    wait = (
+        "pathlib.Path(f'begun{n}').touch()\nwhile not pathlib.Path('go').exists(): time.sleep(.1)"
+    )
+    file = notebook_sweep(tmp_path, "{n: [1, 2]}", wait)
+    with monkeypatch.context() as context:
+        context.setenv(mark, "1")
+        process = start(file, tmp_path, "--jobs", str(jobs))
+    until(lambda: len(list(tmp_path.glob("begun*"))) == jobs, 60)
+    assert sum("ipykernel" in words for words in marked(mark)) == jobs
+    send(process.pid, signal.Signals[number])
+    code = process.wait(20)
+    until(lambda: not marked(mark), 20)
+    assert code == (130 if number == "SIGINT" else -signal.Signals[number])
+    assert not list((tmp_path / "forty" / "points").glob("*.error.txt"))
+    if number == "SIGKILL":
+        (tmp_path / "go").touch()
+        assert start(file, tmp_path, "--jobs", "2").wait() == 0 and len(rows_in(tmp_path)) == 2
+
+
+def test_a_killed_worker_costs_its_point_at_most(tmp_path, capsys):
+    """Point 2 kills its worker always, point 3 once."""
+    kill = "once = pathlib.Path('once')\nif n == 2 or n == 3 and not once.exists():\n"
+    kill += "    n == 3 and once.touch()\n    os.kill(os.getppid(), 9)\n    time.sleep(60)"
+    file = notebook_sweep(tmp_path, "{n: [1, 2, 3, 4]}", kill)
+    assert main(["sweep", str(file), "--out", str(tmp_path), "--jobs", "2"]) == 1
+    assert sorted(rows_in(tmp_path)["param_n"]) == [1, 3, 4]
+    failed, _, last = capsys.readouterr().out.splitlines()
+    assert "{'n': 2}" in failed and "its worker was killed" in failed
+    assert last.startswith("3 points (0 done before), 1 failed: ")
+    (told,) = json.loads((tmp_path / "forty" / "run.json").read_text())["points"]["failed"]
+    assert told["parameters"] == {"n": 2} and "killed" in told["error"]
+
+
+def test_a_cell_that_never_ends_fails_its_point_only(tmp_path, capsys):
+    file = notebook_sweep(tmp_path, "{n: [1, 2]}", "while n == 2: pass", more="timeout: 2")
+    assert main(["sweep", str(file), "--out", str(tmp_path)]) == 1
+    assert list(rows_in(tmp_path)["param_n"]) == [1]
+    assert "{'n': 2}: 'a cell took longer than 2 s" in capsys.readouterr().out
+    (left,) = (tmp_path / "forty" / "points").glob("*.failed.ipynb")
+    assert "while n == 2" in left.read_text()
+
+
+def test_a_replay_that_takes_too_long_fails_its_point_only(tmp_path, capsys):
+    words = sweep_of(tmp_path, "{}", "{num_requests: [20, 1000000]}")
+    assert main([*words, "--point-timeout", "2.5"]) == 1
+    assert list(rows_in(tmp_path)["param_num_requests"]) == [20]
+    assert "1000000}: 'took longer than 2.5 s" in capsys.readouterr().out
+
+
+def test_a_time_limit_is_checked_before_anything_runs(tmp_path, capsys):
+    words = sweep_of(tmp_path, "{}", "{seed: [1]}")
+    assert main([*words, "--point-timeout", "0"]) == 2
+    assert "--point-timeout must be seconds above 0, not 0.0" in capsys.readouterr().err
+    assert main([*words, "--point-timeout", "1", "--dask", "tcp://127.0.0.1:1"]) == 2
+    assert "Dask cannot stop it" in capsys.readouterr().err
+
+
+def cluster(num_workers: int):
+    distributed = pytest.importorskip("distributed", reason=DASK)
+    options = {"n_workers": num_workers, "threads_per_worker": 1, "processes": True}
+    return distributed.LocalCluster(**options, host="127.0.0.1", dashboard_address=None)
+
+
+def test_a_killed_worker_of_a_dask_cluster_costs_its_point_only():
+    pytest.importorskip("distributed", reason=DASK)
+    import dask
+
+    def run(n: int) -> sweep_worker.Outcome:
+        import os
+
+        return os.kill(os.getpid(), 9) if n == 2 else sweep_worker.Outcome(float(n))
+
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}), cluster(1) as workers:
+        found = dict(sweep_pool.on_dask(run, [1, 2, 3], workers.scheduler_address))
+    assert "its worker was killed" in found[2].error
+    assert [found[n].seconds for n in (1, 3)] == [1.0, 3.0]
+
+
+def test_a_dask_scheduler_without_workers_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep_pool, "DASK_S", 2.0)
+    words = sweep_of(tmp_path, "{num_requests: 5}", "{seed: [1]}")
+    with cluster(0) as empty:
+        assert main([*words, "--dask", empty.scheduler_address]) == 2
+    error = capsys.readouterr().err
+    assert "has no workers" in error and error.count("\n") == 1
+
+
+# --- values of the grid ---------------------------------------------------------------------------
+
+
+def test_equal_numbers_are_one_point_and_a_truth_is_no_number():
+    work = sweep.FUNCTIONS["replay"]
+    assert len(sweep.named(replay_spec({"request_rate": [30, 30.0, 8.5]}), work)) == 2
+    assert sweep.name_of(work, {"n": 1}) == sweep.name_of(work, {"n": 1.0})
+    assert sweep.name_of(work, {"n": [2]}) == sweep.name_of(work, {"n": [2.0]})
+    assert sweep.name_of(work, {"n": 1}) != sweep.name_of(work, {"n": True})
+
+
+def test_an_infinite_value_is_a_text_in_run_json(tmp_path):
+    assert main(sweep_of(tmp_path, "{num_requests: 5}", "{request_rate: [.inf, 8]}")) == 0
+
+    def refused(name: str):
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (tmp_path / "forty" / "run.json").read_text()
+    run = json.loads(text, parse_constant=refused)
+    assert run["spec"]["grid"] == {"request_rate": ["inf", 8]}
+    assert run["points"] == {"done": 2, "failed": []}
+
+
+@pytest.mark.parametrize(
+    ("values", "plot", "names"),
+    [
+        ("[1, .inf]", "{x: v, lines: w}", "plot.x is v, but no axis can show '.inf'"),
+        ("[1, null]", "{x: v, lines: w}", "plot.x is v, but no axis can show 'null'"),
+        ("[[1, 2]]", "{x: v, lines: w}", "plot.x is v, but no axis can show '[1, 2]'"),
+        ("[1, a]", "{x: v, lines: w}", "no axis can show both texts and numbers"),
+        ("[null, a]", "{x: w, lines: v}", "plot.lines is v, but no line can be named 'null'"),
+    ],
+)
+def test_values_that_a_plot_cannot_show_are_refused_in_one_line(
+    tmp_path, capsys, values, plot, names
+):
+    notebook(tmp_path / "own.ipynb", "v = 1\nw = 1")
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"notebook: own.ipynb\ngrid: {{v: {values}, w: [1, 2]}}\nplot: {plot}")
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert names in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    file.write_text(f"notebook: own.ipynb\ngrid: {{v: {values}, w: [1, 2]}}")
+    assert SweepSpec.load(file).grid["w"] == [1, 2], "what is not drawn may be anything"
+
+
+SEEDS = "{seed: [1, 2], block_size: [1, 8]}"
+TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"
+
+
+def test_seeds_that_change_nothing_are_said_to(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(TRACE)
+    assert main(sweep_of(tmp_path, "{trace: t.csv, num_blocks: unlimited}", SEEDS)) == 0
+    assert "the rows of seed 1, 2 are equal: the seed changes nothing" in capsys.readouterr().out
+    assert main(sweep_of(tmp_path, "{num_requests: 20}", "{seed: [1, 2]}")) == 0
+    assert "equal" not in capsys.readouterr().out
+
+
+# --- what lies beside the sweep file --------------------------------------------------------------
+
+TIDY = "from cortexlab.allocators import Paged\n\nclass Tidy(Paged):\n    pass\n"
+
+
+def test_a_strategy_of_ones_own_lies_beside_the_sweep_file_and_names_its_points(tmp_path, capsys):
+    (tmp_path / "mine_swept.py").write_text(TIDY)
+    words = sweep_of(tmp_path, "{num_requests: 20}", "{strategy: ['mine_swept:Tidy', paged]}")
+    assert main(words) == 0
+    rows = rows_in(tmp_path).set_index("param_strategy")
+    assert list(rows["strategy"].sort_index()) == ["Tidy", "paged"]
+    assert rows["peak_blocks"].nunique() == 1
+    (tmp_path / "mine_swept.py").write_text(TIDY + "\n# edited\n")
+    assert main(words) == 0
+    assert "2 points (1 done before)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"), [("", "Tidy"), ("1 / 0", "division"), ("Tidy = int", "int")]
+)
+def test_a_strategy_that_cannot_be_used_is_refused_before_anything_runs(
+    tmp_path, capsys, source, reason
+):
+    module = f"mine_{len(source)}"
+    (tmp_path / f"{module}.py").write_text(source)
+    words = sweep_of(tmp_path, "{num_requests: 20}", f"{{strategy: [paged, '{module}:Tidy']}}")
+    assert main([*words[:-1], str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot use strategy '{module}:Tidy'" in error and reason in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_relative_trace_is_one_file_for_hash_and_notebook(tmp_path, monkeypatch):
+    """The sweep file lies in ``grids``, its notebook in ``books``; the command runs elsewhere."""
+    for folder in ("grids", "books", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.csv").write_text(TRACE.replace("374", str(len(folder))))
+    read = "import pandas\npandas.read_csv(trace).to_parquet(rows_file)"
+    notebook(tmp_path / "books" / "own.ipynb", "trace: str = ''", read)
+    file = tmp_path / "grids" / "forty.yaml"
+    file.write_text("notebook: ../books/own.ipynb\ngrid: {trace: [t.csv]}")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    spec = SweepSpec.load(file)
+    (before,) = sweep.named(spec, spec.work())
+    assert main(["sweep", str(file), "--out", str(tmp_path)]) == 0
+    (row,) = rows_in(tmp_path).to_dict("records")
+    assert (row["point"], row["param_trace"]) == (before.name, "t.csv")
+    assert row["ContextTokens"] == len("grids")
+    (tmp_path / "grids" / "t.csv").write_text(TRACE)
+    assert sweep.named(spec, spec.work()) != [before]
+
+
+# --- notebooks ------------------------------------------------------------------------------------
+
+
+def test_a_notebook_without_a_kernels_name_runs_and_its_rows_are_asked_for_by_name(
+    tmp_path, capsys
+):
+    """Point 1 leaves no rows, 2 no Parquet, 3 and 4 columns that are the sweep's, 5 a row."""
+    write = "if n == 2: pathlib.Path(rows_file).write_text('a')\n"
+    write += "import pandas\nnames = {3: 'row', 4: 'param_n', 5: 'a'}\n"
+    write += "if n > 2: pandas.DataFrame({names[n]: [n]}).to_parquet(rows_file)"
+    notebook(tmp_path / "own.ipynb", "n: int = 1", "import pathlib", write)
+    file = tmp_path / "forty.yaml"
+    file.write_text("notebook: own.ipynb\ngrid: {n: [1, 2, 3, 4, 5]}")
+    assert main(["sweep", str(file), "--out", str(tmp_path), "--jobs", "2"]) == 1
+    assert list(rows_in(tmp_path)["a"]) == [5]
+    out = capsys.readouterr().out
+    told = {
+        n: next(line for line in out.splitlines() if f"{{'n': {n}}}" in line) for n in range(1, 5)
+    }
+    assert "wrote no rows" in told[1] and "to_parquet(rows_file)" in told[1]
+    assert "not Parquet" in told[2] and "to_parquet(rows_file)" in told[2]
+    assert "'row'" in told[3] and "'param_n'" in told[4]
+
+
+@pytest.mark.parametrize("text", ['{"cells": [', "[]", "{}", '{"nbformat": 4, "cells": 3}', ""])
+def test_a_damaged_notebook_is_refused_in_one_line(tmp_path, capsys, text):
+    (tmp_path / "own.ipynb").write_text(text)
+    file = tmp_path / "bad.yaml"
+    file.write_text("notebook: own.ipynb\ngrid: {n: [1]}")
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "own.ipynb is no notebook" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# --- refusals -------------------------------------------------------------------------------------
 
 ONE_SEED = "function: replay\ngrid: {seed: [1]}\n"
 
@@ -265,6 +558,13 @@ def test_a_missing_column_to_plot_is_reported_after_the_rows_are_written(tmp_pat
     assert "'nothing'" in error and error.count("\n") == 1 and len(rows_in(tmp_path)) == 1
 
 
+def test_a_column_without_numbers_is_not_drawn_and_said_so_in_one_line(tmp_path, capsys):
+    plot = "plot: {x: seed, lines: block_size, y: [strategy]}"
+    assert main(sweep_of(tmp_path, "{num_requests: 5}", "{seed: [1]}", plot)) == 2
+    error = capsys.readouterr().err
+    assert "'strategy' has no numbers" in error and error.count("\n") == 1
+
+
 def test_swept_words_are_drawn_without_a_logarithmic_scale(tmp_path, recwarn):
     plot = "plot: {x: workload, lines: strategy}"
     assert main(sweep_of(tmp_path, "{num_requests: 5}", "{workload: [chat, lognormal]}", plot)) == 0
@@ -275,7 +575,8 @@ def test_swept_words_are_drawn_without_a_logarithmic_scale(tmp_path, recwarn):
 def test_of_many_failed_points_the_first_are_printed_and_the_others_counted(tmp_path, capsys):
     assert main(sweep_of(tmp_path, "{num_requests: -1}", f"{{seed: {list(range(30))}}}")) == 1
     out = capsys.readouterr().out
-    assert out.count("failed: ") == sweep.MOST_TOLD and "and 20 more" in out
+    assert out.count("failed: {") == sweep.MOST_TOLD and "and 20 more" in out
+    assert out.splitlines()[-1] == "0 points (0 done before), 30 failed: there are no rows"
 
 
 def test_jobs_below_one_are_refused(file, tmp_path, capsys):

@@ -117,6 +117,12 @@ def _add_sweep(command) -> None:
         help="a Dask scheduler whose workers run the points instead, such as tcp://host:8786",
     )
     add("--retry", action="store_true", help="run the points again that failed before")
+    add(
+        "--point-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="a point that takes longer fails, and no other (default: the file's timeout, if any)",
+    )
 
 
 def _add_results(command) -> None:
@@ -169,6 +175,7 @@ def run_sweep(args) -> tuple[int, str]:
                 f"cortexlab: use a path, or {known}"
             )
     how = {"jobs": args.jobs, "dask": args.dask, "retry": args.retry}
+    how["timeout"] = args.point_timeout
     return sweep.run(file, Path(args.out), args.name, **how), ""
 
 

@@ -1,5 +1,5 @@
 """Sweeps: a notebook, or a replay, over a grid of parameters; the rows of all points in one table.
-A sweep that was killed at any moment goes on.
+A sweep that was killed at any moment goes on, and leaves no process behind.
 
 A sweep file is YAML::
 
@@ -7,35 +7,39 @@ A sweep file is YAML::
     parameters: {num_requests: 8}                  # the same at every point
     grid: {block_size: [16, 64], ...}              # every combination is a point
     plot: {x: block_size, lines: strategy}         # optional
+    timeout: 600                                   # optional: seconds that a point may take
 
-A point is named by the SHA-256 of its parameters, the notebook's code, the package's source and the
-trace's content. It is done when ``points/<name>.parquet`` is there: only the process that was
-started writes that file, last of all, by a rename. So a killed sweep runs only what is not done, an
-edited allocator makes all points new, and no half file is ever read. ``rows.parquet`` is sorted by
-point and has nothing in it that differs from run to run of a replay; what a real clock decides is
-in ``timings.parquet``.
+A relative trace, and the module of a strategy ``module:Factory``, lie beside the sweep file.
+
+A point is named by the SHA-256 of its parameters, the notebook's code, the package's source, the
+user's own strategy and the trace's content. It is done when ``points/<name>.parquet`` is there:
+only the process that was started writes that file, last of all, by a rename. So a killed sweep runs
+only what is not done, an edited allocator makes all points new, and no half file is ever read.
+``rows.parquet`` is sorted by point and has nothing in it that differs from run to run of a replay;
+what a real clock decides is in ``timings.parquet``.
 """
 
 import contextlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import papermill
 import yaml
-from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
 
+from ..allocators.own import own_strategy
 from ..bench.environment import environment
-from ..errors import BadInput, at_least, one_of, shown
+from ..errors import BadInput, at_least, one_of, real, reason_of, shown
 from ..metrics import PREFIX, column_of
 from ..options import ReplayOptions
-from ..workloads.traces import find_trace
-from . import store, sweep_worker
+from . import store, sweep_pool, sweep_worker
 from .sweep_worker import ROWS_PARAMETER, Function, Notebook, Outcome
 
 FUNCTIONS = {"replay": Function(sweep_worker.replay)}
@@ -66,33 +70,43 @@ def run(
     jobs: int = 1,
     dask: str | None = None,
     retry: bool = False,
+    timeout: float | None = None,
 ) -> int:
     """Run the sweep, print where its tables are, and return the exit code: 1 when a point failed.
 
     ``jobs``: processes, among which the BLAS's threads are divided. ``dask``: a scheduler's
     address, instead of ``jobs``. ``retry``: run points that failed before again, which are else
-    left as they are.
+    left as they are. ``timeout``: seconds that a point may take, instead of the file's.
     """
     jobs = at_least("jobs", jobs, 1)
     spec = SweepSpec.load(file)
+    timeout = time_limit("point_timeout", timeout) or spec.timeout
     work = spec.work()
+    if timeout and dask is not None and not isinstance(work, Notebook):
+        raise BadInput(
+            "a function's point on Dask cannot have a time limit, since Dask cannot stop it: use "
+            "jobs, or no point_timeout"
+        )
     grid = named(spec, work)
     with store.claimed(out, name or file.stem, overwrite=True) as target:
-        folder, how = target / "points", {"jobs": jobs, "dask": dask}
+        folder, how = target / "points", {"jobs": jobs, "dask": dask, "timeout": timeout}
         with store.named_if_unwritable(folder):
             folder.mkdir(parents=True, exist_ok=True)
         num_before = len(_done(folder, grid))
-        _run_missing(folder, work, grid, retry, how)
+        with sweep_pool.ended_by_signals():
+            _run_missing(folder, work, grid, retry, how)
         done = _done(folder, grid)
-        _tell_failed(folder, [point for point in grid if point not in done])
+        failed = [(point, _error(folder, point)) for point in grid if point not in done]
+        _tell_failed(folder, failed)
+        counts = f"{len(done)} point{'s' * (len(done) != 1)} ({num_before} done before)"
+        counts += f", {len(failed)} failed" if failed else ""
         if done:
-            _collect(target, folder, spec, how, done)
+            _collect(target, folder, spec, how, done, failed)
             figure = f", figure {target}/sweep.png" if spec.plot else ""
-            print(
-                f"{len(done)} point{'s' * (len(done) != 1)} ({num_before} done before): "
-                f"{target}/rows.parquet{figure}"
-            )
-    return 0 if len(done) == len(grid) else 1
+            print(f"{counts}: {target}/rows.parquet{figure}")
+        else:
+            print(f"{counts}: there are no rows")
+    return 1 if failed else 0
 
 
 def _run_missing(
@@ -114,59 +128,71 @@ def _run_missing(
             _keep(folder, point, outcome)
 
 
-def _tell_failed(folder: Path, failed: list[Point]) -> None:
-    for point in failed[:MOST_TOLD]:
-        error, notebook = _error_of(folder, point), _notebook_of(folder, point, failed=True)
-        last_line = sweep_worker.last_line(error.read_text(encoding="utf-8"))
-        print(f"failed: {point.parameters}: {last_line}")
-        left = notebook if notebook.exists() else error
+def _tell_failed(folder: Path, failed: list[tuple[Point, str]]) -> None:
+    for point, error in failed[:MOST_TOLD]:
+        print(f"failed: {point.parameters}: {error}")
+        notebook = _notebook_of(folder, point, failed=True)
+        left = notebook if notebook.exists() else _error_of(folder, point)
         print(f"        see {left}; --retry (retry=True) runs it again")
     if len(failed) > MOST_TOLD:
         print(f"and {len(failed) - MOST_TOLD} more: {folder}/*.error.txt")
 
 
+def idle_seeds(rows: pd.DataFrame) -> str:
+    """The seeds of the grid, when all rows are equal for each of them but for what a real clock
+    decides; else an empty text.
+    """
+    swept = f"{PREFIX}seed"
+    if swept not in rows or rows[swept].nunique() < 2:
+        return ""
+    table = _by_clock(rows)["rows"].drop(columns=["point", "seed"], errors="ignore")
+    parts = [
+        part.drop(columns=swept).astype(str).sort_values(list(part.columns.drop(swept)))
+        for _, part in table.groupby(swept)
+    ]
+    first = parts[0].to_numpy().tolist()
+    equal = all(part.to_numpy().tolist() == first for part in parts)
+    return ", ".join(map(str, sorted(rows[swept].unique()))) if equal else ""
+
+
 def outcomes(
-    work: Notebook | Function, coming: list[Point], jobs: int, dask: str | None
+    work: Notebook | Function,
+    coming: list[Point],
+    jobs: int = 1,
+    dask: str | None = None,
+    timeout: float | None = None,
 ) -> Iterator[tuple[Point, Outcome]]:
     """Each point with its outcome, in the order in which points end."""
-    with contextlib.ExitStack() as stack:
-        if dask is not None:
-            try:
-                from distributed import Client
-            except ImportError as error:
-                raise BadInput(
-                    "dask needs the package distributed: pip install 'cortexlab[dask]'"
-                ) from error
-            try:
-                stack.enter_context(Client(dask, timeout="20s"))
-            except (OSError, ValueError) as error:
-                raise BadInput(f"no Dask scheduler answers at {shown(dask)}") from error
-            stack.enter_context(parallel_config(backend="dask"))
-            jobs = -1
-        elif jobs > 1:
-            stack.enter_context(
-                parallel_config(backend="loky", inner_max_num_threads=max(1, cpu_count() // jobs))
-            )
-        parallel = Parallel(
-            n_jobs=jobs, batch_size=1, return_as="generator_unordered" if jobs != 1 else "generator"
-        )
-        yield from parallel(delayed(_run)(work, point) for point in coming)
+    task = partial(_run, work, timeout=timeout)
+    # A notebook's client takes SIGINT and SIGTERM from its process; a module is loaded but once.
+    own = isinstance(work, Notebook) or any(
+        ":" in str(p.parameters.get("strategy")) for p in coming
+    )
+    if dask is not None:
+        yield from sweep_pool.on_dask(task, coming, dask)
+    elif jobs > 1 or timeout or own:
+        limit = timeout + work.overhead_s if timeout else math.inf
+        too_long = f"took longer than {timeout or 0:g} s, the time limit of a point"
+        yield from sweep_pool.in_workers(task, coming, jobs, limit, too_long)
+    else:
+        for point in coming:
+            yield point, task(point)
 
 
-def _run(work: Notebook | Function, point: Point) -> tuple[Point, Outcome]:
+def _run(work: Notebook | Function, point: Point, timeout: float | None = None) -> Outcome:
     try:
         here = name_of(work, point.parameters)
-    except BadInput as error:  # the trace is missing on this machine
-        return point, Outcome(0.0, error=str(error))
+    except BadInput as error:  # the trace or the strategy is missing on this machine
+        return Outcome(0.0, error=str(error))
     if here != point.name:
-        return point, Outcome(
+        return Outcome(
             0.0,
             error=(
-                "not run: the package's source or the trace is not what it was where and when the "
-                "sweep was started"
+                "not run: the package's source, the strategy or the trace is not what it was where "
+                "and when the sweep was started"
             ),
         )
-    return point, work(point.parameters)
+    return work(point.parameters, timeout)
 
 
 # --- the sweep file -------------------------------------------------------------------------------
@@ -184,6 +210,7 @@ class SweepSpec:
     parameters: dict = field(default_factory=dict)  # the same at every point
     grid: dict[str, list]  # every combination of values is a point
     plot: dict | None = None  # what the figure shows: x, lines, y
+    timeout: float | None = None  # seconds that a point may take
     unknown: InitVar[Iterable] = ()  # other keys of the file, which are refused
 
     @classmethod
@@ -216,17 +243,18 @@ class SweepSpec:
             )
         if unknown:
             raise BadInput(f"unknown key {shown(min(map(str, unknown)))}: use {', '.join(KEYS)}")
+        time_limit("timeout", self.timeout)
         known = self._known_parameters()
         if not isinstance(self.parameters, dict):
             raise BadInput(f"parameters must be a mapping, not {shown(self.parameters)}")
         if both := sorted(map(str, set(self.parameters) & set(self.grid))):
             raise BadInput(f"{both[0]} is in parameters and in grid")
-        if self.plot is not None:
-            self._check_plot()
         for parameter, value in self.parameters.items():
             self._check_values(known, parameter, [value])
         for parameter, values in self.grid.items():
             self._check_values(known, parameter, values)
+        if self.plot is not None:
+            self._check_plot()
         if self.function is not None:
             self._check_options()
 
@@ -237,7 +265,10 @@ class SweepSpec:
             return {name: kind.__name__ for name, kind in known.items()}
         if not self.notebook.is_file():
             raise BadInput(f"notebook {self.notebook.name} does not exist")
-        inspected = papermill.inspect_notebook(str(self.notebook))
+        try:
+            inspected = papermill.inspect_notebook(self._read_notebook())
+        except Exception as error:  # of a library that reads any language's cells
+            raise BadInput(f"notebook {self.notebook.name}: {reason_of(error)}") from error
         known = {name: each["inferred_type_name"] for name, each in inspected.items()}
         if known.pop(ROWS_PARAMETER, None) is None:
             raise BadInput(
@@ -245,6 +276,19 @@ class SweepSpec:
                 "rows"
             )
         return known
+
+    def _read_notebook(self) -> nbformat.NotebookNode:
+        """The notebook, which runs in this Python's kernel if it names none."""
+        name = self.notebook.name
+        try:
+            notebook = nbformat.read(self.notebook, as_version=4)
+            nbformat.validate(notebook)
+        except OSError as error:
+            raise BadInput(f"notebook {name} cannot be read: {error.strerror}") from error
+        except Exception as error:  # nbformat raises many kinds for what is no notebook
+            raise BadInput(f"{name} is no notebook: {reason_of(error)}") from error
+        notebook.metadata.setdefault("kernelspec", KERNEL)
+        return notebook
 
     def _check_values(self, known: dict[str, str], parameter: str, values: list) -> None:
         if parameter not in known:
@@ -264,6 +308,9 @@ class SweepSpec:
         for parameters in grid_points(self):
             given = {name: parameters[name] for name in names & set(parameters)}
             ReplayOptions(num_blocks=1, **given | {"growth": given.get("growth") or None})
+        both = [self.parameters.get("strategy", ""), *self.grid.get("strategy", ())]
+        for own in (name for name in both if ":" in name):
+            own_strategy(own, [self.folder])
 
     def _check_plot(self) -> None:
         words, plot = {"x": str, "lines": str, "y": list}, self.plot
@@ -276,26 +323,69 @@ class SweepSpec:
                 raise BadInput(f"plot.{name} must be {wanted}, not {shown(value)}")
         if plot["x"] not in self.grid:
             raise BadInput(f"plot.x must be a parameter of the grid, not {shown(plot['x'])}")
+        x, lines = self.grid[plot["x"]], self.grid.get(plot["lines"], [])
+        if bad := [value for value in x if not isinstance(value, str) and not is_finite(value)]:
+            raise BadInput(f"plot.x is {plot['x']}, but no axis can show {_listed(bad)}")
+        if len({isinstance(value, str) for value in x}) > 1:
+            raise BadInput(f"plot.x is {plot['x']}, but no axis can show both texts and numbers")
+        if bad := [value for value in lines if value is None or value != value]:
+            raise BadInput(
+                f"plot.lines is {plot['lines']}, but no line can be named {_listed(bad)}"
+            )
 
     def work(self) -> Notebook | Function:
         """What runs at every point: a notebook without its finding, which holds for the notebook's
         defaults only.
         """
         if self.notebook is None:
-            return FUNCTIONS[self.function]
-        notebook = nbformat.read(self.notebook, as_version=4)
+            return replace(FUNCTIONS[self.function], beside=self.folder)
+        notebook = self._read_notebook()
         notebook.cells = [
             cell for cell in notebook.cells if "finding" not in cell.metadata.get("tags", [])
         ]
-        return Notebook(nbformat.writes(notebook), str(self.notebook.parent))
+        return Notebook(nbformat.writes(notebook), str(self.notebook.parent), self.folder)
+
+    @property
+    def folder(self) -> str:
+        return str(self.file.parent.absolute())
 
     def told(self) -> dict:
         """The file's content as ``run.json`` keeps it: a notebook by its name, not by its path."""
-        told = {key: value for key in KEYS if (value := getattr(self, key)) is not None}
+        told = {key: in_json(value) for key in KEYS if (value := getattr(self, key)) is not None}
         return told | ({"notebook": self.notebook.name} if self.notebook else {})
 
 
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 KEYS = tuple(each.name for each in fields(SweepSpec) if each.name != "file")
+
+
+def time_limit(name: str, value: object) -> float | None:
+    """``value`` in seconds, or None; `BadInput` for what is no number above 0."""
+    if value is None:
+        return None
+    if not 0 < (seconds := real(value)) < math.inf:
+        raise BadInput(f"{name} must be seconds above 0, not {shown(value)}")
+    return seconds
+
+
+def is_finite(value: object) -> bool:
+    """Whether ``value`` is a number that an axis can show, or True or False."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def in_json(value: object) -> object:
+    """``value`` as JSON can hold it: an infinity, and what else JSON lacks, as text."""
+    if isinstance(value, dict):
+        return {str(key): in_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [in_json(each) for each in value]
+    return value if value is None or isinstance(value, str) or is_finite(value) else str(value)
+
+
+def _listed(values: list) -> str:
+    return shown(
+        ", ".join(yaml.safe_dump(each, default_flow_style=True).split("\n")[0] for each in values)
+    )
 
 
 def grid_points(spec: SweepSpec) -> Iterator[dict]:
@@ -309,15 +399,26 @@ def grid_points(spec: SweepSpec) -> Iterator[dict]:
 
 def named(spec: SweepSpec, work: Notebook | Function) -> list[Point]:
     """The grid's points, each once, in the order of their names. `BadInput` for a missing trace."""
-    grid = {name_of(work, parameters): parameters for parameters in grid_points(spec)}
+    grid: dict[str, dict] = {}
+    for parameters in grid_points(spec):
+        grid.setdefault(name_of(work, parameters), parameters)
     return [Point(name, grid[name]) for name in sorted(grid)]
 
 
 def name_of(work: Notebook | Function, parameters: dict) -> str:
     """A point's name: the hash of all that its rows depend on, as this machine has it."""
-    trace = find_trace(parameters["trace"]).read_bytes() if parameters.get("trace") else b""
-    given = json.dumps(parameters, sort_keys=True).encode()
-    return sweep_worker.sha256([given, *work.source, trace])[:16]
+    trace = sweep_worker.trace_of(parameters, work.beside)
+    given = json.dumps(_equal(parameters), sort_keys=True, default=str).encode()
+    return sweep_worker.sha256([given, *work.source(parameters), trace])[:16]
+
+
+def _equal(value: object) -> object:
+    """``value`` with whole floats as ints: 30 and 30.0 are one value (1 and True are two)."""
+    if isinstance(value, dict):
+        return {name: _equal(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_equal(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # --- on disk --------------------------------------------------------------------------------------
@@ -329,6 +430,10 @@ def _rows_of(folder: Path, point: Point) -> Path:
 
 def _error_of(folder: Path, point: Point) -> Path:
     return folder / f"{point.name}.error.txt"
+
+
+def _error(folder: Path, point: Point) -> str:
+    return sweep_worker.last_line(_error_of(folder, point).read_text(encoding="utf-8"))
 
 
 def _notebook_of(folder: Path, point: Point, failed: bool = False) -> Path:
@@ -352,7 +457,14 @@ def _keep(folder: Path, point: Point, outcome: Outcome) -> None:
         store.write_table(part, outcome.rows.assign(point_seconds=outcome.seconds))
 
 
-def _collect(target: Path, folder: Path, spec: SweepSpec, how: dict, done: list[Point]) -> None:
+def _collect(
+    target: Path,
+    folder: Path,
+    spec: SweepSpec,
+    how: dict,
+    done: list[Point],
+    failed: list[tuple[Point, str]],
+) -> None:
     """Write the rows of all points that are done, ``run.json`` and the figure."""
     parts = []
     for point in done:
@@ -366,11 +478,19 @@ def _collect(target: Path, folder: Path, spec: SweepSpec, how: dict, done: list[
         "command": "sweep",
         "arguments": how,
         "spec": spec.told(),
+        "points": {
+            "done": len(done),
+            "failed": [
+                {"parameters": in_json(point.parameters), "error": error} for point, error in failed
+            ],
+        },
         "environment": environment(),
     }
-    store.write_run(target, run, allow_nan=True)  # a grid may hold .inf
+    store.write_run(target, run)
     if spec.plot is not None:
         _draw(target, spec, rows)
+    if seeds := idle_seeds(rows):
+        print(f"the rows of seed {seeds} are equal: the seed changes nothing here, one is enough")
 
 
 def _by_clock(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -395,5 +515,11 @@ def _draw(target: Path, spec: SweepSpec, rows: pd.DataFrame) -> None:
             f"{target}/rows.parquet is written, but has no column {shown(missing[0])} to plot: "
             f"it has {', '.join(rows)}"
         )
+    for name in drawn.get("y", []):
+        if not pd.api.types.is_numeric_dtype(rows[name]) or rows[name].isna().all():
+            raise BadInput(
+                f"{target}/rows.parquet is written, but its column {shown(name)} has no numbers to "
+                "plot"
+            )
     with store.replacing(target / "sweep.png") as part:
         plots.sweep_figure(rows, **drawn)[0].figure.savefig(part, format="png")

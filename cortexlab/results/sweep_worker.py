@@ -8,6 +8,7 @@ share.
 import hashlib
 import inspect
 import json
+import math
 import tempfile
 import time
 import traceback
@@ -15,16 +16,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 
 from .. import metrics
 from .. import replay as replays
-from ..errors import shown
+from ..allocators.own import own_source, own_strategy
+from ..errors import BadInput, shown
 from ..options import ReplayOptions
 from ..workloads.synthetic import REPLAY_RATE, make_workload, scale, with_arrivals
+from ..workloads.traces import KNOWN, find_trace
 
 ROWS_PARAMETER = "rows_file"  # a notebook leaves its rows there (Parquet)
+OWN_COLUMNS = ("point", "row", "point_seconds")  # of a sweep, beside the parameters
 SWEEP_REQUESTS = 1000  # of a synthetic workload: fewer than one replay's, since points are many
 
 
@@ -61,19 +66,22 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Notebook:
-    """A notebook to run in ``folder``."""
+    """A notebook to run in ``folder``. A relative trace is relative to ``beside``."""
 
     body: str  # the notebook as JSON
     folder: str
+    beside: str = ""
+    overhead_s: ClassVar = 30.0  # a kernel may take as long to start and to end
 
-    @property
-    def source(self) -> list[bytes]:
+    def source(self, parameters: dict) -> list[bytes]:
         """All code that a point runs: the package on disk, for a new kernel, and the cells."""
         cells = [cell for cell in json.loads(self.body)["cells"] if cell["cell_type"] == "code"]
         return [package_sha256(), *("".join(cell["source"]).encode() for cell in cells)]
 
-    def __call__(self, parameters: dict) -> Outcome:
+    def __call__(self, parameters: dict, timeout: float | None = None) -> Outcome:
+        """The rows that the notebook leaves; no cell may run for longer than ``timeout`` s."""
         import papermill
+        from nbclient.exceptions import CellTimeoutError
 
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="cortexlab-") as scratch:
@@ -86,33 +94,70 @@ class Notebook:
                 papermill.execute_notebook(
                     str(body),
                     str(executed),
-                    parameters | {ROWS_PARAMETER: str(rows)},
+                    located(parameters, self.beside) | {ROWS_PARAMETER: str(rows)},
                     cwd=self.folder,
                     progress_bar=False,
                     log_output=False,
+                    execution_timeout=timeout and math.ceil(timeout),
+                    extra_arguments=["--log-level=CRITICAL"],  # of ipykernel: errors are kept
                 )
-                found = pd.read_parquet(rows)
+                found = _left_in(rows)
+            except BadInput as raised:
+                error = str(raised)
+            except CellTimeoutError:
+                error = f"a cell took longer than {timeout:g} s, the time limit of a point"
             except Exception as raised:
                 error = f"{type(raised).__name__}: {raised}"
             text = executed.read_text(encoding="utf-8") if executed.exists() else None
         return Outcome(time.perf_counter() - started, found, error, text)
 
 
+def _left_in(file: Path) -> pd.DataFrame:
+    """The rows that a notebook left in ``file``, or `BadInput` that says what to do."""
+    how = f"write a data frame to the path in {ROWS_PARAMETER}: frame.to_parquet({ROWS_PARAMETER})"
+    if not file.exists():
+        raise BadInput(f"the notebook wrote no rows: {how}")
+    try:
+        found = pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"the notebook's rows are not Parquet: {how}") from error
+    own = [name for name in found if name in OWN_COLUMNS or str(name).startswith(metrics.PREFIX)]
+    if own:
+        raise BadInput(
+            f"the notebook's rows have a column {own[0]!r}, which the sweep writes: rename it "
+            f"({', '.join(OWN_COLUMNS)} and {metrics.PREFIX}* are the sweep's)"
+        )
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function of this package that returns a table."""
+    """A function of this package that returns a table. A relative trace, and the module of a user's
+    own strategy, are looked for in ``beside``.
+    """
 
     function: Callable[..., pd.DataFrame]
+    beside: str = ""
+    overhead_s: ClassVar = 0.0
 
-    @property
-    def source(self) -> list[bytes]:
-        return [LOADED, self.function.__name__.encode()]
+    def source(self, parameters: dict) -> list[bytes]:
+        """All code that a point runs: the loaded package and the user's strategy."""
+        own = parameters.get("strategy", "")
+        named = [LOADED, self.function.__name__.encode()]
+        if ":" not in own:
+            return named
+        own_strategy(own, [self.beside])
+        return [*named, own_source(own)]
 
-    def __call__(self, parameters: dict) -> Outcome:
+    def __call__(self, parameters: dict, timeout: float | None = None) -> Outcome:
+        """The rows that the function returns; ``timeout`` is its caller's to keep."""
         started = time.perf_counter()
         found, error = None, None
+        given = located(parameters, self.beside)
         try:
-            found = self.function(**parameters)
+            if ":" in given.get("strategy", ""):
+                given["strategy"] = own_strategy(given["strategy"], [self.beside])
+            found = self.function(**given)
         except Exception:
             error = traceback.format_exc()
         return Outcome(time.perf_counter() - started, found, error)
@@ -123,6 +168,19 @@ class Function:
             name: parameter.annotation
             for name, parameter in inspect.signature(self.function).parameters.items()
         }
+
+
+def located(parameters: dict, folder: str) -> dict:
+    """The parameters with the path of a trace that is relative to ``folder`` made absolute."""
+    trace = parameters.get("trace")
+    is_path = isinstance(trace, str) and trace and trace not in KNOWN
+    return parameters | ({"trace": str(Path(folder).absolute() / trace)} if is_path else {})
+
+
+def trace_of(parameters: dict, folder: str) -> bytes:
+    """The content of the trace that the parameters name. `BadInput` where it is missing."""
+    trace = located(parameters, folder).get("trace")
+    return find_trace(trace).read_bytes() if trace and isinstance(trace, str) else b""
 
 
 def replay(
