@@ -2,6 +2,7 @@
 was killed at any moment.
 """
 
+import html
 import json
 import os
 import random
@@ -299,6 +300,8 @@ def test_a_killed_worker_costs_its_point_at_most(tmp_path, capsys):
     assert last.startswith("3 points (0 done before), 1 failed: ")
     (told,) = json.loads((tmp_path / "forty" / "run.json").read_text())["points"]["failed"]
     assert told["parameters"] == {"n": 2} and "killed" in told["error"]
+    page = report.write(tmp_path / "forty").read_text()
+    assert "1 of 4 points failed" in page and html.escape(told["error"]) in page
 
 
 def test_a_cell_that_never_ends_fails_its_point_only(tmp_path, capsys):
@@ -463,6 +466,20 @@ def test_a_relative_trace_is_one_file_for_hash_and_notebook(tmp_path, monkeypatc
     assert row["ContextTokens"] == len("grids")
     (tmp_path / "grids" / "t.csv").write_text(TRACE)
     assert sweep.named(spec, spec.work()) != [before]
+
+
+def test_a_replays_points_are_named_by_the_rows_that_they_use(tmp_path):
+    trace = tmp_path / "t.csv"
+    file = tmp_path / "forty.yaml"
+    file.write_text("function: replay\ngrid: {trace: [t.csv], num_requests: [1, 0]}")
+    spec, names = SweepSpec.load(file), []
+    for more in ("", "2023-11-16 19:15:46.6805900,374,44\n"):
+        trace.write_text(TRACE + more)
+        names.append(
+            {each.parameters["num_requests"]: each.name for each in sweep.named(spec, spec.work())}
+        )
+    before, after = names
+    assert before[1] == after[1] and before[0] != after[0]
 
 
 # --- notebooks ------------------------------------------------------------------------------------

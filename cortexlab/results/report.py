@@ -290,12 +290,24 @@ def write(folder: Path) -> Path:
         parts.append(_picture(picture))
     if "rows" in found:
         parts.append(_figures(summary(found["rows"])))
+    if failed := run.get("points", {}).get("failed"):
+        parts.append(_failed(failed, run["points"]["done"]))
     parts.append(f"<h2>How to reproduce it</h2><pre>{html.escape(command(run))}</pre>")
     parts.append(f"<h2>Where it was measured</h2>{_machine(run)}")
     title = html.escape(f"{run.get('command', 'result')}: {folder.name}")
     target = folder / "report.html"
     store.replace_text(target, PAGE.format(title=title, body="\n".join(parts)))
     return target
+
+
+def _failed(failed: list[dict], num_done: int) -> str:
+    """The points of a sweep that failed, and why."""
+    lines = "".join(
+        f"<li>{html.escape(shown(each['parameters']))}: {html.escape(each['error'])}</li>"
+        for each in failed
+    )
+    head = f"{len(failed)} of {len(failed) + num_done} points failed"
+    return f"<h2>{head}</h2><ul>{lines}</ul>"
 
 
 def _picture(file: Path) -> str:

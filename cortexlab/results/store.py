@@ -254,9 +254,9 @@ def named_if_damaged(file: Path) -> Iterator[None]:
         raise BadInput(f"{file} cannot be read: {reason_of(error)[:LONGEST_REASON]}") from error
 
 
-def write_run(folder: Path, run: dict, allow_nan: bool = False) -> None:
-    """``run.json``; ``allow_nan``: with Python's NaN and Infinity, which JSON lacks."""
-    text = json.dumps(run, indent=1, allow_nan=allow_nan)
+def write_run(folder: Path, run: dict) -> None:
+    """``run.json``."""
+    text = json.dumps(run, indent=1, allow_nan=False)
     replace_text(folder / "run.json", text + "\n")
 
 

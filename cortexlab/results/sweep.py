@@ -407,7 +407,8 @@ def named(spec: SweepSpec, work: Notebook | Function) -> list[Point]:
 
 def name_of(work: Notebook | Function, parameters: dict) -> str:
     """A point's name: the hash of all that its rows depend on, as this machine has it."""
-    trace = sweep_worker.trace_of(parameters, work.beside)
+    num_rows = parameters.get("num_requests", 0) if isinstance(work, Function) else 0
+    trace = sweep_worker.trace_of(parameters, work.beside, num_rows)
     given = json.dumps(_equal(parameters), sort_keys=True, default=str).encode()
     return sweep_worker.sha256([given, *work.source(parameters), trace])[:16]
 

@@ -26,7 +26,7 @@ from ..allocators.own import own_source, own_strategy
 from ..errors import BadInput, shown
 from ..options import ReplayOptions
 from ..workloads.synthetic import REPLAY_RATE, make_workload, scale, with_arrivals
-from ..workloads.traces import KNOWN, find_trace
+from ..workloads.traces import KNOWN, find_trace, load_trace
 
 ROWS_PARAMETER = "rows_file"  # a notebook leaves its rows there (Parquet)
 OWN_COLUMNS = ("point", "row", "point_seconds")  # of a sweep, beside the parameters
@@ -177,10 +177,20 @@ def located(parameters: dict, folder: str) -> dict:
     return parameters | ({"trace": str(Path(folder).absolute() / trace)} if is_path else {})
 
 
-def trace_of(parameters: dict, folder: str) -> bytes:
-    """The content of the trace that the parameters name. `BadInput` where it is missing."""
+def trace_of(parameters: dict, folder: str, num_rows: int = 0) -> bytes:
+    """The first ``num_rows`` requests of the trace that the parameters name, or (0) all of its
+    file. `BadInput` where it is missing.
+    """
     trace = located(parameters, folder).get("trace")
-    return find_trace(trace).read_bytes() if trace and isinstance(trace, str) else b""
+    if not trace or not isinstance(trace, str):
+        return b""
+    path = find_trace(trace)
+    return _first_rows(path, path.stat().st_mtime_ns, num_rows) if num_rows else path.read_bytes()
+
+
+@lru_cache(maxsize=16)
+def _first_rows(path: Path, _changed: int, num_requests: int) -> bytes:
+    return repr(load_trace(str(path), num_requests=num_requests)).encode()
 
 
 def replay(
@@ -246,8 +256,6 @@ def _items(
     scale_lengths: float,
     seed: int,
 ) -> list:
-    from ..workloads.traces import load_trace
-
     if not trace:
         rate = request_rate or REPLAY_RATE
         return make_workload(
