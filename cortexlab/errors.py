@@ -3,14 +3,20 @@ and the checks that raise them.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Set
+import os
+from collections.abc import Hashable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from numbers import Real
 from operator import index
 
 
 class CortexLabError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose. Its text is one line, even
+    where it names a file with a line break in its name.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
 
 
 class BadInput(CortexLabError, ValueError):
@@ -26,6 +32,7 @@ class ModelError(BadInput):
 
 
 MAX_COUNT = 2**31 - 1  # limit of blocks, tokens and requests: MLX's shapes are 32-bit
+TEXT_OR_PAIRS = str, bytes, bytearray, Mapping  # kinds that iterate, but over no elements
 NO_TOKEN_IDS = str, bytes, bytearray, memoryview, Set, Mapping  # kinds that iterate all the same
 
 
@@ -107,18 +114,46 @@ def a_function(name: str, value: object):
     return value
 
 
-def a_sequence(name: str, value: object) -> tuple:
-    """``value`` as a tuple, or `BadInput` naming ``name``."""
+def a_sequence(name: str, value: object, of: type = object, least: int = 0) -> tuple:
+    """``value`` as a tuple, or `BadInput` naming ``name`` when it is none, has fewer than ``least``
+    elements, or one of another kind than ``of``. A text or a mapping is no sequence.
+    """
     try:
-        return tuple(value)
-    except TypeError:
-        raise BadInput(f"{name} must be a sequence, not {shown(value)}") from None
+        found = None if isinstance(value, TEXT_OR_PAIRS) else tuple(value)
+    except (TypeError, ValueError):  # what has no elements, or too many dimensions
+        found = None
+    if found is None or len(found) < least:
+        size = f" of at least {least}" if least else ""
+        raise BadInput(f"{name} must be a sequence{size}, not {shown(value)}")
+    for each in found:
+        if not isinstance(each, of):
+            raise BadInput(f"{name} must hold {of.__name__}s only, not {shown(each)}")
+    return found
 
 
 def a_text(name: str, value: object) -> str:
     """``value``, or `BadInput` naming ``name`` when it is no string, or an empty one."""
     if not isinstance(value, str) or not value:
         raise BadInput(f"{name} must be a string of at least one character, not {shown(value)}")
+    return value
+
+
+def a_path(name: str, value: object) -> str:
+    """``value``, a path or its text, as text; `BadInput` naming ``name`` for anything else, and for
+    a text with a character that no path can have.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise BadInput(f"{name} must be a path, not {shown(value)}")
+    return text
+
+
+def a_key(name: str, value: object) -> Hashable:
+    """``value``, or `BadInput` naming ``name`` when no dict can have it as a key."""
+    try:
+        hash(value)
+    except Exception:
+        raise BadInput(f"{name} must be a name, not {shown(value)}") from None
     return value
 
 

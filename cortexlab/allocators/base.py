@@ -163,7 +163,7 @@ def allocations_in(live: Live, extents: Iterable[Extent]) -> list[tuple[Extent, 
     try:
         if live.get(extents[0][0]) is extents:
             return [extents]
-    except (TypeError, LookupError):  # no sequence of extents: the code below says what is wrong
+    except (TypeError, LookupError, ValueError):  # no sequence of extents: told below
         pass
     given = _as_tuple(extents)
     found: Live = {}
@@ -193,7 +193,7 @@ def allocation_in(live: Live, extents: Iterable[Extent]) -> tuple[Extent, ...]:
     try:
         if live.get(extents[0][0]) is extents:
             return extents
-    except (TypeError, LookupError):
+    except (TypeError, LookupError, ValueError):
         pass
     found = allocations_in(live, extents)
     if len(found) > 1:

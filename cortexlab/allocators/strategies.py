@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from .. import errors
-from ..errors import BadInput, at_least, one_of
+from ..errors import BadInput, a_sequence, at_least, one_of
 from .base import Allocator
 from .buddy import Buddy
 from .contiguous import BestFit, FirstFit, Segregated
@@ -70,9 +70,10 @@ def blamed_on(strategy: str | Callable[[int], Allocator]) -> AbstractContextMana
 
 
 def check_names(strategies: Sequence[str | Callable[[int], Allocator]]) -> list[str]:
-    """The strategies' names. `BadInput` when two have one name, since their rows could not be told
-    apart.
+    """The strategies' names. `BadInput` when there is none, or when two have one name, since their
+    rows could not be told apart.
     """
+    strategies = a_sequence("strategies", strategies, least=1)
     names = [
         strategy if isinstance(strategy, str) else strategy_of(strategy).name
         for strategy in strategies

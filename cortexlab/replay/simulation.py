@@ -24,14 +24,14 @@ from functools import partial
 from operator import attrgetter
 
 from ..allocators import Allocator, blamed_on, check_names, strategy_of
-from ..errors import BadInput, at_least
+from ..errors import BadInput, a_function, a_sequence, at_least
 from ..options import ReplayOptions
 from ..scheduler.block_manager import BlockManager
 from ..scheduler.request import RequestState
 from ..scheduler.scheduler import Chunk, Scheduler
-from ..workloads.synthetic import WorkItem, default_max_seq_len, pool_blocks
+from ..workloads.synthetic import WorkItem, checked_items, default_max_seq_len, pool_blocks
 from .accounting import Clock, CountedRequest, Ledger
-from .step_time import SECOND, StepTime, reference
+from .step_time import SECOND, StepTime, checked_step_time, reference
 
 DEFAULT_STEP_TOKENS = 2048  # as vLLM's for a small server
 LARGEST_POOL = 1 << 26  # blocks
@@ -61,7 +61,7 @@ class Replay:
         self.strategy = strategy_of(strategy, options.growth)
         # The books of a user's own strategy are looked at with every sample.
         self._foreign = callable(strategy)
-        self._on_sample = on_sample
+        self._on_sample = a_function("on_sample", on_sample)
         self.blocks = BlockManager(
             self.strategy, options.num_blocks, options.block_size, options.max_seq_len,
             options.prefix_caching,
@@ -71,7 +71,7 @@ class Replay:
             max_step_tokens=options.step_tokens(DEFAULT_STEP_TOKENS),
             oom_policy=options.oom_policy, watermark=options.watermark,
         )  # fmt: skip
-        self._nanoseconds = step_time.nanoseconds
+        self._nanoseconds = checked_step_time(step_time).nanoseconds
         self.clock = Clock()
         self.ledger = Ledger(self.blocks, self.clock)
         self.requests: list[CountedRequest] = []
@@ -88,7 +88,7 @@ class Replay:
         """Serve ``items`` until the last has ended; return the row of measures. Its ``seconds`` is
         the wall time it took.
         """
-        started = time.perf_counter()
+        started, items = time.perf_counter(), checked_items(items)
         self.requests = _accepted(items, self.blocks, self.clock)
         held_before = self.blocks.num_held
         last_arrival = self.requests[-1].arrived_ns
@@ -374,7 +374,7 @@ def replay(
     block_sizes: Sequence[int] = (ReplayOptions.block_size,),
     num_blocks: int | str = "unlimited",
     max_seq_len: int | None = None,
-    progress: Callable[[Replay], None] = lambda done: None,
+    progress: Callable[[Replay], None] | None = None,
     **options,
 ) -> list[Replay]:
     """Every strategy at every block size on ``items``; each result is a `Replay` that has run, with
@@ -385,13 +385,16 @@ def replay(
     the longest request, rounded up to a power of two. ``options`` are those of `Replay`.
     `BadInput` where one makes no sense.
     """
+    items = checked_items(items)
+    strategies = a_sequence("strategies", strategies)
     check_names(strategies)
+    progress = a_function("progress", progress) or (lambda done: None)
     options["max_seq_len"] = default_max_seq_len(items) if max_seq_len is None else max_seq_len
     given = {each.name for each in fields(ReplayOptions)} & set(options)
     checked = ReplayOptions(num_blocks=1, **{name: options[name] for name in given})
     replays = []
-    for block_size in dict.fromkeys(block_sizes):
-        block_size = at_least("block_size", block_size, 1)
+    block_sizes = a_sequence("block_sizes", block_sizes, least=1)
+    for block_size in dict.fromkeys(at_least("block_size", size, 1) for size in block_sizes):
         sizes = block_size, checked.max_batch_size, checked.prefix_caching
         unlimited = unlimited_blocks(items, *sizes)
         paged = options | {"growth": None, "oom_policy": "wait", "num_blocks": unlimited}
@@ -410,7 +413,7 @@ def replay(
 
 def _pool(num_blocks: int | str, block_size: int, unlimited: int, peak: Callable[[], int]) -> int:
     """Blocks of a pool given as a number, ``unlimited``, or a percentage of ``peak()``."""
-    if num_blocks != "unlimited":
+    if not isinstance(num_blocks, str) or num_blocks != "unlimited":
         blocks = pool_blocks(num_blocks, peak, "unlimited, ")
         return at_least("num_blocks", blocks, 1, LARGEST_POOL)
     if unlimited > LARGEST_POOL:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import BadInput, a_number, shown
+from ..errors import BadInput, a_number, a_path, a_sequence, shown
 
 SECOND = 1_000_000_000  # nanoseconds: the unit of the replay's clock
 FIELDS = ("base_s", "token_s", "sequence_s")
@@ -39,14 +39,15 @@ class StepTime:
     @staticmethod
     def load(path: str | Path) -> "StepTime":
         """Read ``step_time.json``, which ``cortexlab bench`` writes beside its results."""
+        path = a_path("step time", path)
         try:
             found = json.loads(Path(path).read_text())
         except OSError as error:
-            raise BadInput(f"cannot read step time {shown(str(path))}: {error.strerror}") from error
+            raise BadInput(f"cannot read step time {shown(path)}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise BadInput(f"step time {shown(str(path))} is not JSON: {error}") from None
+            raise BadInput(f"step time {shown(path)} is not JSON: {error}") from None
         if not isinstance(found, dict) or any(name not in found for name in FIELDS):
-            raise BadInput(f"step time {shown(str(path))} needs {', '.join(FIELDS)} (in seconds)")
+            raise BadInput(f"step time {shown(path)} needs {', '.join(FIELDS)} (in seconds)")
         return StepTime(*(found[name] for name in FIELDS))
 
     @staticmethod
@@ -57,11 +58,12 @@ class StepTime:
         Every subset of the three coefficients is fitted, and the best fit without a negative
         coefficient wins: the exact solution of NNLS (Lawson and Hanson 1974).
         """
-        if not steps:
-            raise BadInput("no steps to fit a step time to")
-        seconds, tokens, sequences = np.array(steps, dtype=float).T
-        if not np.isfinite(seconds).all():
-            raise BadInput("a step time is fitted to finite seconds only")
+        steps = [a_sequence("a step", step) for step in a_sequence("steps", steps, least=1)]
+        if wrong := [step for step in steps if len(step) != len(FIELDS)]:
+            raise BadInput(f"a step must be (seconds, tokens, sequences), not {shown(wrong[0])}")
+        names = "seconds", "tokens", "sequences"
+        steps = [[a_number(f"{names[i]} of a step", step[i]) for i in range(3)] for step in steps]
+        seconds, tokens, sequences = np.array(steps).T
         columns = np.stack([np.ones_like(seconds), tokens, sequences], axis=1)
         best, best_error = None, np.inf
         for chosen in (c for n in (1, 2, 3) for c in combinations(range(3), n)):
@@ -75,6 +77,13 @@ class StepTime:
 
     def to_json(self, **notes) -> str:
         return json.dumps(asdict(self) | notes, indent=2)
+
+
+def checked_step_time(given: object) -> StepTime:
+    """``given``, or `BadInput` when it is no `StepTime`."""
+    if not isinstance(given, StepTime):
+        raise BadInput(f"step_time must be a StepTime, not {shown(given)}")
+    return given
 
 
 # About 40 ms at 60 sequences and 6,000 prompt tokens a second.

@@ -20,13 +20,14 @@ from operator import attrgetter
 
 import numpy as np
 
-from ..errors import BadInput, a_number, at_least, one_of, real, shown, whole
+from ..errors import BadInput, a_number, a_sequence, at_least, one_of, real, shown, whole
 
 SHARED_PREFIX_TOKENS = 512
 MAX_SCALE, MIN_RATE = 1e6, 1e-6  # limits that no intended scale or rate exceeds
 MAX_REQUESTS = 10_000_000
 REPLAY_REQUESTS, REPLAY_RATE = 5000, 5.0  # of a replay by default; requests per second
 MAX_POOL_SHARE = 1000.0
+MAX_ID = 2**63 - 1  # limit of a prefix id
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class WorkItem:
         put("arrived_at", a_number("arrived_at", self.arrived_at))
         for name in ("prompt_tokens", "output_tokens", "prefix_block"):
             put(name, at_least(name, getattr(self, name), 1))
+        put("prefix_ids", _prefix_ids(self.prefix_ids))
         if self.max_tokens is not None:
             put("max_tokens", at_least("max_tokens", self.max_tokens, 0))
 
@@ -69,6 +71,22 @@ class WorkItem:
         return replace(
             self, prompt_tokens=prompt, output_tokens=output, prefix_ids=ids, prefix_block=block
         )
+
+
+def _prefix_ids(given: Sequence[int]) -> tuple[int, ...]:
+    """Ids as a tuple of plain ints from 0, or `BadInput`: a replay hashes them, and tokens are
+    drawn by them.
+    """
+    ids = a_sequence("prefix_ids", given)
+    for each in ids:
+        if each.__class__ is not int or each < 0:  # a hash id of a trace has up to 63 bits
+            return tuple(at_least("prefix id", each, 0, MAX_ID) for each in ids)
+    return ids
+
+
+def checked_items(items: Sequence[WorkItem]) -> tuple[WorkItem, ...]:
+    """The requests ``items``, or `BadInput` when there is none or something else among them."""
+    return a_sequence("items", items, WorkItem, least=1)
 
 
 def _lognormal(median: float, sigma: float, low: int, high: int):
@@ -150,13 +168,14 @@ def with_arrivals(
     items: Sequence[WorkItem], request_rate: float, burstiness: float, seed: int
 ) -> list[WorkItem]:
     """The requests ``items`` with new arrival times, drawn by `arrivals`."""
+    items = checked_items(items)
     times = arrivals(len(items), request_rate, burstiness, generator(seed))
     return [replace(item, arrived_at=at) for item, at in zip(items, times, strict=True)]
 
 
 def scale(items: Sequence[WorkItem], factor: float) -> list[WorkItem]:
     """All items with lengths times ``factor``; `BadInput` unless it is positive and finite."""
-    times = real(factor)
+    items, times = checked_items(items), real(factor)
     if not 0 < times <= MAX_SCALE:
         raise BadInput(
             f"scale_lengths must be a positive number of at most {MAX_SCALE:g}, not {shown(factor)}"
@@ -215,7 +234,7 @@ def shuffled_lengths(items: Sequence[WorkItem], seed: int) -> list[WorkItem]:
     """A control for effects of a trace's order: its arrivals with its prompt lengths and its output
     lengths, each shuffled by ``seed``.
     """
-    rng = generator(seed)
+    rng, items = generator(seed), checked_items(items)
     prompts, outputs = rng.permutation(len(items)).tolist(), rng.permutation(len(items)).tolist()
     return [
         WorkItem(item.arrived_at, items[p].prompt_tokens, items[o].output_tokens)

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..errors import BadInput, shown
-from .synthetic import generator
+from .synthetic import MAX_ID, generator
 from .trace_rows import CONVERT, MOONCAKE_BLOCK, Lines, Rows, Trace, count, time_of
 
-MAX_ID = 2**63 - 1
 MOONCAKE_BUCKET_S = 3.0  # time stamps in Mooncake's file are rounded down to a multiple
 JITTER_MS = 5  # more than Mooncake's own stamps miss a multiple of a bucket by
 BUCKETED = 0.99  # share of stamps on multiples of a bucket from which they count as rounded

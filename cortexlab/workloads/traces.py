@@ -7,7 +7,7 @@ import os
 from contextlib import closing
 from pathlib import Path
 
-from ..errors import BadInput, at_least, shown
+from ..errors import BadInput, a_path, at_least, shown
 from ..host.paths import cache_folder
 from .synthetic import WorkItem, generator
 from .trace_files import lines_of
@@ -49,7 +49,8 @@ def read_trace(
         if value is not None:
             at_least(given, value, 1)
     generator(seed)  # refuses a negative one, whether or not it is used
-    path = None if name == STANDARD_INPUT else find_trace(name)
+    is_standard_input = isinstance(name, str) and name == STANDARD_INPUT
+    path = None if is_standard_input else find_trace(name)
     shown_as = "standard input" if path is None else str(path)
     with closing(lines_of(path, shown_as)) as lines:
         return read(shown_as, lines, num_requests, seed, trace_block)
@@ -68,8 +69,8 @@ def find_trace(name: str) -> Path:
     """Path of a trace: ``name`` itself if it is a file, else the known trace's file in
     ``$CORTEXLAB_TRACES`` or the user's cache. Raises `BadInput` if there is none.
     """
-    if name not in KNOWN:
-        path = Path(name)
+    if not isinstance(name, str) or name not in KNOWN:
+        path = Path(name := a_path("trace", name))
         if name == STANDARD_INPUT:
             raise BadInput("trace '-', standard input, can be read only once: save it as a file")
         if os.path.exists(path) and not os.path.isdir(path):
