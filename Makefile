@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: all bench test soak lab explorer sweep lint clean
+.PHONY: all bench test soak fuzz lab explorer sweep lint clean
 all: bench
 
 $(READY): pyproject.toml
@@ -27,6 +27,10 @@ soak: $(READY)
 	$(BIN)/python tests/soak_allocators.py --steps 1000000
 	$(BIN)/python tests/soak_findings.py
 	$(BIN)/python tests/soak_recommendation.py
+
+# generated inputs, most of them valid but for one change: make fuzz ARGS='--inputs 100000 --seed 7 --seconds 3600'
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 lab: $(READY)
 	$(BIN)/cortexlab lab $(ARGS)

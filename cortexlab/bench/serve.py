@@ -130,7 +130,7 @@ def run_bench(
     ``progress(tokens, strategy)`` is called with tokens as they come. A request that cannot fit is
     refused by name on standard error and counted; `BadInput` when every one is.
     """
-    items, strategies = checked_items(items), a_sequence("strategies", strategies)
+    items, strategies = checked_items(items), a_sequence("strategies", strategies, least=1)
     for strategy in strategies:
         if not callable(strategy):
             one_of("strategy", strategy, ALL)

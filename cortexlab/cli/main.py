@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from ..errors import BadInput, CortexLabError, ModelError, shown
+from ..errors import BadInput, CortexLabError, ModelError, a_path, shown
 from . import allocbench, bench, replay, traces
 from .options import Help, Parser, named_as_options, terminal_width
 
@@ -165,10 +165,10 @@ def run_sweep(args) -> tuple[int, str]:
     from ..host.paths import shipped
     from ..results import sweep
 
-    file = Path(args.file)
-    if not file.exists() and file.name == args.file:
+    file = Path(a_path("file", args.file))
+    if not os.path.exists(file) and file.name == args.file:
         file = shipped(EXPERIMENTS.name) / f"{file.stem}.yaml"
-        if not file.is_file():
+        if not os.path.isfile(file):
             known = ", ".join(sorted(each.stem for each in file.parent.glob("*.yaml")))
             raise BadInput(
                 f"there is no file {shown(args.file)} here, and no grid of that name came with "

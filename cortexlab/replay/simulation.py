@@ -386,7 +386,7 @@ def replay(
     `BadInput` where one makes no sense.
     """
     items = checked_items(items)
-    strategies = a_sequence("strategies", strategies)
+    strategies = a_sequence("strategies", strategies, least=1)
     check_names(strategies)
     progress = a_function("progress", progress) or (lambda done: None)
     options["max_seq_len"] = default_max_seq_len(items) if max_seq_len is None else max_seq_len

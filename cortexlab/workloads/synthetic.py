@@ -215,7 +215,8 @@ def pool_blocks(given: int | str, full: Callable[[], int], other: str = "") -> i
     message names before these two.
     """
     text = given if isinstance(given, str) else ""
-    number = int(text) if text.removeprefix("-").isdecimal() else whole(given)
+    is_short = len(text) <= len(str(MAX_ID))  # int() refuses a text of thousands of digits
+    number = int(text) if is_short and text.removeprefix("-").isdecimal() else whole(given)
     if number is not None:
         return at_least("num_blocks", number, 1)
     try:
