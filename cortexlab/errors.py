@@ -144,7 +144,7 @@ def a_path(name: str, value: object) -> str:
     """
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text:
-        raise BadInput(f"{name} must be a path, not {shown(value)}")
+        raise BadInput(f"{name} must be a name or a path, not {shown(value)}")
     return text
 
 

@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fuzz import attempt, results
-from fuzz_inputs import CACHE, ITEMS, Mute, cache_of, in_cache, in_pool
+from fuzz_calls import CACHE, ITEMS, cache_of, in_cache, in_pool
+from fuzz_values import Mute
 
 import cortexlab as cl
 from cortexlab.allocators import strategy_of
@@ -52,9 +53,9 @@ FOUND = {  # input -> (call, its message)
     "no steps": (partial(StepTime.fit, np.array([])), "steps must be a sequence of at least 1"),
     "a short step": (partial(StepTime.fit, [(1, 2)]), "a step must be (seconds, tokens"),
     "steps of text": (partial(StepTime.fit, ["abc"]), "a step must be a sequence, not 'abc'"),
-    "no path": (partial(StepTime.load, Mute()), "step time must be a path, not <Mute>"),
-    "no trace": (partial(load_trace, np.array(3)), "trace must be a path, not array(3)"),
-    "no model": (partial(load_model, ["tiny"]), "model must be a path, not ['tiny']"),
+    "no path": (partial(StepTime.load, Mute()), "step time must be a name or a path, not <Mute>"),
+    "no trace": (partial(load_trace, np.array(3)), "trace must be a name or a path, not array(3)"),
+    "no model": (partial(load_model, ["tiny"]), "model must be a name or a path, not ['tiny']"),
     "no seed": (partial(load_model, "tiny", seed="a"), "seed must be a whole number"),
     "a setting's pool": (partial(Setting, num_blocks="x"), "num_blocks must be a whole number"),
     "a setting's engine": (partial(Setting, engine=3), "engine must be a dict of options, not 3"),

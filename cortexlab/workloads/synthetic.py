@@ -48,7 +48,8 @@ class WorkItem:
         put("arrived_at", a_number("arrived_at", self.arrived_at))
         for name in ("prompt_tokens", "output_tokens", "prefix_block"):
             put(name, at_least(name, getattr(self, name), 1))
-        put("prefix_ids", _prefix_ids(self.prefix_ids))
+        ids = a_sequence("prefix_ids", self.prefix_ids)
+        put("prefix_ids", tuple(at_least("prefix id", each, 0, MAX_ID) for each in ids))
         if self.max_tokens is not None:
             put("max_tokens", at_least("max_tokens", self.max_tokens, 0))
 
@@ -71,17 +72,6 @@ class WorkItem:
         return replace(
             self, prompt_tokens=prompt, output_tokens=output, prefix_ids=ids, prefix_block=block
         )
-
-
-def _prefix_ids(given: Sequence[int]) -> tuple[int, ...]:
-    """Ids as a tuple of plain ints from 0, or `BadInput`: a replay hashes them, and tokens are
-    drawn by them.
-    """
-    ids = a_sequence("prefix_ids", given)
-    for each in ids:
-        if each.__class__ is not int or each < 0:  # a hash id of a trace has up to 63 bits
-            return tuple(at_least("prefix id", each, 0, MAX_ID) for each in ids)
-    return ids
 
 
 def checked_items(items: Sequence[WorkItem]) -> tuple[WorkItem, ...]:
