@@ -570,16 +570,26 @@ def test_a_list_as_a_parameters_value_is_a_text_in_its_rows():
     "plot", ["{x: seed, lines: nothing}", "{x: seed, lines: strategy, y: [nothing]}"]
 )
 def test_a_missing_column_to_plot_is_reported_after_the_rows_are_written(tmp_path, capsys, plot):
-    assert main(sweep_of(tmp_path, "{num_requests: 5}", "{seed: [1]}", f"plot: {plot}")) == 2
-    error = capsys.readouterr().err
-    assert "'nothing'" in error and error.count("\n") == 1 and len(rows_in(tmp_path)) == 1
+    assert main(sweep_of(tmp_path, "{num_requests: 5}", "{seed: [1]}", f"plot: {plot}")) == 1
+    *_, told = capsys.readouterr().out.splitlines()
+    assert told.startswith("no figure: the rows have no column 'nothing'")
+    assert len(rows_in(tmp_path)) == 1
 
 
 def test_a_column_without_numbers_is_not_drawn_and_said_so_in_one_line(tmp_path, capsys):
     plot = "plot: {x: seed, lines: block_size, y: [strategy]}"
-    assert main(sweep_of(tmp_path, "{num_requests: 5}", "{seed: [1]}", plot)) == 2
-    error = capsys.readouterr().err
-    assert "'strategy' has no numbers" in error and error.count("\n") == 1
+    assert main(sweep_of(tmp_path, "{num_requests: 5}", "{seed: [1]}", plot)) == 1
+    *_, told = capsys.readouterr().out.splitlines()
+    assert told == "no figure: column 'strategy' has no numbers"
+
+
+def test_a_sweep_does_not_write_into_another_commands_result(tmp_path, capsys):
+    words = ["replay", "--requests", "5", "--out", str(tmp_path), "--name", "forty"]
+    assert main(words) == 0
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "forty").iterdir())
+    assert main(sweep_of(tmp_path, "{num_requests: 5}", "{seed: [1]}")) == 2
+    assert "are of another command" in capsys.readouterr().err
+    assert before == sorted((path, path.read_bytes()) for path in (tmp_path / "forty").iterdir())
 
 
 def test_swept_words_are_drawn_without_a_logarithmic_scale(tmp_path, recwarn):

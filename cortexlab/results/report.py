@@ -6,6 +6,7 @@ import base64
 import html
 import shlex
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -57,9 +58,11 @@ pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap }} .wide {{ ov
 def find(name: str, out: Path) -> Path:
     """The folder of a result, given as a path or as its name under ``out``."""
     for folder in (Path(name), out / name):
-        if (folder / "run.json").is_file():
-            return folder
-    raise BadInput(f"no result {shown(name)}: neither {name} nor {out / name} has a run.json")
+        with suppress(OSError, ValueError):  # a name that no file can have
+            if (folder / "run.json").is_file():
+                return folder
+    beside = shown(str(out / name))
+    raise BadInput(f"no result {shown(name)}: neither it nor {beside} has a run.json")
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -70,13 +73,15 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     brings the interval of its own repeats, where it was measured more than once.
     """
     rows, keys = _named(rows)
-    found = []
+    found, numbers = [], rows.select_dtypes("number")
+    measures = [name for name in MEASURES if name in numbers]
     for which, part in rows.groupby(keys, dropna=False):
-        for measure in (name for name in MEASURES if name in rows):
+        for measure in measures:
             values = part[measure].dropna()
             if values.empty:
                 continue
-            low, high = (part.iloc[0].get(f"{measure}_{end}") for end in ("low", "high"))
+            ends = [f"{measure}_{end}" for end in ("low", "high")]
+            low, high = (part[end].iloc[0] if end in numbers else None for end in ends)
             if len(values) > 1:
                 low, high = median_interval(values)
             found.append((*which, measure, values.median(), low, high))

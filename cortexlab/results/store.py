@@ -26,6 +26,10 @@ from ..metrics import kind_of
 LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, temporary names are longer
 LONGEST_REASON = 160  # characters of what a library says of a damaged file
 TABLES = ("rows", "requests", "steps")
+RUN = {  # kinds of what `run.json` holds
+    "command": str, "arguments": dict, "spec": dict, "environment": dict, "points": dict,
+    "differences": dict, "recommendation": str,
+}  # fmt: skip
 KINDS = {  # of columns on disk
     "double": pa.float64(),
     "int64": pa.int64(),
@@ -293,7 +297,7 @@ def read(folder: Path | str) -> dict:
     file.
     """
     folder = Path(folder)
-    run = _run_of(folder)
+    run = read_run(folder)
     found = {
         name: read_table(folder / f"{name}.parquet")
         for name in TABLES
@@ -307,7 +311,7 @@ def read(folder: Path | str) -> dict:
     return found | {"run": run}
 
 
-def _run_of(folder: Path) -> dict:
+def read_run(folder: Path) -> dict:
     """The content of ``run.json``."""
     file = folder / "run.json"
     if not file.is_file():
@@ -316,6 +320,9 @@ def _run_of(folder: Path) -> dict:
         run = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(run, dict):
         raise BadInput(f"{file} is no run.json of cortexlab: {shown(run)}")
+    for name, kind in RUN.items():
+        if not isinstance(run.get(name, kind()), kind):
+            raise BadInput(f"{file} is no run.json of cortexlab: {name} is {shown(run[name])}")
     return run
 
 
@@ -368,7 +375,7 @@ def read_rows(folder: Path | str) -> pd.DataFrame:
 
 def _rows_of(folder: Path) -> pd.DataFrame:
     """The rows of a result all of whose files are whole; of other tables only the end is read."""
-    _run_of(folder)
+    read_run(folder)
     for name in TABLES[1:]:
         if (file := folder / f"{name}.parquet").exists():
             with named_if_damaged(file):

@@ -89,6 +89,7 @@ def run(
         )
     grid = named(spec, work)
     with store.claimed(out, name or file.stem, overwrite=True) as target:
+        _check_own(target)
         folder, how = target / "points", {"jobs": jobs, "dask": dask, "timeout": timeout}
         with store.named_if_unwritable(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,13 +101,25 @@ def run(
         _tell_failed(folder, failed)
         counts = f"{len(done)} point{'s' * (len(done) != 1)} ({num_before} done before)"
         counts += f", {len(failed)} failed" if failed else ""
+        undrawn = None
         if done:
-            _collect(target, folder, spec, how, done, failed)
-            figure = f", figure {target}/sweep.png" if spec.plot else ""
+            undrawn = _collect(target, folder, spec, how, done, failed)
+            figure = f", figure {target}/sweep.png" if spec.plot and not undrawn else ""
             print(f"{counts}: {target}/rows.parquet{figure}")
+            if undrawn:
+                print(f"no figure: {undrawn}")
         else:
             print(f"{counts}: there are no rows")
-    return 1 if failed else 0
+    return 1 if failed or undrawn else 0
+
+
+def _check_own(target: Path) -> None:
+    """`BadInput` where ``target`` holds what no sweep has written."""
+    command = "sweep"
+    with contextlib.suppress(BadInput):  # nothing is there, or half of a sweep
+        command = store.read_run(target).get("command")
+    if command != "sweep":
+        raise store.InUse(f"results {target} are of another command: choose another name")
 
 
 def _run_missing(
@@ -465,8 +478,10 @@ def _collect(
     how: dict,
     done: list[Point],
     failed: list[tuple[Point, str]],
-) -> None:
-    """Write the rows of all points that are done, ``run.json`` and the figure."""
+) -> str | None:
+    """Write the rows of all points that are done, ``run.json`` and the figure, or return why there
+    is no figure.
+    """
     parts = []
     for point in done:
         part = pd.read_parquet(_rows_of(folder, point))
@@ -488,10 +503,10 @@ def _collect(
         "environment": environment(),
     }
     store.write_run(target, run)
-    if spec.plot is not None:
-        _draw(target, spec, rows)
+    undrawn = _draw(target, spec, rows) if spec.plot is not None else None
     if seeds := idle_seeds(rows):
         print(f"the rows of seed {seeds} are equal: the seed changes nothing here, one is enough")
+    return undrawn
 
 
 def _by_clock(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -505,22 +520,18 @@ def _by_clock(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {"timings": rows[[*names, *clocked]], "rows": rows[[*names, *others]]}
 
 
-def _draw(target: Path, spec: SweepSpec, rows: pd.DataFrame) -> None:
+def _draw(target: Path, spec: SweepSpec, rows: pd.DataFrame) -> str | None:
+    """Write the figure, or return why there is none."""
     plots = store.drawing()
     swept = {
         name: PREFIX + spec.plot[name] for name in ("x", "lines") if spec.plot[name] in spec.grid
     }
     drawn = spec.plot | swept
     if missing := [name for name in (drawn["lines"], *drawn.get("y", [])) if name not in rows]:
-        raise BadInput(
-            f"{target}/rows.parquet is written, but has no column {shown(missing[0])} to plot: "
-            f"it has {', '.join(rows)}"
-        )
+        return f"the rows have no column {shown(missing[0])}, only {', '.join(rows)}"
     for name in drawn.get("y", []):
         if not pd.api.types.is_numeric_dtype(rows[name]) or rows[name].isna().all():
-            raise BadInput(
-                f"{target}/rows.parquet is written, but its column {shown(name)} has no numbers to "
-                "plot"
-            )
+            return f"column {shown(name)} has no numbers"
     with store.replacing(target / "sweep.png") as part:
         plots.sweep_figure(rows, **drawn)[0].figure.savefig(part, format="png")
+    return None
