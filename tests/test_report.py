@@ -13,11 +13,13 @@ from pyarrow.parquet import read_schema
 
 from cortexlab.answer import Comparison
 from cortexlab.cli.main import main
+from cortexlab.errors import BadInput
 from cortexlab.metrics import COLUMNS, kind_of
 from cortexlab.plots import SWEEP_WORDS
 from cortexlab.results import report, sweep
 from cortexlab.results import store as results
 from cortexlab.results.console import BENCH_COLUMNS, REPLAY_COLUMNS
+from cortexlab.workloads.synthetic import REPLAY_REQUESTS
 
 
 def write_run(folder: Path, rows: list[dict], more: dict | None = None, **environment) -> Path:
@@ -346,3 +348,36 @@ def test_figures_that_depend_on_the_real_clock_are_in_a_table_of_their_own(measu
     named = {"point", "row", "param_duration"}
     assert set(tables["timings"]) == named | timings | {"seconds", "point_seconds"}
     assert set(tables["timings"]) & set(tables["rows"]) == named
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"arguments": 3}, {"arguments": None}, {"differences": {"pairs": [3]}}, {"spec": {}},
+        {"recommendation": 5}, {"environment": "x"}, {"points": {"failed": [1]}},
+    ],
+)  # fmt: skip
+def test_a_foreign_run_json_is_refused_or_read_but_never_a_traceback(tmp_path, run):
+    folder = write_run(tmp_path / "a", [row("paged", 1.0)])
+    kept = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(kept | run))
+    for call in (report.write, lambda each: report.comparison(each, each)):
+        try:
+            call(folder)
+        except BadInput as error:
+            assert "\n" not in str(error) and str(folder) in str(error)
+
+
+def test_rows_without_timings_are_not_lost(tmp_path):
+    folder = write_run(tmp_path / "a", [row("paged", 1.0) | {"point": "x", "row": 0}])
+    timings = pd.DataFrame([{"point": "other", "row": 0, "seconds": 1.0}])
+    results.write_table(folder / "timings.parquet", timings)
+    assert len(results.read(folder)["rows"]) == 1
+
+
+def test_default_and_named_requests_are_one_workload(tmp_path, capsys):
+    for name, more in (("a", []), ("b", ["--requests", str(REPLAY_REQUESTS)])):
+        words = ["replay", "--out", str(tmp_path), "--name", name, "--scale-lengths", "0.1"]
+        assert main([*words, *more]) == 0
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "workloads differ" not in capsys.readouterr().out

@@ -304,6 +304,37 @@ def test_a_killed_worker_costs_its_point_at_most(tmp_path, capsys):
     assert "1 of 4 points failed" in page and html.escape(told["error"]) in page
 
 
+def test_a_worker_killed_between_two_points_stops_nothing(tmp_path, monkeypatch):
+    """Killed while the sweep writes the outcome of its first point."""
+    keep, start, workers, killed = sweep._keep, sweep_pool.Worker._start, [], []
+
+    def starting(worker):
+        start(worker)
+        workers.append(worker)
+
+    def killing(folder, point, outcome):
+        if not killed:
+            killed.extend(workers[-1]._pool._processes)
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(1)
+        keep(folder, point, outcome)
+
+    monkeypatch.setattr(sweep_pool.Worker, "_start", starting)
+    monkeypatch.setattr(sweep, "_keep", killing)
+    words = sweep_of(tmp_path, "{num_requests: 5}", "{seed: [1, 2, 3]}")
+    assert main([*words, "--point-timeout", "60"]) == 0
+    assert killed and len(rows_in(tmp_path)) == 3
+
+
+def test_a_damaged_point_is_run_again(tmp_path):
+    words = sweep_of(tmp_path, "{num_requests: 5}", "{seed: [1, 2]}")
+    assert main(words) == 0
+    file = min((tmp_path / "forty" / "points").glob("*.parquet"))
+    file.write_bytes(file.read_bytes()[:50])
+    assert main(words) == 0 and len(rows_in(tmp_path)) == 2
+
+
 def test_a_cell_that_never_ends_fails_its_point_only(tmp_path, capsys):
     file = notebook_sweep(tmp_path, "{n: [1, 2]}", "while n == 2: pass", more="timeout: 2")
     assert main(["sweep", str(file), "--out", str(tmp_path)]) == 1

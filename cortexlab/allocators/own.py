@@ -24,12 +24,14 @@ def own_strategy(name: str, folders: Sequence[str | Path] = ()) -> Callable[[int
     except (Exception, SystemExit) as error:  # the user's module may do anything
         reason = reason_of(error)[:200]
         raise BadInput(f"cannot use strategy {shown(name)}: {reason}") from error
-    finally:
-        sys.path[:] = before
+    finally:  # what the module imports later is found, but shadows nothing
+        sys.path[:] = [*before, *(str(each) for each in folders if str(each) not in before)]
     return factory
 
 
 def own_source(name: str) -> bytes:
-    """The content of the file that ``module:Factory`` was loaded from; empty where it has none."""
+    """The content of the file that ``module:Factory`` was loaded from, without what it imports;
+    empty where it has none.
+    """
     file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     return Path(file).read_bytes() if file else b""

@@ -157,9 +157,11 @@ def workload_of(args: argparse.Namespace, requests: int) -> Arriving:
         if args.trace_block is not None:
             raise BadInput("trace_block needs --trace")
 
+        args.requests = args.requests or requests  # as ``run.json`` tells it
+
         def make(context: int | None) -> list:
             return synthetic.make_workload(
-                args.workload, args.requests or requests, seed=args.seed, context=context,
+                args.workload, args.requests, seed=args.seed, context=context,
                 request_rate=args.request_rate, burstiness=args.burstiness,
                 scale_lengths=args.scale_lengths,
             )  # fmt: skip

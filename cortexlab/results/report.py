@@ -34,6 +34,7 @@ CAPTIONS = {
 }
 WORKLOAD = ("trace", "workload", "requests", "num_requests", "seed", "scale_lengths")
 WORKLOAD += ("shuffle_lengths", "input_len", "output_len", "range_ratio", "prompts")
+WORKLOAD += ("request_rate", "burstiness", "trace_block")
 TOKENS = ("total_input_tokens", "total_output_tokens")
 SEED = f"{PREFIX}seed"  # rows that differ in their seed alone are repeats
 UNTOLD = ("date", "name", "out", "overwrite", "json")  # settings that change no figure
@@ -120,6 +121,11 @@ def comparison(first: Path, second: Path, width: int = 120) -> str:
     """What differs, in lines of at most ``width``: settings, machine, and each measure with both
     values and their ratio.
     """
+    with store.named_if_damaged(f"{first} or {second}"):
+        return _comparison(first, second, width)
+
+
+def _comparison(first: Path, second: Path, width: int) -> str:
     a, b = store.read(first), store.read(second)
     lines = [f"A  {first}", f"B  {second}", *_settings(a["run"], b["run"], width)]
     for folder, run in ((first, a), (second, b)):
@@ -282,6 +288,11 @@ def _apart(row: pd.Series) -> bool:
 
 def write(folder: Path) -> Path:
     """Write ``report.html`` into a result's folder: one file, no links."""
+    with store.named_if_damaged(folder):
+        return _write(folder)
+
+
+def _write(folder: Path) -> Path:
     found = store.read(folder)
     run, parts = found["run"], []
     if "recommendation" in run:

@@ -25,6 +25,7 @@ from ..metrics import kind_of
 
 LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, temporary names are longer
 LONGEST_REASON = 160  # characters of what a library says of a damaged file
+UNREADABLE = OSError, ValueError, LookupError, TypeError, AttributeError  # of a damaged file
 TABLES = ("rows", "requests", "steps")
 RUN = {  # kinds of what `run.json` holds
     "command": str, "arguments": dict, "spec": dict, "environment": dict, "points": dict,
@@ -94,7 +95,8 @@ def named_if_unwritable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or reason_of(error)
-        raise BadInput(f"results folder {folder} cannot be written: {reason}") from error
+        place = shown(str(folder)).strip("'\"")
+        raise BadInput(f"results folder {place} cannot be written: {reason}") from error
 
 
 @contextmanager
@@ -124,7 +126,10 @@ def _locked(path: Path, target: Path) -> Iterator[None]:
     while True:
         with named_if_unwritable(target.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
+            try:
+                file = path.open("w")
+            except FileNotFoundError:  # another process has just removed the folder
+                continue
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,11 +194,12 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
     """Put ``new`` in the place of ``target``, and ``target`` away."""
     if old.exists():
         shutil.rmtree(old)
-    os.rename(target, old)
     try:
+        os.rename(target, old)
         os.rename(new, target)
     except BaseException:
-        os.rename(old, target)
+        if old.exists() and not target.exists():
+            os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -238,6 +244,15 @@ def read_table(file: Path) -> pd.DataFrame:
         return _typed(parquet.read_table(file)).to_pandas()
 
 
+def is_table(file: Path) -> bool:
+    """Whether ``file`` is there, and a table as far as its end tells."""
+    try:
+        parquet.read_metadata(file)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
+
+
 def _typed(table: pa.Table) -> pa.Table:
     """``table`` with every known column of its type; a column whose values do not fit keeps its
     own.
@@ -250,11 +265,13 @@ def _typed(table: pa.Table) -> pa.Table:
 
 
 @contextmanager
-def named_if_damaged(file: Path) -> Iterator[None]:
-    """Turn what reading ``file`` raises into `BadInput` that names it."""
+def named_if_damaged(file: Path | str) -> Iterator[None]:
+    """Turn what reading ``file``, or using what was read, raises into `BadInput` that names it."""
     try:
         yield
-    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+    except BadInput:
+        raise
+    except (*UNREADABLE, pa.ArrowException) as error:
         raise BadInput(f"{file} cannot be read: {reason_of(error)[:LONGEST_REASON]}") from error
 
 
@@ -334,7 +351,7 @@ def _with_timings(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     timings = read_table(file)
     with named_if_damaged(file):
         new = [name for name in timings if name not in rows]
-        return rows.merge(timings[["point", "row", *new]], on=["point", "row"])
+        return rows.merge(timings[["point", "row", *new]], on=["point", "row"], how="left")
 
 
 def _nested(extents):

@@ -88,14 +88,17 @@ def run(
             "jobs, or no point_timeout"
         )
     grid = named(spec, work)
-    with store.claimed(out, name or file.stem, overwrite=True) as target:
+    code = 1  # of a sweep that a signal has ended, whose handler then did not
+    with (
+        sweep_pool.ended_by_signals(),
+        store.claimed(out, name or file.stem, overwrite=True) as target,
+    ):
         _check_own(target)
         folder, how = target / "points", {"jobs": jobs, "dask": dask, "timeout": timeout}
         with store.named_if_unwritable(folder):
             folder.mkdir(parents=True, exist_ok=True)
         num_before = len(_done(folder, grid))
-        with sweep_pool.ended_by_signals():
-            _run_missing(folder, work, grid, retry, how)
+        _run_missing(folder, work, grid, retry, how)
         done = _done(folder, grid)
         failed = [(point, _error(folder, point)) for point in grid if point not in done]
         _tell_failed(folder, failed)
@@ -110,7 +113,8 @@ def run(
                 print(f"no figure: {undrawn}")
         else:
             print(f"{counts}: there are no rows")
-    return 1 if failed or undrawn else 0
+        code = 1 if failed or undrawn else 0
+    return code
 
 
 def _check_own(target: Path) -> None:
@@ -128,10 +132,11 @@ def _run_missing(
     """Run the points that are not done, and with ``retry`` those that failed; keep every outcome as
     soon as it is there.
     """
+    done = _done(folder, grid)
     coming = [
         point
         for point in grid
-        if not _rows_of(folder, point).exists() and (retry or not _error_of(folder, point).exists())
+        if point not in done and (retry or not _error_of(folder, point).exists())
     ]
     num_skipped = len(grid) - len(coming)
     with contextlib.closing(outcomes(work, coming, **how)) as found:
@@ -455,7 +460,7 @@ def _notebook_of(folder: Path, point: Point, failed: bool = False) -> Path:
 
 
 def _done(folder: Path, grid: list[Point]) -> list[Point]:
-    return [point for point in grid if _rows_of(folder, point).exists()]
+    return [point for point in grid if store.is_table(_rows_of(folder, point))]
 
 
 def _keep(folder: Path, point: Point, outcome: Outcome) -> None:
@@ -484,7 +489,7 @@ def _collect(
     """
     parts = []
     for point in done:
-        part = pd.read_parquet(_rows_of(folder, point))
+        part = store.read_table(_rows_of(folder, point))
         parts.append(part.assign(row=range(len(part)), **point.columns))
     rows = pd.concat(parts, ignore_index=True)
     for name, table in _by_clock(rows).items():

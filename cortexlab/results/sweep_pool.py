@@ -83,8 +83,13 @@ class Worker:
         elif self._pool is None:
             self._start()
         else:
+            try:
+                self.future = self._pool.submit(task, left[0])
+            except BrokenProcessPool:  # it died between two points
+                self.kill()
+                self._start()
+                return
             self.point = left.popleft()
-            self.future = self._pool.submit(task, self.point)
             self._ends_at = time.monotonic() + limit_s
 
     def kill(self) -> None:
@@ -136,6 +141,8 @@ def in_workers(
                         left.appendleft(point)
                         point = None
                     outcome = Outcome(0.0, error=KILLED)
+                elif point is None:
+                    deaths[None] = 0
                 if point is not None:
                     yield point, outcome
                 worker.go_on(task, left, limit_s)
@@ -237,8 +244,8 @@ def ended_by_signals() -> Iterator[None]:
     }
 
     def end(number: int, frame) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
+        for each, handler in before.items():  # a second Ctrl-C does not wait
+            signal.signal(each, handler if each == signal.SIGINT else signal.SIG_IGN)
         raise KeyboardInterrupt if number == signal.SIGINT else _Ended(number)
 
     for each in before:
