@@ -113,6 +113,16 @@ FORMATS = {  # name -> (content, format, arrival, prompt and output of each requ
         "vLLM timed_trace",
         [(0, 40, 5), (0.5, 17, 5)],
     ),
+    "vLLM in milliseconds, a mean gap under 60": (
+        jsonl(request(2000, 40, ids=[1, 2, 3]), request(2040, 17, ids=[1, 4])),
+        "vLLM timed_trace",
+        [(0, 40, 5), (0.04, 17, 5)],
+    ),
+    "vLLM in whole seconds": (
+        jsonl(request(2, 40, ids=[1, 2, 3]), request(2, 9, ids=[1]), request(3, 17, ids=[1, 4])),
+        "vLLM timed_trace",
+        [(0, 40, 5), (0, 9, 5), (1, 17, 5)],
+    ),
     "Bailian": (
         jsonl(
             request(61.114, 33, chat_id=9, parent_chat_id=-1, type="text", turn=1, ids=[5, 6, 7]),
@@ -158,6 +168,23 @@ def test_trace_block_says_how_many_tokens_an_id_stands_for(tmp_path):
     assert [(item.prefix_ids, item.prefix_block) for item in items] == [((1, 2), 64), ((1,), 64)]
     with pytest.raises(CortexLabError, match=r"trace_block.*0"):
         load_trace(path, trace_block=0)
+
+
+UNITS = {  # stamps -> trace_block, gap in seconds, the remark
+    "whole": ([0, 40], None, 0.04, "milliseconds (all are whole numbers)"),
+    "whole, a block": ([0, 1], 16, 0.001, "milliseconds (all are whole numbers)"),
+    "whole and close": ([0, 1], None, 1, "seconds (a mean gap under 1 ms otherwise)"),
+    "fractions": ([0, 40.5], 16, 40.5, "seconds (some have fractions)"),
+    "far apart": ([0, 500.5], None, 0.5005, "milliseconds (a mean gap over 60 s otherwise)"),
+}
+
+
+@pytest.mark.parametrize(("stamps", "block", "gap", "said"), UNITS.values(), ids=UNITS)
+def test_the_unit_beside_short_blocks_is_said_with_its_reason(stamps, block, gap, said, tmp_path):
+    rows = [request(stamp, 40, ids=[1, 2, 3]) for stamp in stamps]
+    trace = read_trace(saved(tmp_path, "v.jsonl", jsonl(*rows)), trace_block=block)
+    assert trace.items[1].arrived_at == gap
+    assert trace.remarks == [f"time stamps taken as {said}"]
 
 
 # --- packed, and standard input -------------------------------------------------------------------
@@ -234,6 +261,18 @@ def test_exact_times_stay_exact_for_every_seed(tmp_path):
         assert trace.spread_s is None and trace.remarks == []
 
 
+@pytest.mark.parametrize(
+    "stamps",
+    [[0, 0, 0], [0, 60000, 120000], [0, 0, 60000], [0, 3000, 6000]],
+    ids=["all equal", "every minute", "two at once", "every bucket once"],
+)
+def test_exact_times_that_are_multiples_of_a_bucket_stay_exact(stamps, tmp_path):
+    path = saved(tmp_path, "m.jsonl", "".join(mooncake(timestamp=stamp) for stamp in stamps))
+    trace = read_trace(path)
+    assert [item.arrived_at for item in trace.items] == [stamp / 1000 for stamp in stamps]
+    assert trace.spread_s is None and trace.remarks == []
+
+
 @pytest.mark.parametrize(("num_exact", "spread"), [(1, True), (2, False)])
 def test_times_are_spread_where_99_percent_lie_in_buckets(num_exact, spread, tmp_path):
     stamps = [3000 * (n // 10) for n in range(100 - num_exact)] + [31_500] * num_exact
@@ -246,8 +285,9 @@ def test_times_are_spread_where_99_percent_lie_in_buckets(num_exact, spread, tmp
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_first_rows_of_the_real_mooncake_trace_are_spread_as_in_the_whole_one(seed):
     real_trace("mooncake_conversation")
-    few, all_ = (load_trace("mooncake_conversation", seed, n) for n in (300, None))
-    assert few[:280] == all_[:280]
+    all_ = load_trace("mooncake_conversation", seed)
+    for few in (300, 500, 2000):
+        assert load_trace("mooncake_conversation", seed, few)[: few - 20] == all_[: few - 20]
     assert repeated_prefix_share(all_) == pytest.approx(0.3664, abs=5e-5)
 
 
@@ -288,6 +328,11 @@ BAD = {  # fault -> (content, line, pattern of the message)
         2,
         "delay.*-5",
     ),
+    "a session that is a list": (
+        jsonl(request(0, session_id=[1])),
+        1,
+        r"session_id must be a text or a whole number, not \[1\]",
+    ),
 }
 
 
@@ -312,20 +357,19 @@ def run(capsys, monkeypatch):
 
 
 def test_traces_prints_what_was_understood(run, tmp_path):
-    rows = [
-        request(3000 * n, 600 * (n + 1), ids=[*range(-(-600 * (n + 1) // 512))]) for n in (0, 1)
-    ]
+    prompts = {600: 0, 1200: 0, 1800: 3000}
+    rows = [request(at, prompt, ids=[*range(-(-prompt // 512))]) for prompt, at in prompts.items()]
     path = saved(tmp_path, "m.jsonl", jsonl(*rows, request(6000, output=0)))
     code, stdout, stderr = run("traces", path, "--json")
     found = strict(stdout)
     assert (code, stderr, found) == (0, "", summary(read_trace(path)))
-    assert (found["format"], found["requests"], found["left_out"]) == ("Mooncake", 2, 1)
+    assert (found["format"], found["requests"], found["left_out"]) == ("Mooncake", 3, 1)
     assert (found["spread_s"], found["prefix_block"]) == (3, 512)
-    assert found["repeated_prefix_share"] == 2 / 5
-    assert found["prompt_tokens"] == {"p50": 900, "p90": 1140, "p99": 1194, "max": 1200}
+    assert found["repeated_prefix_share"] == 5 / 9
+    assert found["prompt_tokens"] == {"p50": 1200, "p90": 1680, "p99": 1788, "max": 1800}
     code, stdout, _ = run("traces", path)
     assert code == 0 and max(map(len, stdout.splitlines())) <= 80
-    for part in ("Mooncake", "40.0%", "1,200", "spread", "1 of 3 rows left out"):
+    for part in ("Mooncake", "55.6%", "1,800", "spread", "1 of 4 rows left out"):
         assert part in stdout
     assert strict(run("traces", path, "--json", "--requests", "1")[1])["request_rate"] is None
 

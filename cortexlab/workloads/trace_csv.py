@@ -118,7 +118,9 @@ class Dates:
 
     name: str
     zoned: bool = False  # of the first stamp
-    origin: float | None = None  # whole seconds of the first stamp with a zone, else 0
+    # Whole seconds of the first stamp with a zone. Without one it stays 0: seconds since 1970 round
+    # a fraction by up to 0.12 us, which every result from Azure's trace of 2023 was computed with.
+    origin: float | None = None
     last: float = -math.inf
 
     def seconds(self, number: int, stamp: str) -> float:

@@ -19,8 +19,8 @@ FORMATS = {  # format -> its columns
     "tokens (or --trace-block) and all before them",
     "AIPerf (JSONL)": "Mooncake's; a later turn of a session_id may have a delay (ms) after the "
     "turn before arrived, in place of a timestamp",
-    "vLLM timed_trace (JSONL)": "Mooncake's with timestamp in seconds (ms if the mean gap is over "
-    "60 otherwise) and an id for 16 tokens",
+    "vLLM timed_trace (JSONL)": "Mooncake's with an id for 16 tokens and timestamp in ms, or in "
+    "seconds where some have fractions or the mean gap is under 1 ms otherwise",
     "Bailian (JSONL)": "chat_id, parent_chat_id, timestamp (seconds), input_length, output_length, "
     "type, turn; hash_ids: an id for 16 tokens, of their content alone",
 }

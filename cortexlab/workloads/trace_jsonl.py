@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ..errors import BadInput, shown
 from .synthetic import MAX_ID, generator
@@ -12,7 +13,8 @@ MOONCAKE_BUCKET_S = 3.0  # time stamps in Mooncake's file are rounded down to a 
 JITTER_MS = 5  # more than Mooncake's own stamps miss a multiple of a bucket by
 BUCKETED = 0.99  # share of stamps on multiples of a bucket from which they count as rounded
 SHORT_BLOCK = 16  # prompt tokens for each hash id of Bailian and of vLLM
-LONGEST_GAP_S = 60.0  # mean gap from which stamps beside short blocks count as milliseconds
+LONGEST_GAP_S = 60.0  # mean gap beyond which stamps with fractions count as milliseconds
+SHORTEST_GAP_MS = 1.0  # mean gap below which whole stamps count as seconds
 
 
 def read_jsonl(name: str, lines: Lines, limit: int | None, seed: int, block: int | None) -> Trace:
@@ -40,11 +42,12 @@ def read_jsonl(name: str, lines: Lines, limit: int | None, seed: int, block: int
         format, notes, arrived = "Mooncake", (), _spread(rows.stamps, seed)
     else:
         format = "Bailian" if bailian else "vLLM timed_trace" if short else sessions.format
-        first, last = min(rows.stamps), max(rows.stamps)
-        in_s = bailian or (short and last - first <= LONGEST_GAP_S * len(rows.kept))
+        in_s, notes = bool(bailian), sessions.notes
+        if short and not bailian:
+            in_s, why = _in_seconds(rows.stamps, whole_in_ms=block is not None)
+            notes = (f"time stamps taken as {'seconds' if in_s else 'milliseconds'} ({why})",)
+        first = min(rows.stamps)
         arrived = [(stamp - first) / (1 if in_s else 1000) for stamp in rows.stamps]
-        unit = "seconds" if in_s else "milliseconds"
-        notes = (f"time stamps taken as {unit}",) if short and not bailian else sessions.notes
     items = rows.items(arrived, blocks[0])
     return Trace(name, format, items, rows.left_out, MOONCAKE_BUCKET_S if spread else None, notes)
 
@@ -63,7 +66,8 @@ class Sessions:
         session, stamp = row.get("session_id"), row.get("timestamp")
         if session is not None and not isinstance(session, str | int):
             raise BadInput(
-                f"{self.name}, line {number}: session_id must be a text, not {shown(session)}"
+                f"{self.name}, line {number}: session_id must be a text or a whole number, not "
+                f"{shown(session)}"
             )
         if stamp is not None:
             stamp = time_of(self.name, number, "timestamp", stamp)
@@ -135,6 +139,21 @@ def _chained(ids: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(chained)
 
 
+def _in_seconds(stamps: list[float], whole_in_ms: bool) -> tuple[bool, str]:
+    """Whether stamps beside short blocks are seconds, and why. vLLM replays such a file in any unit
+    (a multiplier says which, by default seconds): Bailian's has seconds with fractions, Mooncake's
+    whole milliseconds. ``whole_in_ms``: whole stamps are milliseconds whatever their gaps are.
+    """
+    gap = (max(stamps) - min(stamps)) / len(stamps)
+    if any(stamp % 1 for stamp in stamps):
+        if gap > LONGEST_GAP_S:
+            return False, f"a mean gap over {LONGEST_GAP_S:g} s otherwise"
+        return True, "some have fractions"
+    if gap < SHORTEST_GAP_MS and not whole_in_ms:
+        return True, f"a mean gap under {SHORTEST_GAP_MS:g} ms otherwise"
+    return False, "all are whole numbers"
+
+
 def _on_bucket(stamp: float, first: float) -> bool:
     """Whether a stamp (ms) is a multiple of Mooncake's bucket behind the first one."""
     behind = (stamp - first + JITTER_MS) % (MOONCAKE_BUCKET_S * 1000)
@@ -142,9 +161,17 @@ def _on_bucket(stamp: float, first: float) -> bool:
 
 
 def _in_buckets(stamps: list[float]) -> bool:
-    """Whether nearly all of several stamps (ms) are rounded to Mooncake's buckets."""
-    on_bucket = sum(_on_bucket(stamp, stamps[0]) for stamp in stamps)
-    return len(stamps) > 1 and on_bucket >= BUCKETED * len(stamps)
+    """Whether nearly all stamps (ms) are rounded to Mooncake's buckets: exact ones may be multiples
+    of a bucket too (all at 0, one a minute), but do not share buckets beside one another.
+    """
+    bucket_ms = MOONCAKE_BUCKET_S * 1000
+    on_bucket = [stamp for stamp in stamps if _on_bucket(stamp, stamps[0])]
+    buckets = sorted({round((stamp - stamps[0]) / bucket_ms) for stamp in on_bucket})
+    return (
+        len(on_bucket) >= BUCKETED * len(stamps)
+        and len(buckets) < len(on_bucket)
+        and any(after - before == 1 for before, after in pairwise(buckets))
+    )
 
 
 def _spread(stamps: list[float], seed: int) -> list[float]:
