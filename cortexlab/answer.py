@@ -19,6 +19,7 @@ from .options import MLX_LM
 
 ERROR = 0.05  # chance that any interval of a bench misses, all its looks together
 ALIKE, WITHIN = 1.03, "3 %"  # largest ratio of strategies that are called equal
+MOST_TIMES = 100  # a difference that may be larger has no bound worth a number
 LOOKS = 3, 5, 8, 12, 20  # repeats at which a bench that goes on until it knows looks
 MOST_REPEATS = 1000  # more are not worth advising
 SECONDS = 120.0  # after which such a bench starts no more
@@ -218,12 +219,14 @@ def recommendation(
     rows: Sequence[Mapping],
     comparison: Comparison | None = None,
     shares: Comparison | None = None,
+    auto: bool = False,
 ) -> str:
     """One sentence about a bench's rows and its ``comparison``, or about a replay's rows: which
     strategies are best, by how much, and where no difference was found. The first measure with a
     difference decides: speed, then memory; of a replay, requests served in time, or else waiting,
     then memory, then the pieces that a sequence lies in. ``shares``: token shares of a bench in
-    every repeat, which are weighted by time and so have noise of their own.
+    every repeat, which are weighted by time and so have noise of their own. ``auto``: the bench was
+    to go on until it knew.
     """
     if comparison is None:
         return _of_replay(rows)
@@ -238,15 +241,17 @@ def recommendation(
         part = share.text(tokens[names[0]]["token_share"])
         return f"{names[0]}: {speed:.1f} output tokens/s, {part} of the KV memory held is tokens."
     if not comparison.differences:
-        parts = ["One run cannot tell speed from noise: --repeats 5 can, or --repeats auto"]
+        other = "more --seconds" if auto else "--repeats auto"
+        parts = [f"One run cannot tell speed from noise: --repeats 5 can, or {other}"]
         return "; ".join(parts + _decided(tokens, [memory])[1]) + "."
     noisy = () if shares is None else [each for each in shares.differences if not each.faster]
     best, parts = _fastest(comparison)
-    if len(best) > 1:
-        left, said = _decided({name: tokens[name] for name in best}, [memory], noisy)
-        parts += [f"memory decides, {each}" if len(left) < len(best) else each for each in said]
-    if MLX_LM in comparison.speeds:
-        parts.append(_ahead(best, MLX_LM, comparison))
+    open_to_memory = best if len(best) > 1 else names  # where speed decides, it is said of all
+    left, said = _decided({name: tokens[name] for name in open_to_memory}, [memory], noisy)
+    if len(left) < len(best):
+        said = [f"memory decides, {each}" for each in said]
+    beside = [_ahead(best, MLX_LM, comparison)] if MLX_LM in comparison.speeds else []
+    parts += said + beside if parts else beside + said
     judged = best if len(names) > 1 else [*comparison.speeds]
     if not all(comparison.between(*pair).known for pair in combinations(judged, 2)):
         wanted = comparison.repeats_wanted()
@@ -284,6 +289,7 @@ def _ahead(best: Sequence[str], other: str, comparison: Comparison) -> str:
     """What is said of the speed of ``best`` beside another strategy's."""
     label = "mlx-lm's own batching, which no pool limits," if other == MLX_LM else other
     pairs = [comparison.between(name, other) for name in best]
+    few = {1: best[0], 2: "both"}.get(len(best), "all")
     for verb, found in (
         ("faster", [each for each in pairs if each.faster]),
         ("slower", [each for each in pairs if each.slower]),
@@ -293,18 +299,17 @@ def _ahead(best: Sequence[str], other: str, comparison: Comparison) -> str:
             low, high = min(each.low for each in turned), max(each.high for each in turned)
             by = f"by {_at_least(low)} % to {_at_most(high)} %"
             named = [each.strategy for each in found]
-            few = {1: named[0], 2: "both"}.get(len(found), "all")
             subject = few if len(found) == len(best) else _listed(named, "and")
             if verb == "faster":
                 return f"{subject} faster than {label} {by}"
             return f"{label} faster than {subject} {by}"
     if all(each.equal for each in pairs):
-        return f"equal to {label} within {WITHIN}".rstrip(",")
-    return f"no difference found from {label} ({_most(pairs)})".replace(", (", " (")
+        return f"{few}: equal to {label} within {WITHIN}"
+    return f"{few}: no difference found from {label.rstrip(',')} ({_most(pairs)})"
 
 
 def _of_replay(rows: Sequence[Mapping]) -> str:
-    """The sentence of a replay. Rows that leave requests unserved are left out."""
+    """The sentence of a replay. Rows that leave more requests unserved than others are left out."""
     sizes = {row["block_size"] for row in rows}
     named = {
         row["strategy"] + (f" in blocks of {row['block_size']}" if len(sizes) > 1 else ""): row
@@ -321,9 +326,13 @@ def _of_replay(rows: Sequence[Mapping]) -> str:
         ("extents a sequence", COLUMNS["extents_per_sequence"], min),
     ]
     best, parts = _decided(kept, aims)
-    for name in named:
-        if name not in kept:
-            parts.append(f"{name} left {unserved[name]} requests unserved")
+    if not parts:
+        return "Nothing to compare: no request was completed."
+    for count in sorted({*unserved.values()} - {0}):
+        who = [name for name in named if unserved[name] == count]
+        each = " each" if len(who) > 1 else ""
+        requests = "request" if count == 1 else "requests"
+        parts.append(f"{_listed(who, 'and')} left {count} {requests} unserved{each}")
     if len(named) == 1:
         return f"{best[0]}: {'; '.join(parts)}."
     found = "Best" if len(best) == 1 else "No difference found"
@@ -337,7 +346,8 @@ def _decided(
     rows: Mapping[str, Mapping], aims: Iterable[Aim], noisy: Iterable[Difference] = ()
 ) -> tuple[list[str], list[str]]:
     """Names that are best by the first of ``aims`` in which rows differ, then by the next, and what
-    is said of each. Differences of the pairs in ``noisy`` are none.
+    is said of each. Differences of the pairs in ``noisy`` are none: where such values differ in
+    print, all that they span is said.
     """
     best, parts = [*rows], []
     same = {frozenset((each.strategy, each.against)) for each in noisy}
@@ -353,7 +363,13 @@ def _decided(
             if _alike(column, known[name], known[top]) or frozenset((name, top)) in same
         ]
         text, others = column.text(known[top]), [name for name in known if name not in alike]
-        if not others:
+        spread = not all(_alike(column, known[name], known[top]) for name in alike)
+        if spread:
+            ends = sorted(known[name] for name in alike)
+            text = f"{column.text(ends[0])} to {column.text(ends[-1])}"
+        if not others and spread:
+            parts.append(f"{words}: no difference found ({text})")
+        elif not others:
             parts.append(f"{words}: {text}{('', '', ' for both', ' for all')[min(len(alike), 3)]}")
         else:
             following = choose(others, key=known.get)
@@ -368,8 +384,11 @@ def _decided(
 def _alike(column: Column, value: float, other: float) -> bool:
     """Whether two values differ by less than the last digit that a table prints of them."""
     text = column.text(other)
-    digits = text.rstrip(" %").partition(".")[2]
-    unit = column.scale * 10.0 ** -len(digits) / (100 if text.endswith("%") else 1)
+    if column.digits:
+        digits = column.digits(other / column.scale)
+    else:
+        digits = len(text.rstrip(" %").partition(".")[2])
+    unit = column.scale * 10.0**-digits / (100 if text.endswith("%") else 1)
     return column.text(value) == text or abs(value - other) < unit
 
 
@@ -385,7 +404,9 @@ def _whole_percent(share: float) -> str:
 def _most(pairs: Iterable[Difference]) -> str:
     """The largest difference still possible."""
     most = max(each.most for each in pairs)
-    return f"at most {_at_most(most)} %" if most < 3 else f"at most {math.ceil(most)} times"
+    if most < 3:
+        return f"at most {_at_most(most)} %"
+    return f"at most {math.ceil(most)} times" if most <= MOST_TIMES else "no bound"
 
 
 def _at_least(ratio: float) -> int:

@@ -44,6 +44,7 @@ class Column:
     heading: str | None = None  # of a printed table
     scale: float = 1  # stored units in a printed one
     format: Callable[[Any], str] = str  # of the scaled value in a printed table
+    digits: Callable[[Any], float] | None = None  # of `format`, behind the point; None: those seen
     drop: int = 0  # rank among what a narrow terminal loses: the largest goes first, 0 never
     kind: Kind = "double"  # type on disk, also where all values are missing
 
@@ -62,6 +63,13 @@ class Column:
 def _short_seconds(value: float) -> str:
     """Three digits below 100 seconds, whole seconds above."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _short_digits(value: float) -> float:
+    """Digits of `_short_seconds` behind the point, with the zeros at the end that it leaves out.
+    A printed 0 is exact.
+    """
+    return max(0, 2 - int(f"{value:.2e}".partition("e")[2])) if value else math.inf
 
 
 _timed = partial(Column, clock="run", interval=True)
@@ -123,6 +131,7 @@ COLUMNS = {
             axis="mean time to first token (ms)",
             heading="mean TTFT s",
             format=_short_seconds,
+            digits=_short_digits,
         ),
         _seconds("median_ttft_ms", "TTFT, median", heading="TTFT s", drop=1),
         _seconds("p99_ttft_ms", "TTFT, p99", heading="p99", drop=5),

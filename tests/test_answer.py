@@ -157,7 +157,16 @@ def exact(**ratios) -> dict:
 
 def test_a_leader_is_named_with_the_interval_of_its_lead_over_each_other():
     text = sentence(exact(paged=1.0, runs=0.8, static=0.5))
-    assert text == "paged faster than runs by 23 % to 27 %, than static by 97 % to 103 %."
+    assert text == (
+        "paged faster than runs by 23 % to 27 %, than static by 97 % to 103 %; share of the KV "
+        "memory held that is tokens: 90 % for all."
+    )
+
+
+def test_where_speed_decides_memory_is_said_of_all():
+    text = sentence(exact(paged=1.0, runs=0.8), runs=0.95)
+    assert "memory decides" not in text
+    assert text.endswith("memory held that is tokens: runs 95 %, then paged 90 %.")
 
 
 def test_strategies_not_told_apart_are_named_with_the_largest_difference_still_possible():
@@ -190,6 +199,18 @@ def test_memory_does_not_decide_by_its_noise():
     assert "memory decides" in recommendation(rows, Comparison(measured), quiet)
 
 
+def test_shares_apart_by_noise_only_are_not_said_to_be_one():
+    measured = exact(paged=1.0, runs=1.0, static=1.0)
+    noisy = {"paged": [0.9, 0.95, 0.9, 0.9], "runs": [0.94, 0.94, 0.95, 0.9]}
+    two = {name: measured[name] for name in noisy}
+    text = recommendation(rows_of(noisy, runs=0.94), Comparison(two), Comparison(noisy))
+    assert text.endswith("held that is tokens: no difference found (90 % to 94 %).")
+    rows = rows_of(measured, runs=0.94, static=0.2)
+    shares = Comparison(noisy | {"static": [0.2, 0.2, 0.2, 0.2]})
+    text = recommendation(rows, Comparison(measured), shares)
+    assert text.endswith("tokens: paged and runs 90 % to 94 %, then static 20 %.")
+
+
 def test_a_winner_leads_by_a_percent_that_is_printed():
     assert not Difference("a", "b", 1.02, 1.009, 1.04, 0.01).faster
     assert Difference("a", "b", 1.02, 1.011, 1.04, 0.01).faster
@@ -202,7 +223,12 @@ def test_mlx_lm_is_named_apart_and_never_ranked():
     told = "mlx-lm's own batching, which no pool limits, faster than paged by 97 % to 103 %"
     assert told in text
     alike = sentence(exact(paged=1.0, mlx_lm=0.98))
-    assert "no difference found from mlx-lm's own batching, which no pool limits (at" in alike
+    other = "mlx-lm's own batching, which no pool limits"
+    assert alike.startswith(f"paged: no difference found from {other} (at")
+    assert "; share of the KV memory held that is tokens: 90 %;" in alike
+    equal = sentence(exact(paged=1.0, mlx_lm=1.0))
+    assert equal.startswith(f"paged: equal to {other}, within 3 %;")
+    assert f"; both: equal to {other}, within" in sentence(exact(a=1.0, b=1.0, mlx_lm=1.0))
     assert "repeats would show" in alike and "repeats would show" not in text
     only = recommendation([{"strategy": MLX_LM}], Comparison({MLX_LM: [1.0]}))
     assert only == "Only mlx-lm was run: name a strategy to compare."
@@ -214,6 +240,18 @@ def test_one_run_names_no_fastest_and_says_what_would():
         "One run cannot tell speed from noise: --repeats 5 can, or --repeats auto; share of the KV "
         "memory held that is tokens: paged 90 %, then static 50 %."
     )
+
+
+def test_a_bench_that_was_to_go_on_until_it_knew_is_not_advised_to():
+    found = Comparison({"paged": [1.0], "static": [2.0]})
+    text = recommendation(rows_of(["paged", "static"]), found, auto=True)
+    assert text.startswith("One run cannot tell speed from noise: --repeats 5 can, or more --seco")
+    assert "auto" not in text
+
+
+def test_a_bound_above_a_hundred_times_is_none():
+    text = sentence({"a": [9.0, 0.0, 11.0], "b": [9.0, 10.0, 11.0]})
+    assert text.startswith("a or b: no difference found (no bound);")
 
 
 def test_a_bench_too_noisy_for_any_answer_says_so():
@@ -252,6 +290,42 @@ def test_of_a_replay_waiting_decides_then_memory_then_pieces():
     assert recommendation(rows[1:2]).startswith("paged: mean TTFT in seconds: 5.11;")
     same = [rows[1], rows[1] | {"strategy": "other"}]
     assert recommendation(same).startswith("No difference found: paged or other;")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (0.2, 0.28, "a 0.2, then b 0.28"),  # zeros at the end of 0.200 are not printed
+        (1.0, 1.9, "a 1, then b 1.9"),
+        (1.004, 1.996, "a 1, then b 2"),
+        (10.0, 10.4, "a 10, then b 10.4"),
+        (0.0, 0.5, "a 0, then b 0.5"),
+        (4e-5, 4.7e-5, "a 4e-05, then b 4.7e-05"),
+        (100.0, 101.2, "a 100, then b 101"),
+        (1.0, 1.004, "1 for both"),
+        (0.0, 0.0, "0 for both"),
+        (4e-5, 4.001e-5, "4e-05 for both"),
+        (100.2, 100.4, "100 for both"),
+    ],
+)
+def test_of_a_replay_waiting_differs_where_a_table_prints_it(first, second, told):
+    rows = [replayed("a", first, 0.9, 1.0), replayed("b", second, 0.9, 1.0)]
+    assert f"mean TTFT in seconds: {told};" in recommendation(rows)
+
+
+def test_a_replay_in_which_nothing_was_completed_compares_nothing():
+    nothing = {"mean_ttft_ms": None, "token_share": None, "extents_per_sequence": None}
+    rows = [replayed(name, 1.0, 0.9, 1.0, failed=3) | nothing for name in "ab"]
+    assert recommendation(rows) == "Nothing to compare: no request was completed."
+
+
+def test_requests_that_the_best_left_unserved_are_said_too():
+    rows = [replayed(name, 1.0, 0.9, 1.0, refused=2) for name in "ab"]
+    text = recommendation([*rows, replayed("c", 0.1, 0.9, 1.0, failed=3)])
+    assert text.startswith("No difference found: a or b;")
+    assert text.endswith("; a and b left 2 requests unserved each; c left 3 requests unserved.")
+    one = replayed("d", 1.0, 0.9, 1.0, refused=1)
+    assert recommendation([one]).endswith("; d left 1 request unserved.")
 
 
 def test_of_a_replay_goodput_goes_before_waiting_and_unserved_requests_before_all():

@@ -190,7 +190,7 @@ def test_a_bench_goes_on_until_it_knows_or_time_is_over(tiny, monkeypatch):
     assert sum(look["error"] for look in bench.looks) == pytest.approx(answer.ERROR)
     bench = run_bench(tiny, items, ["paged", "runs"], repeats="auto", seconds=0)
     assert bench.looks == [{"repeats": 1, "error": answer.ERROR}]
-    assert "One run cannot tell" in summary.recommendation(bench)
+    assert "--repeats 5 can, or more --seconds;" in summary.recommendation(bench)
 
 
 def test_the_recommendation_is_of_the_runs_and_of_the_rows(tiny_bench):
@@ -199,6 +199,14 @@ def test_the_recommendation_is_of_the_runs_and_of_the_rows(tiny_bench):
     names = [*tiny_bench.comparison.pooled, MLX_LM]
     assert sorted(names) == sorted(row["strategy"] for row in tiny_bench.rows)
     assert all(name in text for name in names)
+
+
+def test_memory_is_judged_by_the_error_of_the_look_that_speed_is(tiny_bench, monkeypatch):
+    seen = []
+    monkeypatch.setattr(answer, "recommendation", lambda *given, **more: seen.extend(given))
+    monkeypatch.setattr(tiny_bench, "error", 0.0075)
+    summary.recommendation(tiny_bench)
+    assert [each.error for each in seen[1:]] == [0.0075, 0.0075]
 
 
 def test_an_interval_needs_two_values():

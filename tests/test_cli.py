@@ -4,6 +4,7 @@ file.
 
 import argparse
 import json
+import math
 import os
 import re
 import resource
@@ -484,6 +485,12 @@ def test_a_parameter_that_a_message_names_is_told_as_an_option(message, expected
     args = argparse.Namespace(name=None, overwrite=False, block_size=16, requests=1)
     assert options.named_as_options(message, args) == expected
     assert options.named_as_options(message, argparse.Namespace()) == message
+
+
+def test_what_json_lacks_is_text_in_the_arguments_of_a_result():
+    args = argparse.Namespace(command=None, rate=math.inf, low=-math.inf, gap=math.nan, seed=3)
+    told = {"rate": "inf", "low": "-inf", "gap": "nan", "seed": 3}
+    assert options.given_arguments(args) == told
 
 
 @pytest.mark.parametrize("command", ["bench", "replay", "allocbench"])

@@ -306,7 +306,8 @@ def recommendation(bench: Bench) -> str:
         name: [_shares(run)["token_share"] or 0 for run in bench.of(name)]
         for name in bench.comparison.pooled
     }
-    return answer.recommendation(bench.rows, bench.comparison, answer.Comparison(shares))
+    memory = answer.Comparison(shares, bench.error)  # of the same look as speed
+    return answer.recommendation(bench.rows, bench.comparison, memory, auto=bool(bench.looks))
 
 
 def _shares(run: Run) -> dict:

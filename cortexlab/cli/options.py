@@ -1,7 +1,6 @@
 """Options that several commands share: how they are declared, read and named in messages."""
 
 import argparse
-import math
 import re
 import shutil
 import sys
@@ -227,9 +226,10 @@ def named_as_options(message: str, args: argparse.Namespace) -> str:
 
 def given_arguments(args: argparse.Namespace) -> dict:
     """What a result's ``run.json`` says of the command line."""
+    from ..results.store import in_json
+
     hidden = ("command", "name_of_command", "rest", "until_end")
-    given = {name: value for name, value in vars(args).items() if name not in hidden}
-    return {name: str(value) if value == math.inf else value for name, value in given.items()}
+    return in_json({name: value for name, value in vars(args).items() if name not in hidden})
 
 
 def terminal_width() -> int:

@@ -4,6 +4,7 @@ whole or not at all.
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import sys
@@ -273,6 +274,20 @@ def named_if_damaged(file: Path | str) -> Iterator[None]:
         raise
     except (*UNREADABLE, pa.ArrowException) as error:
         raise BadInput(f"{file} cannot be read: {reason_of(error)[:LONGEST_REASON]}") from error
+
+
+def is_finite(value: object) -> bool:
+    """Whether ``value`` is a number that an axis can show, or True or False."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def in_json(value: object) -> object:
+    """``value`` as JSON can hold it: an infinity, and what else JSON lacks, as text."""
+    if isinstance(value, dict):
+        return {str(key): in_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [in_json(each) for each in value]
+    return value if value is None or isinstance(value, str) or is_finite(value) else str(value)
 
 
 def write_run(folder: Path, run: dict) -> None:

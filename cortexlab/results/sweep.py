@@ -40,6 +40,7 @@ from ..errors import BadInput, at_least, one_of, real, reason_of, shown
 from ..metrics import PREFIX, column_of
 from ..options import ReplayOptions
 from . import store, sweep_pool, sweep_worker
+from .store import in_json, is_finite
 from .sweep_worker import ROWS_PARAMETER, Function, Notebook, Outcome
 
 FUNCTIONS = {"replay": Function(sweep_worker.replay)}
@@ -384,20 +385,6 @@ def time_limit(name: str, value: object) -> float | None:
     if not 0 < (seconds := real(value)) < math.inf:
         raise BadInput(f"{name} must be seconds above 0, not {shown(value)}")
     return seconds
-
-
-def is_finite(value: object) -> bool:
-    """Whether ``value`` is a number that an axis can show, or True or False."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def in_json(value: object) -> object:
-    """``value`` as JSON can hold it: an infinity, and what else JSON lacks, as text."""
-    if isinstance(value, dict):
-        return {str(key): in_json(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [in_json(each) for each in value]
-    return value if value is None or isinstance(value, str) or is_finite(value) else str(value)
 
 
 def _listed(values: list) -> str:
