@@ -70,9 +70,10 @@ def test_every_control_changes_the_picture_and_an_error_shows(monkeypatch):
     slider.value = 150
     seen.add(picture.value)
     for control in controls.children:
+        values = [each[1] if isinstance(each, tuple) else each for each in control.options]
         control.value = next(
             each
-            for each in reversed(control.options)
+            for each in reversed(values)
             if each not in [other.value for other in controls.children]
         )
         seen.add(picture.value)
