@@ -129,8 +129,10 @@ def _locked(path: Path, target: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 file = path.open("w")
-            except FileNotFoundError:  # another process has just removed the folder
-                continue
+            except FileNotFoundError:
+                if path.parent.is_dir():
+                    raise
+                continue  # another process has just removed the folder
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
