@@ -368,6 +368,13 @@ def test_a_foreign_run_json_is_refused_or_read_but_never_a_traceback(tmp_path, r
             assert "\n" not in str(error) and str(folder) in str(error)
 
 
+def test_a_folder_that_reads_like_a_uri_takes_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["replay", "--requests", "5", "--out", "os:getcwd", "--name", "a"]
+    assert main(words) == 0
+    assert len(results.read_rows("os:getcwd")) == 1
+
+
 def test_rows_without_timings_are_not_lost(tmp_path):
     folder = write_run(tmp_path / "a", [row("paged", 1.0) | {"point": "x", "row": 0}])
     timings = pd.DataFrame([{"point": "other", "row": 0, "seconds": 1.0}])

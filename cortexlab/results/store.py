@@ -236,29 +236,36 @@ def write_tables(folder: Path, run: dict, **tables: pd.DataFrame) -> None:
 
 def write_table(file: Path, table: pd.DataFrame) -> None:
     """``table`` as Parquet, each known column of the type that `metrics.COLUMNS` says."""
-    parquet.write_table(_typed(pa.Table.from_pandas(table, preserve_index=False)), file)
+    with file.open("wb") as target:  # pyarrow takes a path such as "a:b" for a URI
+        parquet.write_table(_typed(pa.Table.from_pandas(table, preserve_index=False)), target)
 
 
 def read_table(file: Path) -> pd.DataFrame:
     """A written table, its columns of the types that `write_table` gives them; `BadInput` where the
     file is damaged.
     """
-    with named_if_damaged(file):
-        return _typed(parquet.read_table(file)).to_pandas()
+    with named_if_damaged(file), file.open("rb") as source:
+        return _typed(parquet.read_table(source)).to_pandas()
 
 
 def is_table(file: Path) -> bool:
     """Whether ``file`` is there, and a table as far as its end tells."""
     try:
-        parquet.read_metadata(file)
+        _check_end(file)
     except (OSError, pa.ArrowException):
         return False
     return True
 
 
+def _check_end(file: Path) -> None:
+    """Read what a Parquet file says of itself at its end; an error where it is cut off."""
+    with file.open("rb") as source:
+        parquet.read_metadata(source)
+
+
 def _typed(table: pa.Table) -> pa.Table:
-    """``table`` with every known column of its type; a column whose values do not fit keeps its
-    own.
+    """``table`` with every known column of its type. One whose values do not fit keeps its own: a
+    notebook's rows may give a known name another meaning.
     """
     for at, name in enumerate(table.column_names):
         if kind := kind_of(name):
@@ -413,7 +420,7 @@ def _rows_of(folder: Path) -> pd.DataFrame:
     for name in TABLES[1:]:
         if (file := folder / f"{name}.parquet").exists():
             with named_if_damaged(file):
-                parquet.read_metadata(file)
+                _check_end(file)
     return _with_timings(folder, read_table(folder / "rows.parquet"))
 
 
