@@ -17,6 +17,7 @@ from ..allocators import STRATEGIES, Allocator, blamed_on, check_names, strategy
 from ..engine.engine import Engine
 from ..engine.model_runner import ModelRunner
 from ..engine.records import StepRecord
+from ..engine.submission import misfit
 from ..errors import (
     BadInput,
     a_function,
@@ -51,7 +52,6 @@ from .mlx_lm import CacheUse, Difference, run_batch_generator, run_one_by_one
 from .summary import Bench, Run, engine_step, mlx_lm_step, ratios, strategy_row
 
 ALL = (*STRATEGIES, MLX_LM)
-AUTO = "auto"  # repeats until the answer is known
 WARMUP_PROMPT, WARMUP_TOKENS = 32, 4  # tokens of each warm-up request
 
 Strategy = str | Callable[[int], Allocator]
@@ -138,7 +138,7 @@ def run_bench(
         raise BadInput(f"setting must be a Setting, not {shown(setting)}")
     progress = a_function("progress", progress) or (lambda tokens, strategy: None)
     names = check_names(strategies)
-    if not isinstance(repeats, str) or repeats != AUTO:
+    if not isinstance(repeats, str) or repeats != answer.AUTO:
         repeats = at_least("repeats", repeats, 1)
     seconds = a_number("seconds", seconds, low=0)
     named = dict(zip(names, strategies, strict=True))
@@ -150,7 +150,7 @@ def run_bench(
     for strategy in strategies:
         job.warm_up(strategy)
     bench, one_by_one = Bench(), []
-    for repeat in _until_known(bench, seconds) if repeats == AUTO else range(repeats):
+    for repeat in _until_known(bench, seconds) if repeats == answer.AUTO else range(repeats):
         # Each in turn goes first, so that a place in the turn is nobody's advantage.
         first = repeat % len(strategies)
         for strategy in (*strategies[first:], *strategies[:first]):
@@ -240,7 +240,6 @@ class _Job:
             prefix_caching=self.setting.prefix_caching,
             **self.setting.engine,
         )
-        engine.cache.warmup()
         name, started_at = strategy_of(strategy).name, engine.clock()
         requests = list(self._arriving(engine, started_at, name))
         duration, stats = engine.clock() - started_at, engine.stats()
@@ -406,13 +405,8 @@ def _refusals(
             setting.prefix_caching,
         )  # fmt: skip
     for number, item in enumerate(items):
-        if item.total_tokens > max_seq_len:
-            wants = f"wants {item.total_tokens} tokens (prompt + output)"
-            yield number, f"{wants}, but max_seq_len is {max_seq_len}"
-        elif blocks and not blocks.could_ever_hold(item.total_tokens - 1):
-            pool = num_blocks * blocks.block_size
-            wants = f"wants {item.total_tokens - 1} slots"
-            yield number, f"{wants}, which can never fit the pool of {pool} slots"
+        if reason := misfit(item.total_tokens, max_seq_len, blocks):
+            yield number, reason
 
 
 def _seconds(runs: Sequence[Run]) -> float:

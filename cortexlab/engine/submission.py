@@ -110,18 +110,20 @@ def refusal(
     """Why a request cannot be taken: its id is one of the ``live`` ones, or it could never fit."""
     if request.id in live:
         return f"request id {request.id!r} is already in use: choose another"
-    name, length = f"request {request.id!r}", len(request.prompt) + request.max_tokens
-    if length > max_seq_len:
-        return (
-            f"{name} wants {length} tokens (prompt + max_tokens), but max_seq_len is {max_seq_len}"
-        )
     try:
-        fits = blocks.could_ever_hold(request.max_slots)
+        reason = misfit(len(request.prompt) + request.max_tokens, max_seq_len, blocks)
     except CortexLabError as error:
         return str(error)
-    if not fits:
-        return (
-            f"{name} wants {request.max_slots} slots, which can never fit the pool of "
-            f"{blocks.num_slots} slots"
-        )
+    return reason and f"request {request.id!r} {reason}"
+
+
+def misfit(num_tokens: int, max_seq_len: int, blocks: BlockManager | None) -> str | None:
+    """Why a request of ``num_tokens``, prompt and output, can never be served; None if it can.
+    ``blocks`` None: no pool limits it. The last token is sampled, but takes no slot.
+    """
+    if num_tokens > max_seq_len:
+        return f"wants {num_tokens} tokens (prompt + output), but max_seq_len is {max_seq_len}"
+    if blocks is not None and not blocks.could_ever_hold(num_tokens - 1):
+        pool = blocks.num_slots
+        return f"wants {num_tokens - 1} slots, which can never fit the pool of {pool} slots"
     return None
