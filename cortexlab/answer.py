@@ -22,6 +22,7 @@ ALIKE, WITHIN = 1.03, "3 %"  # largest ratio of strategies that are called equal
 MOST_TIMES = 100  # a difference that may be larger has no bound worth a number
 LOOKS = 3, 5, 8, 12, 20  # repeats at which a bench that goes on until it knows looks
 MOST_REPEATS = 1000  # more are not worth advising
+AUTO = "auto"  # repeats of such a bench
 SECONDS = 120.0  # after which such a bench starts no more
 
 

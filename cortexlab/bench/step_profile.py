@@ -318,5 +318,5 @@ def filled_arena(layers: Sequence[LayerShape], dtype: mx.Dtype, num_slots: int, 
                     array.shape, dtype=dtype, key=mx.random.key(seed)
                 )
             arrays[layer] = numbers[array.shape] + 0
-    arena.warmup()
+    mx.eval(arena.arrays())
     return arena

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..answer import LOOKS, SECONDS, WITHIN
+from ..answer import AUTO, LOOKS, SECONDS, WITHIN
 from ..errors import BadInput, a_number
 from ..options import BENCH_BATCH_SIZE, BENCHED, MLX_LM, EngineOptions
 from .options import (
@@ -74,9 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _repeats(text: str) -> int | str:
     try:
-        return text if text == "auto" else int(text)
+        return text if text == AUTO else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number or auto, not {text!r}") from None
+        wanted = f"must be a whole number or {AUTO}, not {text!r}"
+        raise argparse.ArgumentTypeError(wanted) from None
 
 
 def run(args: argparse.Namespace) -> tuple[int, str]:
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     given = default if args.strategies is None else args.strategies
     strategies = strategies_of(given, others=(MLX_LM,))
     check_counts(args, block_size=1, batch_size=1, requests=1, seed=0)
-    auto = args.repeats == "auto"
+    auto = args.repeats == AUTO
     if not auto:
         check_counts(args, repeats=1)
     if args.seconds is not None:

@@ -55,10 +55,6 @@ class Arena:
     def arrays(self) -> list[mx.array]:
         return [*self.keys, *self.values]
 
-    def warmup(self) -> None:
-        """Touch every page now rather than during the first requests."""
-        mx.eval(self.arrays())
-
     def write(self, layer: int, slots: "Slots", keys: mx.array, values: mx.array) -> None:
         """Put a layer's K and V, ``[num_kv_heads, n, dim]``, into ``slots``: lazy, and in place."""
         if slots.run is not None:

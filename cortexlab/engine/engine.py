@@ -1,12 +1,12 @@
 """The engine: continuous batching of an unmodified mlx-lm model over a `KVCache`.
 
-A step is: schedule, launch, land, deliver. Its rows are tokens of decoding sequences and prompts in
+A step is: plan, launch, land, tell. Its rows are tokens of decoding sequences and prompts in
 any mixture, fed to the model as a batch ``[rows, 1]`` with each row's own position, so matrix
 products see all of them at once and nothing is padded. Launching builds the step and starts it;
 landing waits for its tokens. Pipelined, the next step is launched before one lands:
 
-    host      schedule+launch 1 | schedule+launch 2 | land 1 | schedule+launch 3 | land 2 | ...
-    device                      | 1 ............... | 2 ............... | 3 ...
+    host      plan+launch 1 | plan+launch 2 | land 1 | tell 1 | plan+launch 3 | land 2 | ...
+    device                  | 1 ............... | 2 .................... | 3 ...
 """
 
 import math
@@ -193,9 +193,9 @@ class Engine:
         """One step. If an exception cuts it short, the next one begins with `_rebuild`."""
         self._books.do(self._begin)
         self._tell()  # what an exception kept from being told
-        launched = self._launch()
-        if launched := self._books.do(partial(self._next_landing, launched)):
-            self._land(*launched)
+        landing = self._books.do(partial(self._next_landing, self._launch()))
+        if landing:
+            self._land(*landing)
         self._is_stepping = False
         self._tell()
 

@@ -59,7 +59,8 @@ class KVCache:
             pool.clear()
 
     def warmup(self) -> None:
-        self.arena.warmup()
+        """Evaluate all that is under way; a new arena's pages are touched already."""
+        mx.eval(self.arena.arrays())
 
     def stats(self) -> Stats:
         """The allocator's statistics, and those of cache and arena. Idle cached blocks are free in

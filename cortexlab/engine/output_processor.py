@@ -3,9 +3,8 @@
     step ---- book ----> outbox of notices ---- tell ----> text, the users' functions ----> events
               books open                        books closed
 
-A notice stays in the outbox until all are told. Each part of telling it is
-kept by one assignment, so that telling goes on where an exception stopped it: nothing is told
-twice, and nothing is lost.
+A notice stays in the outbox until it is told. Each part of telling it is kept by one assignment,
+so that telling goes on where an exception stopped it: nothing is told twice, and nothing is lost.
 """
 
 from collections import deque
@@ -54,7 +53,7 @@ class Text(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Notice:
-    """One token of a request, or (``token`` None) its end, until its event is taken."""
+    """One token of a request, or (``token`` None) its end, until it is told."""
 
     request: Generation
     token: int | None
