@@ -375,6 +375,13 @@ def test_a_folder_that_reads_like_a_uri_takes_results(tmp_path, monkeypatch):
     assert len(results.read_rows("os:getcwd")) == 1
 
 
+def test_block_sizes_are_whole_numbers_on_a_page_also_beside_mlx_lm(tmp_path):
+    rows = [row("paged", 1.0), row("mlx-lm", 3.0, block_size=None)]
+    page = report.write(write_run(tmp_path / "a", rows)).read_text()
+    assert "<td>16</td>" in page and "<td></td>" in page
+    assert not {"<td>16.0</td>", "<td>nan</td>", "<td>&lt;NA&gt;</td>"} & {*page.split()}
+
+
 def test_rows_without_timings_are_not_lost(tmp_path):
     folder = write_run(tmp_path / "a", [row("paged", 1.0) | {"point": "x", "row": 0}])
     timings = pd.DataFrame([{"point": "other", "row": 0, "seconds": 1.0}])

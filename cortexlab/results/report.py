@@ -376,7 +376,9 @@ def _figures(table: pd.DataFrame) -> str:
     wide = wide.reset_index().drop(columns=list(same)).rename(columns=_bare)
     told = ", ".join(f"{_bare(name)} {value}" for name, value in same.items())
     told = html.escape(f"; the same in all rows: {told}" if told else "")
-    cells = wide.to_html(index=False, na_rep="", border=0)
+    # Block sizes are whole numbers, also beside mlx-lm's null.
+    wide = wide.convert_dtypes().astype(object)
+    cells = wide.where(wide.notna(), "").to_html(index=False, border=0)
     return (
         "<h2>Figures</h2><p>Medians; in brackets a 95 % interval of the median by bootstrap, where "
         f'there are repeats{told}.</p><div class="wide">{cells}</div>'
