@@ -95,6 +95,7 @@ def test_what_once_escaped_is_refused_in_one_line(found):
         ["report", "replay", "--out", "a\nb"],
         ["sweep", "x" * 300],
         ["sweep", "a\0b"],
+        ["replay", "--out", "a\0b"],
     ],
 )
 def test_bad_usage_is_one_line_of_bounded_length(line, capsys):

@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
-from ..errors import BadInput, reason_of, shown
+from ..errors import BadInput, a_path, reason_of, shown
 from ..metrics import kind_of
 
 LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, temporary names are longer
@@ -55,6 +55,7 @@ def claimed(
     Without a ``name`` it is ``<command>-<UTC time>``, or with ``-2``, ``-3``, ... behind it where
     another result of that second has the name.
     """
+    out = Path(a_path("out", out))
     if name is not None:
         target = check_target(out, name, overwrite)
         with alone(target):
