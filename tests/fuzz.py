@@ -68,12 +68,12 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 class Captured:
-    """Standard output and error as a terminal of UTF-8 has them, and an empty standard input."""
+    """Standard output and error as the console script has them, and an empty standard input."""
 
     def __enter__(self) -> "Captured":
         self._streams = [
-            io.TextIOWrapper(io.BytesIO(), "utf-8", errors, write_through=True)
-            for errors in ("strict", "backslashreplace")
+            io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
+            for _ in range(2)
         ]
         out, err = self._streams
         empty = io.TextIOWrapper(io.BytesIO(), "utf-8")
