@@ -416,6 +416,7 @@ def test_an_infinite_value_is_a_text_in_run_json(tmp_path):
     ("values", "plot", "names"),
     [
         ("[1, .inf]", "{x: v, lines: w}", "plot.x is v, but no axis can show '.inf'"),
+        (f"[1, {10**400}]", "{x: v, lines: w}", "plot.x is v, but no axis can show '1000"),
         ("[1, null]", "{x: v, lines: w}", "plot.x is v, but no axis can show 'null'"),
         ("[[1, 2]]", "{x: v, lines: w}", "plot.x is v, but no axis can show '[1, 2]'"),
         ("[1, a]", "{x: v, lines: w}", "no axis can show both texts and numbers"),

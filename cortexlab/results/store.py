@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
-from ..errors import BadInput, a_path, reason_of, shown
+from ..errors import BadInput, a_path, real, reason_of, shown
 from ..metrics import kind_of
 
 LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, temporary names are longer
@@ -288,7 +288,7 @@ def named_if_damaged(file: Path | str) -> Iterator[None]:
 
 def is_finite(value: object) -> bool:
     """Whether ``value`` is a number that an axis can show, or True or False."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, bool) or math.isfinite(real(value))
 
 
 def in_json(value: object) -> object:
