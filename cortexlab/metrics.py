@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 SHARES = ("token", "reserved", "internal", "external")
+RESAMPLES = 2000  # of a bootstrap
 PARTS = "matrix products", "attention", "activation", "RoPE", "norms", "writes"  # of a step's time
 REST = "the rest"  # of a step's time, in no part
 GOODPUTS = (2000, 100), (500, 30)  # limits on TTFT and TPOT, in ms
@@ -353,19 +354,17 @@ def tokens_sha256(outputs: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def median_interval(
-    values: Sequence[float], level: float = 0.95, resamples: int = 2000
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the median (Efron 1979), from a fixed seed; None for fewer
-    than two values.
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval of the median (Efron 1979), from a fixed seed; None for
+    fewer than two values.
     """
     if len(values) < 2:
         return None
     rng = np.random.default_rng(0)
     medians = np.median(
-        rng.choice(np.asarray(values, dtype=float), (resamples, len(values))), axis=1
+        rng.choice(np.asarray(values, dtype=float), (RESAMPLES, len(values))), axis=1
     )
-    low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(medians, [0.025, 0.975])
     return float(low), float(high)
 
 

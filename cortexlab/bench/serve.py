@@ -5,7 +5,7 @@ alternating repeats.
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
@@ -149,23 +149,33 @@ def run_bench(
     job = _job(runner, items, named, setting, stop_token_ids, progress)
     for strategy in strategies:
         job.warm_up(strategy)
-    bench, one_by_one = Bench(), []
-    for repeat in _until_known(bench, seconds) if repeats == answer.AUTO else range(repeats):
-        # Each in turn goes first, so that a place in the turn is nobody's advantage.
-        first = repeat % len(strategies)
-        for strategy in (*strategies[first:], *strategies[:first]):
-            bench.runs.append(job.run(strategy))
-            if strategy == MLX_LM and setting.batch_size == 1:
-                one_by_one.append(job.mlx_lm(one_by_one=True))
-    if one_by_one and _seconds(one_by_one) < _seconds(bench.of(MLX_LM)):
-        singles = iter(one_by_one)  # at batch 1 the faster of mlx-lm's two ways counts
-        bench.runs = [next(singles) if run.strategy == MLX_LM else run for run in bench.runs]
+    bench = Bench()
+    turns = _until_known(bench, seconds) if repeats == answer.AUTO else range(repeats)
+    _take_turns(bench, job, strategies, turns)
     references: dict[tuple, Difference | None] = {}
     num_refused = len(items) - len(job.items)
     shared = num_refused, setting.batch_size, setting.prefix_caching, model, references
     bench.rows = [strategy_row(bench.of(name), *shared) for name in names]
     bench.ratios = ratios(bench, names)
     return bench
+
+
+def _take_turns(
+    bench: Bench, job: "_Job", strategies: Sequence[Strategy], turns: Iterable[int]
+) -> None:
+    """Run every strategy in each of the ``turns``. Each in turn goes first, so that a place in the
+    turn is nobody's advantage.
+    """
+    one_by_one = []
+    for turn in turns:
+        first = turn % len(strategies)
+        for strategy in (*strategies[first:], *strategies[:first]):
+            bench.runs.append(job.run(strategy))
+            if strategy == MLX_LM and job.setting.batch_size == 1:
+                one_by_one.append(job.mlx_lm(one_by_one=True))
+    if one_by_one and _seconds(one_by_one) < _seconds(bench.of(MLX_LM)):
+        singles = iter(one_by_one)  # at batch 1 the faster of mlx-lm's two ways counts
+        bench.runs = [next(singles) if run.strategy == MLX_LM else run for run in bench.runs]
 
 
 def _until_known(bench: Bench, seconds: float) -> Iterator[int]:

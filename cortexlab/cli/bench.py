@@ -80,18 +80,21 @@ def _repeats(text: str) -> int | str:
         raise argparse.ArgumentTypeError(wanted) from None
 
 
+def _time_limit(args: argparse.Namespace) -> float:
+    """Seconds of ``--repeats auto``; `BadInput` for repeats and seconds that do not go together."""
+    if args.repeats != AUTO:
+        check_counts(args, repeats=1)
+        if args.seconds is not None:
+            raise BadInput("--seconds is for --repeats auto")
+    return SECONDS if args.seconds is None else a_number("seconds", args.seconds, low=0)
+
+
 def run(args: argparse.Namespace) -> tuple[int, str]:
     default = ",".join(name for name in BENCHED if name != "static" or not args.prefix_caching)
     given = default if args.strategies is None else args.strategies
     strategies = strategies_of(given, others=(MLX_LM,))
     check_counts(args, block_size=1, batch_size=1, requests=1, seed=0)
-    auto = args.repeats == AUTO
-    if not auto:
-        check_counts(args, repeats=1)
-    if args.seconds is not None:
-        a_number("seconds", args.seconds, low=0)
-        if not auto:
-            raise BadInput("--seconds is for --repeats auto")
+    limit = _time_limit(args)
     engine = chosen(args, EngineOptions, max_batch_size=args.batch_size)
     del engine["max_seq_len"], engine["prefix_caching"]  # the setting's own
     target = target_of(args)
@@ -110,8 +113,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     items = make_items(model_limits(model)[0])
     stops = () if tokenizer is None else tuple(tokenizer.eos_token_ids)
     total = sum(item.output_tokens for item in items) * len(strategies)
-    limit = SECONDS if args.seconds is None else args.seconds
-    with progress_bar(None if auto else total * args.repeats) as advance:
+    with progress_bar(None if args.repeats == AUTO else total * args.repeats) as advance:
         bench = run_bench(
             model, items, strategies, setting, repeats=args.repeats, seconds=limit,
             stop_token_ids=stops, progress=advance,

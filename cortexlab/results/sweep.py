@@ -100,22 +100,31 @@ def run(
             folder.mkdir(parents=True, exist_ok=True)
         num_before = len(_done(folder, grid))
         _run_missing(folder, work, grid, retry, how)
-        done = _done(folder, grid)
-        failed = [(point, _error(folder, point)) for point in grid if point not in done]
-        _tell_failed(folder, failed)
-        counts = f"{len(done)} point{'s' * (len(done) != 1)} ({num_before} done before)"
-        counts += f", {len(failed)} failed" if failed else ""
-        undrawn = None
-        if done:
-            undrawn = _collect(target, folder, spec, how, done, failed)
-            figure = f", figure {target}/sweep.png" if spec.plot and not undrawn else ""
-            print(f"{counts}: {target}/rows.parquet{figure}")
-            if undrawn:
-                print(f"no figure: {undrawn}")
-        else:
-            print(f"{counts}: there are no rows")
-        code = 1 if failed or undrawn else 0
+        code = _conclude(target, spec, how, grid, num_before)
     return code
+
+
+def _conclude(
+    target: Path, spec: "SweepSpec", how: dict, grid: list[Point], num_before: int
+) -> int:
+    """Write the tables of what is done, say what there is and what failed, and return the exit
+    code.
+    """
+    folder = target / "points"
+    done = _done(folder, grid)
+    failed = [(point, _error(folder, point)) for point in grid if point not in done]
+    _tell_failed(folder, failed)
+    counts = f"{len(done)} point{'s' * (len(done) != 1)} ({num_before} done before)"
+    counts += f", {len(failed)} failed" if failed else ""
+    if not done:
+        print(f"{counts}: there are no rows")
+        return 1
+    undrawn = _collect(target, folder, spec, how, done, failed)
+    figure = f", figure {target}/sweep.png" if spec.plot and not undrawn else ""
+    print(f"{counts}: {target}/rows.parquet{figure}")
+    if undrawn:
+        print(f"no figure: {undrawn}")
+    return 1 if failed or undrawn else 0
 
 
 def _check_own(target: Path) -> None:
