@@ -240,6 +240,19 @@ def test_a_swept_line_is_the_median_of_its_repeats_and_the_band_their_interval()
     assert "median of 6" in slow.get_title(loc="left") and slow.get_xlabel() == "block size (slots)"
 
 
+def test_a_swept_figure_names_what_its_repeats_differ_in():
+    rows = swept()
+    seeds = [i % 6 for i in range(len(rows))]
+    panel, _ = plots.sweep_figure(
+        rows.assign(param_seed=seeds, param_rate=3),
+        "param_block_size",
+        "strategy",
+        ["slow", "share"],
+    )
+    title = "36 points, median of 6 over seed and its 95 % interval"
+    assert panel.get_title(loc="left") == title
+
+
 def test_axes_are_logarithmic_for_sizes_and_distant_figures_linear_for_words_and_shares():
     slow, share = plots.sweep_figure(swept(), "param_block_size", "strategy", ["slow", "share"])
     assert (slow.get_xscale(), slow.get_yscale(), share.get_yscale()) == ("log", "log", "linear")

@@ -238,7 +238,7 @@ def sweep_figure(
     value of ``lines``.
 
     Rows that differ in nothing drawn are repeats: the line is their median, the band its 95 %
-    interval.
+    interval, and the title names the parameters in which they differ.
     """
     # Measures of one name, as goodput under two promises, share one scale.
     alike = len({measure.partition("_")[0] for measure in y}) == 1
@@ -254,7 +254,10 @@ def sweep_figure(
         _sweep_scale(panel, rows[[*y] if alike else [measure]])
     legend_above(axes[0][0], 6)
     repeats = int(rows.groupby([x, lines]).size().max())
-    median = f", median of {repeats} and its 95 % interval" if repeats > 1 else ""
+    others = (name for name in rows if name.startswith(PREFIX) and name not in (x, lines))
+    over = ", ".join(name.removeprefix(PREFIX) for name in others if rows[name].nunique() > 1)
+    of = f"{repeats}{f' over {over}' if over else ''}"
+    median = f", median of {of} and its 95 % interval" if repeats > 1 else ""
     axes[0][0].set_title(f"{len(rows)} points{median}", loc="left")
     return list(axes[0])
 
