@@ -85,7 +85,9 @@ def a_number(name: str, value: object, low: float = -math.inf, high: float = mat
     """
     number = real(value)
     if not low <= number <= high or math.isinf(number):
-        raise BadInput(f"{name} must be a number from {low} to {high}, not {shown(value)}")
+        least = f" of at least {low}" if math.isfinite(low) else ""
+        limits = f"number from {low} to {high}" if math.isfinite(high) else f"finite number{least}"
+        raise BadInput(f"{name} must be a {limits}, not {shown(value)}")
     return number
 
 
