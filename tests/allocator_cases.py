@@ -40,6 +40,8 @@ class Case:
     # asked before the extents are marked
     well_placed: Callable[[Bitmap, tuple[Extent, ...], int], bool] = lambda *_: True
     one_extent: bool = True
+    # blocks at the front, of as many held, that come back where some are given back
+    given_back: Callable[[int, int], int] = lambda held, asked: asked
     model: Callable[[int], Bitmap] = Bitmap
 
 
@@ -87,6 +89,12 @@ def has_free_buddy_behind(pool: Bitmap, extents: tuple[Extent, ...], wanted: int
             return False
         size *= 2
     return True
+
+
+def whole_halves(held: int, asked: int) -> int:
+    """The most blocks, at most those asked, that leave a power of two, or nothing."""
+    rests = [0, *(1 << order for order in range(held.bit_length()))]
+    return max(held - rest for rest in rests if held - rest <= asked)
 
 
 # --- CortexStream's buddy: its room depends on the history of its pieces --------------------------
@@ -171,6 +179,7 @@ CASES = {
         has_room=lambda pool, wanted: has_aligned_run(pool, power_of_two(wanted)),
         can_extend=has_free_buddy_behind,
         handed_out=lambda pool, wanted: power_of_two(wanted),
+        given_back=whole_halves,
     ),
     "cortexstream_buddy": Case(
         make=lambda num_blocks: make_allocator("cortexstream_buddy", num_blocks),
@@ -242,6 +251,16 @@ class Pair:
         for allocation in allocations:
             self.give_up(self.live.index(allocation))
 
+    def release_front(self, number: int, asked: int) -> None:
+        old = self.live[number]
+        asked = min(asked, len(blocks_of(old)))
+        new = self.pool.release_front(old, asked)
+        given = self.case.given_back(len(blocks_of(old)), asked)
+        assert blocks_of(new) == blocks_of(old)[given:]
+        self.give_up(number)
+        if new:
+            self.take(new, len(blocks_of(old)) - given)
+
     def agree(self) -> None:
         assert self.pool.free_blocks == self.model.free_blocks, (
             "free_blocks before stats() is asked"
@@ -278,7 +297,9 @@ def random_step(pair: Pair, rng: random.Random, largest: int) -> None:
         pair.allocate(rng.randint(1, largest))
     elif choice < 0.6:
         pair.extend(rng.randrange(len(pair.live)), rng.randint(1, 4))
-    elif choice < 0.65 and len(pair.live) > 1:
+    elif choice < 0.7 and hasattr(pair.pool, "release_front"):
+        pair.release_front(rng.randrange(len(pair.live)), rng.randint(1, largest))
+    elif choice < 0.75 and len(pair.live) > 1:
         pair.free(*rng.sample(range(len(pair.live)), 2))
     else:
         pair.free(rng.randrange(len(pair.live)))

@@ -187,6 +187,11 @@ class AgainstABitmap(RuleBasedStateMachine):
     def free(self, data):
         self.pair.free(self.pick(data))
 
+    @precondition(lambda self: self.pair.live and hasattr(self.pair.pool, "release_front"))
+    @rule(data=st.data(), asked=st.integers(1, 9))
+    def release_front(self, data, asked):
+        self.pair.release_front(self.pick(data), asked)
+
     @precondition(lambda self: len(self.pair.live) > 1)
     @rule(data=st.data())
     def free_two_at_once(self, data):
@@ -447,6 +452,32 @@ def test_a_hundred_thousand_holes_of_one_size_are_used_up_in_linear_time():
     # a search for the first key of a dict would take seconds
     assert all(pool.allocate(1) for _ in range(100_000))
     assert pool.allocate(1) is None
+
+
+def test_a_window_that_moves_on_gives_its_first_blocks_back():
+    pool = make_allocator("paged", 6)
+    extents = pool.release_front(pool.allocate(5), 2)
+    assert extents == (Extent(2, 3),) and pool.stats().free_blocks == 3
+    assert pool.extend(extents, 1) == (Extent(2, 3), Extent(0, 1))
+    pool = make_allocator("buddy", 8)
+    extents = pool.allocate(8)
+    extents = pool.release_front(extents, 3)  # less than a half
+    assert extents == (Extent(0, 8),)
+    assert pool.release_front(extents, 7) == (Extent(7, 1),)  # 4, 2 and 1
+    assert pool.release_front((Extent(7, 1),), 1) == () and pool.stats().largest_free_run == 8
+    pool.check()
+
+
+@pytest.mark.parametrize("name", ["paged", "runs", "best_fit", "buddy"])
+@pytest.mark.parametrize("wrong", [0, 3, True, "1"])
+def test_no_more_blocks_can_be_given_back_than_there_are(name, wrong):
+    pool = make_allocator(name, 8)
+    extents = pool.allocate(2)
+    before = pool.stats()
+    with pytest.raises(ValueError, match=f"not {wrong!r}"):
+        pool.release_front(extents, wrong)
+    assert pool.stats() == before
+    pool.free(extents)
 
 
 # --- buddies --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ a holds Extent(0, 3) and Extent(8, 1), b holds Extent(4, 2). Three holes, the la
 
 import string
 from collections.abc import Hashable, Iterable, Mapping
+from itertools import chain
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from ..errors import BadInput, at_least, shown
@@ -106,6 +107,14 @@ class OptionalParts(Protocol):
 
         Returns the single blocks in order, and the rest, perhaps ``()``, as one allocation. The old
         tuple is then void. `ValueError` when the allocation has fewer blocks; nothing changes.
+        """
+
+    def release_front(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...]:
+        """Take the first ``num_blocks`` blocks of an allocation back, or as many of them as the
+        placement can; a sliding window has passed them.
+
+        Returns the rest, perhaps ``()``; the old tuple is then void. `ValueError` when the
+        allocation has fewer blocks; nothing changes.
         """
 
 
@@ -222,6 +231,16 @@ def split_off(
     if rest:
         live[rest[0][0]] = tuple(rest)
     return singles, tuple(rest)
+
+
+class FrontBySplit:
+    """`OptionalParts.release_front` of an allocator that can `split`: all that is asked."""
+
+    def release_front(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...]:
+        """As `OptionalParts.release_front`."""
+        singles, rest = self.split(extents, num_blocks)
+        self.free(chain.from_iterable(singles))
+        return rest
 
 
 def _as_tuple(extents: object) -> tuple:

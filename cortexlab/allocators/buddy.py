@@ -84,6 +84,20 @@ class Buddy:
             hot[order] = whole
             self._hot_blocks += num_blocks
 
+    def release_front(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...]:
+        """As `OptionalParts.release_front`: halves, quarters ... that need not be cut."""
+        ((start, size),) = allocation_in(self._live, extents)
+        num_blocks = at_least("num_blocks", num_blocks, 1, size)
+        del self._live[start]
+        while num_blocks and num_blocks >= (piece := size // 2 or 1):
+            self._live[start] = given = (Extent(start, piece),)
+            self.free(given)
+            start, size, num_blocks = start + piece, size - piece, num_blocks - piece
+        if not size:
+            return ()
+        self._live[start] = rest = (Extent(start, size),)
+        return rest
+
     def stats(self) -> Stats:
         """Hot buddies count as free. Asking joins nothing, so later placements stay as they are."""
         hot = [extent for (extent,) in self._hot.values()]

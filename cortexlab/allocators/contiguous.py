@@ -9,11 +9,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from ..errors import at_least
-from .base import NEW, Extent, Live, Stats, allocation_in, allocations_in, pool_stats, split_off
+from .base import (
+    NEW,
+    Extent,
+    FrontBySplit,
+    Live,
+    Stats,
+    allocation_in,
+    allocations_in,
+    pool_stats,
+    split_off,
+)
 from .holes import HoleAddresses, Holes, HoleSizes
 
 
-class ContiguousAllocator(ABC):
+class ContiguousAllocator(FrontBySplit, ABC):
     """One extent a request, at the front of the hole that the placement finds (`_pop`)."""
 
     Index: type[HoleSizes] | type[HoleAddresses] = HoleSizes  # where a placement searches

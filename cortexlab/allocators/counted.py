@@ -13,6 +13,8 @@ class Counted:
     def __init__(self, allocator: Allocator):
         self._allocator = allocator
         self.free_blocks: int = allocator.stats()["free_blocks"]
+        if hasattr(allocator, "release_front"):
+            self.release_front = self._release_front
 
     def __getattr__(self, name: str):
         return getattr(self._allocator, name)
@@ -33,6 +35,11 @@ class Counted:
         extents = tuple(extents)
         self._allocator.free(extents)
         self.free_blocks += _size(extents)
+
+    def _release_front(self, extents: tuple[Extent, ...], num_blocks: int) -> tuple[Extent, ...]:
+        rest = self._allocator.release_front(extents, num_blocks)
+        self.free_blocks += _size(extents) - _size(rest)
+        return rest
 
 
 def counted(allocator: Allocator) -> Allocator:

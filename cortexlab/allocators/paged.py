@@ -11,6 +11,7 @@ from ..errors import at_least
 from .base import (
     NEW,
     Extent,
+    FrontBySplit,
     Live,
     Stats,
     allocation_in,
@@ -24,7 +25,7 @@ from .free_map import FREE, USED, FreeMap
 SIZE = itemgetter(1)
 
 
-class Paged:
+class Paged(FrontBySplit):
     """A stack of free blocks, the last one freed handed out first, as in vLLM's first block
     allocator. O(blocks moved).
 

@@ -34,6 +34,7 @@ from ..errors import a_number, at_least
 from .base import (
     NEW,
     Extent,
+    FrontBySplit,
     Live,
     Moved,
     Stats,
@@ -54,7 +55,7 @@ PATIENCE = 1 / 32  # decay of the minimum of free blocks after an admission: hal
 HOLES_LOOKED_AT = 16  # holes that `compact` looks at for one move, the youngest first
 
 
-class Runs:
+class Runs(FrontBySplit):
     """``gap_blocks``: the most blocks of room left behind a sequence. ``copy_share``: blocks that
     `compact` may copy, in the long run, for each block of the allocations it is called for.
     """
