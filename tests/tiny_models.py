@@ -181,7 +181,9 @@ CONFIGS: dict[str, dict] = {
     "exaone4": dict(sliding_window_pattern="LG"),
     "exaone_moe": dict(is_moe_layer=[False, True]),
     "falcon_h1": dict(mamba_d_head=16, mamba_d_ssm=64, mamba_n_heads=4),
-    "gear": dict(layer_types=["conv", "sliding_attention", "full_attention"], num_hidden_layers=3),
+    "gear": dict(
+        layer_types=["conv_mixer", "sliding_attention", "full_attention"], num_hidden_layers=3
+    ),
     "gemma3": dict(text="gemma3_text"),
     "gemma3n": dict(
         text=dict(

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import at_least
+from .states import States
 
 
 class LayerShape(NamedTuple):
@@ -26,18 +27,22 @@ class LayerShape(NamedTuple):
 
 
 class Arena:
-    """K and V of ``num_slots`` tokens, by layer. ``copied_bytes``: of moves and gathers."""
+    """K and V of ``num_slots`` tokens, by layer, and ``states`` of layers that have neither.
+    ``copied_bytes``: of moves and gathers.
+    """
 
     def __init__(self, layers: Sequence[LayerShape], num_slots: int, dtype: mx.Dtype = mx.float32):
         self.layers = list(layers)
         self.num_slots = at_least("num_slots", num_slots, 1)
         self.dtype = dtype
         self.copied_bytes = 0
+        self.states = States()
         self.clear()
 
     def clear(self) -> None:
         """Start over with zeros in every slot, evaluated: lazy ones are of this thread only."""
         slots = self.num_slots
+        self.states.clear()
         self.keys = self.values = ()  # gone before the new ones come
         self.keys = [mx.zeros((heads, slots, dim), self.dtype) for heads, dim, _ in self.layers]
         self.values = [mx.zeros((heads, slots, dim), self.dtype) for heads, _, dim in self.layers]
@@ -53,7 +58,7 @@ class Arena:
         return self.num_slots * self.slot_bytes
 
     def arrays(self) -> list[mx.array]:
-        return [*self.keys, *self.values]
+        return [*self.keys, *self.values, *self.states.arrays()]
 
     def write(self, layer: int, slots: "Slots", keys: mx.array, values: mx.array) -> None:
         """Put a layer's K and V, ``[num_kv_heads, n, dim]``, into ``slots``: lazy, and in place."""

@@ -78,6 +78,7 @@ class Engine:
             max_moved_tokens=MAX_MOVED_TOKENS,
         )  # fmt: skip
         check_method(options.attention, self.cache.arena)
+        runner.check_prefix_caching(options.prefix_caching)
         self.scheduler = Scheduler(
             self.cache.blocks, max_batch_size=options.max_batch_size,
             max_step_tokens=options.step_tokens(DEFAULT_STEP_TOKENS),
@@ -198,6 +199,7 @@ class Engine:
             self._land(*landing)
         self._is_stepping = False
         self._tell()
+        self.cache.arena.states.prune()
 
     def _launch(self) -> tuple[Flight, dict] | None:
         """Schedule a step and start it; None when there is nothing to run."""
@@ -241,6 +243,7 @@ class Engine:
         step = self.scheduler.schedule(now)
         for request in step.failed:
             self._output.end(request, "error", request.error)
+        self.cache.arena.states.prune()
         record = {"started_at": now, "host_s": self.clock() - now}
         self.cache.make_moves()
         if not step.chunks:

@@ -77,4 +77,6 @@ class KVCache:
             num_sequences=len(blocks.tables),
             arena_bytes=self.arena.nbytes,
             copied_bytes=self.arena.copied_bytes,
+            state_bytes=self.arena.states.nbytes,
+            state_copied_bytes=self.arena.states.copied_bytes,
         )

@@ -27,7 +27,7 @@ from .attention import Plan
 from .books import Door
 
 ATTENTION, SWIGLU = "scaled_dot_product_attention", "swiglu"
-INNER = ("language_model", "model", "transformer")  # names of a model's inner model
+INNER = ("language_model", "model", "transformer", "backbone")  # names of a model's inner model
 _door = Door()
 
 

@@ -4,17 +4,18 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, repeat, takewhile
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from ..errors import BadInput, ModelError, is_own, named, reason_of
 from ..host.models import model_limits
 from ..scheduler.request import Request
-from ..scheduler.scheduler import Schedule
+from ..scheduler.scheduler import Chunk, Schedule
 from .arena import Arena, LayerShape, slot_bytes
 from .attention import WINDOW, Plan, RowRun
 from .mlx_lm_hook import (
@@ -26,10 +27,19 @@ from .mlx_lm_hook import (
     with_last_rows,
 )
 from .sampler import Choice
+from .states import filled, leaves, states_of, with_states
 
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 5e-2  # of the largest logit
 NOT_FINITE = "its logits are not finite: no token can be chosen"
-PROBE = [0, 1, 2, 2], [1, 2, 0]  # two short sequences
+PROBE = [0, 1, 2, 2, 1], [1, 2, 0, 1]  # two short sequences
+
+
+class Way(StrEnum):
+    """What one call of the model takes, best first."""
+
+    ALL = "all sequences of a step at once"
+    DECODES = "decode rows at once, each prompt alone"
+    ONE = "one sequence after the other"
 
 
 @dataclass(slots=True)
@@ -65,8 +75,9 @@ class ModelRunner:
 
     - ``layers``: shape of each layer's K and V; ``windows``: how many tokens each attends to, None
       for all; ``dtype`` of K and V; ``context`` and ``vocabulary`` in tokens.
-    - ``batched``: all sequences of a step in one call, attention where K and V lie. Else (the model
-      has an attention or positions of its own) one sequence after the other, K and V whole.
+    - ``way``: all sequences of a step in one call, attention where K and V lie; decode rows so, and
+      each prompt alone (layers with states); or (the model has an attention or positions of its
+      own) one sequence after the other, K and V whole.
 
     `ModelError` for a model that in neither way gives its own logits.
     """
@@ -75,8 +86,9 @@ class ModelRunner:
         self.model = model
         self.context, self.vocabulary = model_limits(model)
         self._modules = attention_modules(model)
-        caches = make_prompt_cache(model)
-        self.windows = [_window(layer, cache) for layer, cache in enumerate(caches)]
+        caches, self._like = make_prompt_cache(model), make_prompt_cache(model)
+        self._with_states, kv = bool(with_states(caches)), _caches_of_kv(caches)
+        self.windows = [_window(layer, cache) for layer, cache in kv]
         first, second = (mx.array([tokens]) for tokens in PROBE)
         try:
             alone = model(first, cache=caches)[0], model(second, cache=make_prompt_cache(model))[0]
@@ -86,34 +98,46 @@ class ModelRunner:
             raise ModelError(f"mlx-lm itself cannot run this model here: {named(error)}") from error
         if not _can_choose(reference).all().item():
             raise ModelError("the logits of this model are not finite: see its weights")
-        self.layers, self.dtype = _shapes(caches)
-        # Best first: all sequences in one call, the head on the rows that are sampled.
-        for self.batched in (True, False):
+        self.layers, self.dtype = _shapes(kv, reference.dtype)
+        # Best first: many sequences in one call, the head on the rows that are sampled.
+        ways = (Way.DECODES if self._with_states else Way.ALL), Way.ONE
+        for self.way in ways:
             for self._heads_last_rows in (True, False):
                 if (reason := self._error(reference)) is None:
                     return
         raise ModelError(reason)
 
     @property
+    def batched(self) -> bool:
+        """Whether all sequences of a step run in one call."""
+        return self.way is Way.ALL
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of a slot, all layers."""
         return slot_bytes(self.layers, self.dtype)
+
+    def check_prefix_caching(self, wanted: bool) -> None:
+        """`BadInput` where layers have a state: only that after the last token is known."""
+        for layer, cache in leaves(self._like) if wanted else ():
+            if type(cache) is ArraysCache:
+                raise BadInput(
+                    f"prefix_caching does not support layers with a state yet, and layer {layer} "
+                    "uses ArraysCache"
+                )
 
     def plan(self, step: Schedule, before: Flight | None = None) -> Flight:
         """A flight of integers, ready for `launch`. ``before``: the flight whose tokens are not
         read yet.
         """
         started_at = time.perf_counter()
-        chunks = step.chunks
+        chunks = sorted(step.chunks, key=_is_prompt)  # for `Way.DECODES`
         place = {request: i for i, request in enumerate(before.sampling)} if before else {}
         lasts = list(accumulate(chunk.num_rows for chunk in chunks))
         sampled = [pair for pair in zip(chunks, lasts, strict=True) if pair[0].samples]
         sampling = [chunk.request for chunk, _ in sampled]
         pending = [place[each] if each.num_pending else None for each in sampling]
-        rows = [
-            RowRun(chunk.start, chunk.num_rows, list(chunk.request.table.runs(0, chunk.stop)))
-            for chunk in chunks
-        ]
+        rows = [_rows_of(chunk) for chunk in chunks]
         planning_s = time.perf_counter() - started_at
         ends = [last - 1 for _, last in sampled]
         tokens = [
@@ -148,10 +172,14 @@ class ModelRunner:
         mx.async_eval(flight.tokens, flight.found, *choices, arena.arrays())
 
     def plans(self, rows: Sequence[RowRun], arena: Arena, method: str) -> list[Plan]:
-        """One plan for all rows, or one a sequence where they cannot be batched."""
+        """One plan for each call of the model."""
         if self.batched:
             return [Plan(rows, arena, method)]
-        return [Plan([row], arena, "views") for row in rows]
+        if self.way is Way.ONE:
+            return [Plan([row], arena, "views") for row in rows]
+        decodes = list(takewhile(lambda row: not _is_prompt(row), rows))
+        prompts = [[row] for row in rows[len(decodes) :]]
+        return [Plan(each, arena, method) for each in ([decodes] if decodes else []) + prompts]
 
     def logits(
         self, plans: Sequence[Plan], tokens: mx.array, ends: Sequence[int]
@@ -159,7 +187,7 @@ class ModelRunner:
         """``[len(ends), vocabulary]`` logits after the rows numbered ``ends``, not evaluated yet;
         None when ``ends`` is empty. ``tokens``: one a row, all sequences' one after the other.
         """
-        if self.batched:
+        if len(plans) == 1:
             return self._run(plans[0], tokens, ends)
         found, first = [], 0
         for plan in plans:
@@ -201,7 +229,10 @@ class ModelRunner:
         rows = mx.array(list(ends) or [0])
         # Wrapped anew, so that a module replaced since the last step is used.
         model = with_last_rows(self.model, rows) if self._heads_last_rows else self.model
-        logits = over_extents(self._modules, partial(model, inputs, cache=self._caches(plan)))
+        caches = self._caches(plan)
+        logits = over_extents(self._modules, partial(model, inputs, cache=caches))
+        if self._with_states:
+            plan.arena.states.put(plan.rows, states_of(caches))
         if not ends:  # only parts of prompts: the head is never evaluated
             return None
         logits = logits.reshape(-1, logits.shape[-1])
@@ -209,24 +240,33 @@ class ModelRunner:
 
     def _caches(self, plan: Plan) -> list:
         layers = enumerate(self.windows)
-        if self.batched:
-            return [LayerCache(plan, layer, window) for layer, window in layers]
-        return [
-            WholeCache(plan, layer) if window is None else WindowCache(plan, layer, window)
-            for layer, window in layers
-        ]
+        if self.way is not Way.ONE:
+            kv = [LayerCache(plan, layer, window) for layer, window in layers]
+        else:
+            kv = [
+                WholeCache(plan, layer) if window is None else WindowCache(plan, layer, window)
+                for layer, window in layers
+            ]
+        states = plan.arena.states.take(plan.rows) if self._with_states else None
+        return filled(self._like, iter(kv), repeat(None) if states is None else iter(states))
 
     def _error(self, reference: mx.array) -> str | None:
         """Why this way will not do; None when it gives the ``reference`` for a prompt alone, a
-        token beside a prompt, and a token alone.
+        token beside a prompt, two tokens of two sequences, and a token alone.
         """
         (first, second), arena = PROBE, Arena(self.layers, WINDOW + 32, self.dtype)
-        scattered, whole = [(3, 5), (WINDOW + 5, WINDOW + 7)], [(20, 23)]
+
+        def run(sequence: int, start: int, stop: int) -> RowRun:
+            scattered, whole = [(3, 5), (WINDOW + 5, WINDOW + 3 + stop)], [(20, 20 + stop)]
+            return RowRun(start, stop - start, whole if sequence else scattered, sequence)
+
         steps = [
-            ([RowRun(0, 3, [(3, 5), (WINDOW + 5, WINDOW + 6)])], first[:3]),
-            ([RowRun(3, 1, scattered), RowRun(0, 2, [(20, 22)])], first[3:] + second[:2]),
-            ([RowRun(2, 1, whole)], second[2:]),
+            ([run(0, 0, 3)], first[:3]),
+            ([run(0, 3, 4), run(1, 0, 2)], first[3:4] + second[:2]),
+            ([run(0, 4, 5), run(1, 2, 3)], first[4:] + second[2:3]),
+            ([run(1, 3, 4)], second[3:]),
         ]
+        reference = reference[mx.array([0, 1, 2, 3, 5, 6, 4, 7, 8])]  # in the order of the steps
         try:
             ours = [
                 self.logits(self.plans(rows, arena, "auto"), mx.array(tokens), range(len(tokens)))
@@ -295,18 +335,33 @@ def _window(layer: int, cache) -> int | None:
     if type(cache) is RotatingKVCache and cache.keep == 0:
         return cache.max_size
     raise ModelError(
-        f"layer {layer} uses {type(cache).__name__}: only models whose layers all use KVCache or "
-        "RotatingKVCache can be run"
+        f"layer {layer} uses {type(cache).__name__}: only models whose layers all use KVCache, "
+        "RotatingKVCache or ArraysCache, or a CacheList of these, can be run"
     )
 
 
-def _shapes(caches: list) -> tuple[list[LayerShape], mx.Dtype]:
+def _caches_of_kv(caches: list) -> list[tuple[int, object]]:
+    """The caches of K and V, each with its layer."""
+    return [(layer, cache) for layer, cache in leaves(caches) if type(cache) is not ArraysCache]
+
+
+def _rows_of(chunk: Chunk) -> RowRun:
+    runs = list(chunk.request.table.runs(0, chunk.stop))
+    return RowRun(chunk.start, chunk.num_rows, runs, chunk.request)
+
+
+def _is_prompt(rows: Chunk | RowRun) -> bool:
+    """Whether these run alone where states are batched: the first token has no state yet."""
+    return rows.num_rows > 1 or not rows.start
+
+
+def _shapes(kv: list[tuple], default: mx.Dtype) -> tuple[list[LayerShape], mx.Dtype]:
     """The shape of each layer's K and V, and their type, from caches that have seen tokens."""
-    for layer, cache in enumerate(caches):
+    for layer, cache in kv:
         if cache.keys is None:
             raise ModelError(f"layer {layer} never uses its {type(cache).__name__}")
-    dtypes = {array.dtype for cache in caches for array in (cache.keys, cache.values)}
+    dtypes = {array.dtype for _, cache in kv for array in (cache.keys, cache.values)} or {default}
     if len(dtypes) > 1:
         raise ModelError("K and V of this model have several types, which cannot share one arena")
-    shapes = [LayerShape(c.keys.shape[1], c.keys.shape[3], c.values.shape[3]) for c in caches]
+    shapes = [LayerShape(c.keys.shape[1], c.keys.shape[3], c.values.shape[3]) for _, c in kv]
     return shapes, dtypes.pop()

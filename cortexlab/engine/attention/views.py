@@ -2,7 +2,7 @@
 Over several extents: scores per extent, one softmax, then each part of the weights times its V.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -21,12 +21,13 @@ Exp = Callable[[mx.array], mx.array]
 @dataclass(frozen=True)
 class RowRun:
     """Rows of a step that are one sequence's tokens from position ``start``. K and V of all its
-    tokens, these included, lie in ``runs`` of slots.
+    tokens, these included, lie in ``runs`` of slots. ``owner``: whose state goes on with them.
     """
 
     start: int
     num_rows: int
     runs: list[tuple[int, int]]
+    owner: Hashable = None
 
     @property
     def stop(self) -> int:
