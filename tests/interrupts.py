@@ -132,6 +132,7 @@ def interrupted_run(model, mode: str, right: list, at: int, again: int | None = 
     assert len(taken) == len(consumed), where
     engine.cache.blocks.check()
     assert engine.stats().used_blocks == 0 and not engine.scheduler.running, where
+    assert engine.stats().state_bytes == 0, where
     later = [engine.submit(each.prompt, MAX_TOKENS) for each in requests[:3]]
     ends = Counter(event.finish_reason for event in engine.run())
     assert ends["length"] == 3, where
@@ -140,8 +141,10 @@ def interrupted_run(model, mode: str, right: list, at: int, again: int | None = 
     return bool(happened)
 
 
-def right_tokens(model, mode: str) -> list[list[int]]:
-    """Tokens of the requests of a mode, each for itself and to its full length."""
+def right_tokens(model, mode: str, own=None) -> list[list[int]]:
+    """Tokens of the requests of a mode, each for itself and to its full length. ``own``: the model,
+    where ``model`` is a runner of it.
+    """
     found = []
     for request in submit(engine_for(model, mode), mode, []):
         alone = engine_for(model, mode)
@@ -150,7 +153,9 @@ def right_tokens(model, mode: str) -> list[list[int]]:
         again = alone.submit(request.prompt, request.max_tokens, ignore_eos=True, **options)
         list(alone.run())
         if request.chooser.greedy:
-            steps = generate_step(mx.array(request.prompt), model, max_tokens=request.max_tokens)
+            steps = generate_step(
+                mx.array(request.prompt), own or model, max_tokens=request.max_tokens
+            )
             assert again.output_tokens == [int(token) for token, _ in steps]
         found.append(again.output_tokens)
     return found
