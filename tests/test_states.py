@@ -13,9 +13,14 @@ from tiny_models import VOCABULARY, tiny_model
 
 import cortexlab as cl
 from cortexlab.allocators import STRATEGIES
+from cortexlab.bench.serve import run_bench
+from cortexlab.bench.step_profile import record_step
 from cortexlab.engine import mlx_lm_hook
+from cortexlab.engine.arena import Arena
+from cortexlab.engine.attention import RowRun
 from cortexlab.engine.model_runner import ModelRunner, Way
-from cortexlab.engine.states import states_of
+from cortexlab.engine.states import States, states_of
+from cortexlab.workloads.synthetic import WorkItem
 
 LENGTHS = (3, 60, 1, 31, 17)
 TIGHT = {"num_blocks": 14, "block_size": 8, "watermark": 0.0, "oom_policy": "preempt"}
@@ -185,6 +190,76 @@ def test_a_request_from_the_middle_of_a_batch_has_the_others_copied_once(lfm2):
     lfm2.check(engine, requests)
 
 
+def test_the_first_token_of_a_prompt_leaves_the_decode_batch_together(lfm2):
+    """A prompt of one token that stands ahead of the running requests."""
+    engine = lfm2.engine()
+    requests = [engine.submit(prompt, 20) for prompt in prompts_of((5, 9), VOCABULARY)]
+    for _ in range(3):
+        engine.step()
+    before = engine.stats().state_copied_bytes
+    requests.append(engine.submit([7], 8, priority=-1))
+    engine.step()
+    assert engine.stats().state_copied_bytes == before
+    list(engine.run())
+    lfm2.check(engine, requests)
+
+
+def row(owner: str, start: int, num_rows: int = 1) -> RowRun:
+    return RowRun(start, num_rows, [(0, start + num_rows)], owner)
+
+
+def batch_of_three(size: int = 4) -> States:
+    """States of a, b and c, stacked: arrays of 0, 1 and 2. Each has seen one token."""
+    states = States()
+    states.put([row(owner, 0) for owner in "abc"], [mx.ones((3, size)) * mx.arange(3)[:, None]])
+    return states
+
+
+@pytest.mark.parametrize(
+    ("owners", "copied"),
+    [("abc", 0), ("ab", 1), ("bc", 1), ("b", 2), ("ac", 3), ("cab", 3), ("acb", 3), ("cba", 3)],
+)
+def test_rows_of_a_stack_are_taken_in_any_order(owners, copied):
+    """A run of neighbours is a view; those that stay behind are copied out of the stack."""
+    states = batch_of_three()
+    (taken,) = states.take([row(owner, 1) for owner in owners])
+    assert taken[:, 0].tolist() == ["abc".index(owner) for owner in owners]
+    assert states.copied_bytes == copied * 4 * 4
+    behind = sorted(set("abc") - set(owners))
+    for owner in behind:
+        (own,) = states.take([row(owner, 1)])
+        assert own.tolist() == [["abc".index(owner)] * 4]
+
+
+def test_an_owner_that_began_anew_is_not_taken_from_its_old_stack():
+    states = batch_of_three()
+    states.put([row("b", 0, 5)], [mx.full((1, 4), 7.0)])
+    (taken,) = states.take([row("a", 1), row("b", 5), row("c", 1)])
+    assert taken[:, 0].tolist() == [0, 7, 2]
+
+
+def test_a_state_that_has_seen_other_tokens_is_an_error_of_ours():
+    with pytest.raises(AssertionError):
+        batch_of_three().take([row("a", 2)])
+
+
+@pytest.mark.parametrize("how", ["prompt", "left behind"])
+def test_a_state_keeps_no_larger_array_alive(how):
+    mx.synchronize()
+    before, large = mx.get_active_memory(), 1_000_000
+    if how == "prompt":
+        states = States()
+        states.put([row("a", 0, 1000)], [mx.zeros((1, 1000, large // 1000))[:, -3:]])
+    else:
+        states = batch_of_three(large)
+        states.put([row("b", 1)], states.take([row("b", 1)]))
+        mx.eval(states.arrays())
+        states.put([row("c", 1)], [mx.zeros((1, 1))])
+        states.put([row("b", 2)], [mx.zeros((1, 1))])
+    mx.eval(states.arrays())
+    assert mx.get_active_memory() - before < 1.1 * states.arrays()[0].nbytes + 100_000
+
+
 def test_a_model_whose_sequences_run_one_by_one_copies_no_state(hybrid):
     engine = hybrid.serve()
     assert (engine.stats().state_copied_bytes == 0) == (hybrid.runner.way is Way.ONE)
@@ -265,6 +340,13 @@ def test_prefix_caching_is_refused_in_one_line(lfm2):
     with pytest.raises(cl.BadInput, match=r"prefix_caching .* layer \d+ uses ArraysCache") as error:
         lfm2.engine(prefix_caching=True)
     assert "\n" not in str(error.value)
+
+
+def test_measurements_that_need_k_and_v_or_a_step_of_one_call_are_refused(lfm2):
+    with pytest.raises(cl.ModelError, match="compares memory for K and V"):
+        run_bench(tiny_model("mamba"), [WorkItem(0.0, 4, 4)])
+    with pytest.raises(cl.ModelError, match="this model takes decode rows at once"):
+        record_step(lfm2.runner, [row("a", 0, 3)], Arena(lfm2.runner.layers, 8))
 
 
 def test_prefix_caching_works_for_lists_of_k_and_v():

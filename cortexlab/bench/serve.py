@@ -20,6 +20,7 @@ from ..engine.records import StepRecord
 from ..engine.submission import misfit
 from ..errors import (
     BadInput,
+    ModelError,
     a_function,
     a_number,
     a_sequence,
@@ -334,10 +335,12 @@ def _job(
     progress: Progress,
 ) -> _Job:
     """The job of a bench, ``strategies`` being by name; `BadInput` for a pool larger than memory,
-    or where nothing fits.
+    or where nothing fits; `ModelError` for a model without K and V.
     """
     max_seq_len = setting.max_seq_len or default_max_seq_len(items, runner.context)
     num_blocks = bench_pool(setting, items, max_seq_len)
+    if not runner.slot_bytes:
+        raise ModelError("a bench compares memory for K and V, and this model has neither")
     needed = num_blocks * setting.block_size * runner.slot_bytes
     if needed > memory_bytes():
         raise BadInput(

@@ -176,13 +176,10 @@ def _run_calls(calls: Sequence[Call], arena: Arena) -> None:
 
 def record_step(runner: ModelRunner, rows: list[RowRun], arena: Arena) -> list[Call]:
     """The calls that one step of ``rows`` makes, in order. `ModelError` for a model that brings its
-    own attention.
+    own attention, or has layers with states.
     """
     if not runner.batched:
-        raise ModelError(
-            "this model takes its sequences one by one: its attention cannot be told from the rest "
-            "of it"
-        )
+        raise ModelError(f"this model takes {runner.way}: the parts of a step cannot be told apart")
     with _recorder(runner.model) as calls:
         _run_step(runner, rows, arena)
     return calls

@@ -131,7 +131,7 @@ class ModelRunner:
         read yet.
         """
         started_at = time.perf_counter()
-        chunks = sorted(step.chunks, key=_is_prompt)  # for `Way.DECODES`
+        chunks = step.chunks
         place = {request: i for i, request in enumerate(before.sampling)} if before else {}
         lasts = list(accumulate(chunk.num_rows for chunk in chunks))
         sampled = [pair for pair in zip(chunks, lasts, strict=True) if pair[0].samples]
@@ -172,12 +172,14 @@ class ModelRunner:
         mx.async_eval(flight.tokens, flight.found, *choices, arena.arrays())
 
     def plans(self, rows: Sequence[RowRun], arena: Arena, method: str) -> list[Plan]:
-        """One plan for each call of the model."""
+        """One plan for each call of the model. A prompt's first token, which has no state to go on
+        from, is not among `Way.DECODES`.
+        """
         if self.batched:
             return [Plan(rows, arena, method)]
         if self.way is Way.ONE:
             return [Plan([row], arena, "views") for row in rows]
-        decodes = list(takewhile(lambda row: not _is_prompt(row), rows))
+        decodes = list(takewhile(lambda row: row.num_rows == 1 and row.start, rows))
         prompts = [[row] for row in rows[len(decodes) :]]
         return [Plan(each, arena, method) for each in ([decodes] if decodes else []) + prompts]
 
@@ -348,11 +350,6 @@ def _caches_of_kv(caches: list) -> list[tuple[int, object]]:
 def _rows_of(chunk: Chunk) -> RowRun:
     runs = list(chunk.request.table.runs(0, chunk.stop))
     return RowRun(chunk.start, chunk.num_rows, runs, chunk.request)
-
-
-def _is_prompt(rows: Chunk | RowRun) -> bool:
-    """Whether these run alone where states are batched: the first token has no state yet."""
-    return rows.num_rows > 1 or not rows.start
 
 
 def _shapes(kv: list[tuple], default: mx.Dtype) -> tuple[list[LayerShape], mx.Dtype]:
