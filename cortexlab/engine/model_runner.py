@@ -193,11 +193,11 @@ class ModelRunner:
             return self._run(plans[0], tokens, ends)
         found, first = [], 0
         for plan in plans:
+            if first:  # evaluated before the next one writes, which would copy an array still held
+                mx.eval(plan.arena.arrays(), found[-1:])
             stop = first + plan.num_rows
             own = [end - first for end in ends if first <= end < stop]
             logits = self._run(plan, tokens[first:stop], own)
-            # Evaluated before the next sequence writes, which would copy an array still held.
-            mx.eval(plan.arena.arrays(), [] if logits is None else logits)
             found += [] if logits is None else [logits]
             first = stop
         return mx.concatenate(found) if found else None

@@ -156,6 +156,7 @@ def leaves(caches: Sequence) -> Iterator[tuple[int, object]]:
 
 
 def with_states(caches: Sequence) -> list[ArraysCache]:
+    """Those of a model's caches that keep a state."""
     return [cache for _, cache in leaves(caches) if type(cache) is ArraysCache]
 
 
