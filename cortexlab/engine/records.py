@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..allocators import Extent, Stats
+from ..scheduler.block_manager import BlockManager
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Schedule, Scheduler
 from .kv_cache import KVCache
@@ -12,8 +13,10 @@ from .kv_cache import KVCache
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What one sequence held during a step. At the end of this hold it had filled the request's
-    ``fills[hold]`` slots; ``num_counted`` first slots are shared, and counted with another.
+    """What one sequence held during a step, in one group of layers. At the end of this hold it had
+    the request's ``fills[hold]`` tokens; ``num_counted`` first slots are shared, and counted with
+    another; ``num_skipped`` tokens before the first slot are gone. Of a slot's layers,
+    ``layer_share`` are in use.
     """
 
     request_id: str
@@ -22,6 +25,8 @@ class Held:
     num_slots: int
     num_tokens: int
     num_counted: int = 0
+    num_skipped: int = 0
+    layer_share: float = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +48,19 @@ class StepRecord:
     held: tuple[Held, ...]
 
 
-def holdings(running: Iterable[Request], block_size: int) -> Iterator[Held]:
-    """What each running request holds now."""
+def holdings(running: Iterable[Request], blocks: BlockManager) -> Iterator[Held]:
+    """What each running request holds now, by group."""
     seen = set()
     for request in running:
-        table, counted = request.table, 0
-        for block in table.shared:
-            counted += block in seen
-            seen.add(block)
-        yield Held(
-            request.id,
-            len(request.fills),
-            table.all_extents,
-            table.capacity,
-            table.num_tokens,
-            counted * block_size,
-        )
+        for part, layer_share in zip(request.table.parts, blocks.layer_shares, strict=True):
+            counted = 0
+            for block in part.shared:
+                counted += block in seen
+                seen.add(block)
+            yield Held(
+                request.id, len(request.fills), part.all_extents, part.capacity, part.num_tokens,
+                counted * blocks.block_size, part.skipped, layer_share,
+            )  # fmt: skip
 
 
 def before_step(scheduler: Scheduler, step: Schedule) -> dict:
@@ -69,7 +71,7 @@ def before_step(scheduler: Scheduler, step: Schedule) -> dict:
         "num_waiting": len(scheduler.waiting),
         "unusable_slots": step.unusable_blocks * blocks.block_size,
         "pool": blocks.stats(),
-        "held": tuple(holdings(scheduler.running, blocks.block_size)),
+        "held": tuple(holdings(scheduler.running, blocks)),
     }
 
 
@@ -89,7 +91,10 @@ def serving_stats(cache: KVCache, scheduler: Scheduler, done: Done, now: float) 
     blocks = cache.blocks
     size, num_held = blocks.block_size, blocks.num_held
     held, unusable = num_held * size, scheduler.unusable_blocks * size
-    tokens = sum(request.num_computed for request in scheduler.running) - blocks.shared_tokens
+    tokens = -blocks.shared_tokens
+    for request in scheduler.running:
+        for part, layer_share in zip(request.table.parts, blocks.layer_shares, strict=True):
+            tokens += part.num_tokens * layer_share
     room, asked = held + unusable, scheduler.num_prefix_ids
     prefills, decodes = done.num_prefill_tokens, done.num_decode_tokens
     return Stats(

@@ -12,11 +12,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import weakref
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import BadInput, ModelError, a_path, at_least, reason_of, shown
@@ -299,3 +301,31 @@ def _load_with_mlx_lm(name: str):
     # File formats, the network and model files raise anything; the caller gets one line.
     except (Exception, SystemExit) as error:
         raise ModelError(f"cannot load model {shown(name)}: {reason_of(error)}") from error
+
+
+class Weights:
+    """The parameter arrays that a model had when they were last looked at."""
+
+    def __init__(self, model: nn.Module):
+        self._model, self._known = model, []
+        self.have_changed()
+
+    def have_changed(self) -> bool:
+        """Whether other arrays are in their place since. One written in place is not noticed."""
+        known, found = self._known, _parameters(self._model)
+        self._known = [weakref.ref(array) for array in found]
+        return len(known) != len(found) or any(
+            ref() is not array for ref, array in zip(known, found, strict=True)
+        )
+
+
+def _parameters(model: nn.Module) -> list[mx.array]:
+    found, nodes = [], [model]  # modules are dicts
+    while nodes:
+        node = nodes.pop()
+        for each in node.values() if isinstance(node, dict) else node:
+            if type(each) is mx.array:
+                found.append(each)
+            elif isinstance(each, dict | list | tuple):
+                nodes.append(each)
+    return found

@@ -2,11 +2,11 @@
 
 from collections.abc import Hashable, Sequence
 from functools import cached_property
-from itertools import chain, pairwise
 
 from ..allocators import Allocator, Extent, Moved, Stats, Strategy, counted, make_allocator, merged
 from ..errors import BadInput, at_least
 from .block_table import BlockTable, Move, Need, Way
+from .invariants import check_books
 from .prefix_cache import PrefixSharing
 
 
@@ -21,6 +21,8 @@ class BlockManager:
     ``max_moved_tokens``: upper bound on tokens copied between two steps (the last copy may
     overshoot); `is_deferred` says that a sequence waits for the next step to be relocated.
     """
+
+    layer_shares = (1,)  # of a slot's layers, those that each group has
 
     def __init__(
         self,
@@ -37,7 +39,7 @@ class BlockManager:
         self.block_size = at_least("block_size", block_size, 1)
         self._region = None  # blocks per region of `Static`
         if max_seq_len is not None:
-            self._region = self.blocks_for(at_least("max_seq_len", max_seq_len, 1))
+            self._region = self.most_blocks(at_least("max_seq_len", max_seq_len, 1))
         self.max_moved_tokens = max_moved_tokens
         self.num_releases = 0  # version of what is free: a refusal holds until it changes
         self._has_prefixes = prefix_caching
@@ -56,6 +58,10 @@ class BlockManager:
     @property
     def num_slots(self) -> int:
         return self.num_blocks * self.block_size
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.tables)
 
     @property
     def num_held(self) -> int:
@@ -82,6 +88,10 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` fill, the last one perhaps in part."""
         return -(-num_tokens // self.block_size)
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """Blocks that a sequence of ``num_tokens`` holds at most."""
+        return self._blocks_of(Need(num_tokens, num_tokens))
 
     def could_ever_hold(self, num_tokens: int) -> bool:
         """Whether a sequence of ``num_tokens`` fits the pool when nothing else is in it."""
@@ -181,21 +191,7 @@ class BlockManager:
 
     def check(self) -> None:
         """`AssertionError` unless every block is in one place, and tables and allocator agree."""
-        self.allocator.check()
-        shared = {block: None for table in self.tables for block in table.shared}
-        held = sorted(chain(*(each.extents for each in chain(self.tables, shared))))
-        assert not held or (held[0].start >= 0 and held[-1].end <= self.num_blocks), (
-            "a block lies outside the pool"
-        )
-        assert all(a.end <= b.start for a, b in pairwise(held)), "two sequences hold one block"
-        for table in self.tables:
-            assert sum(size for _, size in table.extents) == table.num_own
-        if self.prefix is not None:
-            self.prefix.check()
-        idle = self.prefix.num_idle if self.prefix is not None else 0
-        held_blocks = sum(extent.num_blocks for extent in held)
-        assert held_blocks + idle == self.stats().used_blocks, "a block is lost"
-        assert held_blocks == self.num_held
+        check_books(self)
 
     @cached_property
     def _empty(self) -> Allocator:

@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from ..allocators import Extent, merged
+from ..errors import MAX_COUNT
 
 _num_blocks = itemgetter(1)  # of an extent
 
@@ -26,6 +27,8 @@ class Need(NamedTuple):
     max_slots: int  # slots it can ever fill
     prefix_ids: Sequence[Hashable] = ()
     prompt_tokens: int = 0  # prompt's length: tells whole blocks from a partial last one
+    num_back: int = 0  # tokens that come back from the host's pool
+    chunk: int = MAX_COUNT  # tokens of the first step
 
 
 def slot_runs(
@@ -65,6 +68,7 @@ class BlockTable:
     num_found: int = 0  # prefix ids found in the cache at allocation
     prompt_tokens: int = 0  # prompt's length, where blocks are shared
     is_old: bool = False  # not to be cached: from before all prefixes were forgotten
+    skipped: int = 0  # tokens before its first, which a window has passed
     num_blocks: int = field(init=False)
 
     def __post_init__(self):
@@ -93,6 +97,11 @@ class BlockTable:
         if not self.shared:
             return self.extents
         return merged(chain(*(block.extents for block in self.shared), self.extents))
+
+    @property
+    def parts(self) -> tuple["BlockTable", ...]:
+        """One table for each group of layers."""
+        return (self,)
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """`slot_runs` of all blocks."""

@@ -215,9 +215,9 @@ class PrefixSharing(PrefixCache):
             if prefix_id in self or prefix_id in new:  # ids that contradict each other
                 break
             new[prefix_id] = None
-        taken = self._take_apart(wanted - len(shared), len(new))
+        taken = self.take_apart(wanted - len(shared), len(new))
         if taken is None:
-            self._give_up(shared, num_written=len(shared))
+            self.give_up(shared, num_written=len(shared))
             return None
         singles, extents = taken
         fresh = [self.add(prefix_id, one) for prefix_id, one in zip(new, singles, strict=True)]
@@ -251,7 +251,7 @@ class PrefixSharing(PrefixCache):
         """Give back a table's shared blocks, and forget what its sequence did not write."""
         whole = max(table.num_tokens // self._pool.block_size, table.num_found)
         done = table.num_tokens >= table.prompt_tokens
-        self._give_up(table.shared, len(table.shared) if done else whole)
+        self.give_up(table.shared, len(table.shared) if done else whole)
 
     def forget_all(self) -> None:
         """Let no later prompt find what the pool holds now: give back idle blocks, and forget those
@@ -283,7 +283,7 @@ class PrefixSharing(PrefixCache):
             return None, 0, num_found
         return source, num_tokens if self._is_written(source) else 0, num_found
 
-    def _take_apart(
+    def take_apart(
         self, num_blocks: int, num_singles: int
     ) -> tuple[list[Allocation], Allocation] | None:
         """``num_blocks`` blocks, the first ``num_singles`` each an allocation; None: no room."""
@@ -314,7 +314,7 @@ class PrefixSharing(PrefixCache):
                     return False
         return True
 
-    def _give_up(self, shared: Sequence[CachedBlock], num_written: int) -> None:
+    def give_up(self, shared: Sequence[CachedBlock], num_written: int) -> None:
         """Release cached blocks; idle ones after the first ``num_written`` are freed."""
         gone = self.release(shared)
         unwritten = [b for b in shared[num_written:] if not b.num_holders and b not in gone]

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from ..errors import at_least, one_of, share
 from ..options import OOM_POLICIES, WATERMARK
 from .block_manager import BlockManager
-from .block_table import Move, Need, Way
+from .block_table import Need, Way
+from .layer_groups import copies
 from .request import Request, RequestState
 
 _queue_order = attrgetter("priority", "number")
@@ -65,18 +66,18 @@ class Scheduler:
     prompt never holds them up; prompts share the tokens left.
 
     When memory is out, ``oom_policy`` decides. ``wait``: the request waits, in the queue or with
-    the blocks it holds; only when all running requests wait for each other, the last goes back to
-    the queue: the youngest of the last priority. ``fail``: it fails at once. ``preempt``: the last
-    running request gives way. A request that lost its blocks computes its tokens again later; with
-    ``swap``, a pool on the host, they are copied there and back while that pool has room.
+    the blocks it holds; only when all running ones wait for each other, the last goes back to the
+    queue: the youngest of the last priority. ``fail``: it fails at once. ``preempt``: the last
+    running request gives way. Who lost its blocks computes its tokens again later; with ``swap``, a
+    pool on the host, they are copied there and back while it has room.
 
     ``watermark``: share of the pool that an admission must leave free for running requests to grow
     into (vLLM's idea); not for ``reserve`` or ``fail``.
 
     Three ways to wait: refused at the head of the queue (``_refused``); ``stalled``, running but
-    refused a block; stalled until the next step by a deferred relocation (``is_deferred``). Each
-    is kept with the block manager's ``num_releases``, a version that changes when blocks come back
-    or a deferral ends: until then the allocator is not asked again.
+    refused a block; stalled until the next step by a deferred relocation (``is_deferred``). Each is
+    kept with the block manager's ``num_releases``, which changes when blocks come back or a
+    deferral ends: until then the allocator is not asked again.
     """
 
     def __init__(
@@ -151,13 +152,13 @@ class Scheduler:
             gave_way = len(step.preempted)
             prefilling = self._plan_running(None if due is None else (), step)
         prefilling = [each for each in prefilling if each.state is not RequestState.PREEMPTED]
-        # Short of memory, no request is admitted; requests that gave way above may come back.
-        short = bool(self.stalled or step.failed or step.preempted[gave_way:])
-        num_decoding = len(self.running) - len(self.stalled) - len(prefilling)
+        num_decoding = len(self.running) - len({*self.stalled, *prefilling})
         budget = self.max_step_tokens - num_decoding
         for request in prefilling:
-            if budget:
+            if budget and self._make_room(request, budget, step):
                 budget -= self._compute(request, budget, step)
+        # Short of memory, no request is admitted; requests that gave way above may come back.
+        short = bool(self.stalled or step.failed or step.preempted[gave_way:])
         self._admit(budget, short, step)
         for request, _, stop in step.chunks:
             request.table.num_tokens = stop
@@ -195,7 +196,9 @@ class Scheduler:
                 continue  # gave way a moment ago, or its last token is on its way
             if request.num_tokens - request.num_computed > 1:
                 prefilling.append(request)
-            elif self._make_room(request, step):
+                if self.stalled.get(request) != self.blocks.num_releases:
+                    self.stalled.pop(request, None)
+            elif self._make_room(request, 1, step):
                 self._compute(request, 1, step)
         return prefilling
 
@@ -205,7 +208,7 @@ class Scheduler:
         failed_before = len(step.failed)
         while self.waiting and budget and len(self.running) < self.max_batch_size:
             request = self.waiting[0]
-            if short or not self._allocate(request):
+            if short or not self._allocate(request, budget):
                 wanted = self.blocks.blocks_wanted(request.need)
                 enough_but_refused |= wanted <= self.blocks.free_blocks
                 if self.oom_policy != "fail" or short:
@@ -233,12 +236,13 @@ class Scheduler:
         (step.decode if chunk.num_rows == 1 else step.prefill).append(chunk)
         return chunk.num_rows
 
-    def _allocate(self, request: Request) -> bool:
+    def _allocate(self, request: Request, budget: int) -> bool:
         """Give the head of the queue its blocks, and its swapped tokens back."""
         if self._refused_before():
             return False
         self._refused = None
-        need = request.need
+        num_back = request.swapped.num_tokens if request.swapped else 0
+        need = request.need._replace(num_back=num_back, chunk=budget)
         kept = self.kept_blocks if self.running else 0  # for running ones to grow
         low = kept and self.blocks.free_blocks < self.blocks.blocks_wanted(need) + kept
         table = None if low else self.blocks.allocate(need)
@@ -247,28 +251,31 @@ class Scheduler:
             return False
         request.table = table
         if swapped := request.swapped:
-            if (num_tokens := swapped.num_tokens) > table.num_tokens:
-                moved = swapped.extents, table.all_extents, num_tokens, table.num_tokens
-                self.blocks.moves.append(Move(*moved, Way.BACK))
-                table.num_tokens = num_tokens
+            if num_back > table.num_tokens:
+                self.blocks.moves += copies(swapped, table, Way.BACK)
+                table.num_tokens = num_back
             self._forget_swapped(request)
         return True
 
     def _refused_before(self) -> bool:
         return self._refused == (self.waiting[0], self.blocks.num_releases)
 
-    def _make_room(self, request: Request, step: Schedule) -> bool:
-        """Grow the request's table, or do what ``oom_policy`` says; False if it does not run."""
+    def _make_room(self, request: Request, budget: int, step: Schedule) -> bool:
+        """Grow the request's table for up to ``budget`` tokens, or do what ``oom_policy`` says;
+        False if it does not run.
+        """
         if self.stalled.pop(request, None) == self.blocks.num_releases:  # nothing came back
             self.stalled[request] = self.blocks.num_releases
             return False
-        while not self.blocks.grow(request.table, request.num_tokens):
-            if self.oom_policy == "wait" or self.blocks.is_deferred:
-                self.stalled[request] = self.blocks.num_releases
-                return False
-            if self.oom_policy == "fail":
+        num_tokens = min(request.num_tokens, request.num_computed + budget)
+        is_prefilling = request.num_tokens - request.num_computed > 1  # after those that decode
+        while not self.blocks.grow(request.table, num_tokens):
+            if self.oom_policy == "fail" and not self.blocks.is_deferred:
                 self._leave(request)
                 self._fail(request, step)
+                return False
+            if self.oom_policy != "preempt" or self.blocks.is_deferred or is_prefilling:
+                self.stalled[request] = self.blocks.num_releases
                 return False
             victim = self.running[-1]
             self._preempt(victim, step)
@@ -293,10 +300,10 @@ class Scheduler:
         """Send a request back to the queue, its tokens swapped out where there is room."""
         table, num_tokens = request.table, request.num_computed
         kept = num_tokens and not table.is_old  # what is computed again may be shared
-        if self.swap and kept and (out := self.swap.allocate(Need(num_tokens, num_tokens))):
+        need = Need(num_tokens, num_tokens, num_back=num_tokens)
+        if self.swap and kept and (out := self.swap.allocate(need)):
+            self.blocks.moves += copies(table, out, Way.OUT)
             request.swapped, out.num_tokens = out, num_tokens
-            move = Move(table.all_extents, out.extents, num_tokens, way=Way.OUT)
-            self.blocks.moves.append(move)
         self._leave(request)
         request.num_preemptions += 1
         self.num_preemptions += 1

@@ -112,7 +112,7 @@ def check_method(method: str, arena: Arena) -> None:
 
 
 def _way_of_decode(rows: Sequence[RowRun], arena: Arena, method: str) -> str:
-    num_extents, num_tokens = sum(len(run.runs) for run in rows), sum(run.stop for run in rows)
+    num_extents, num_tokens = sum(len(run.runs) for run in rows), sum(map(_num_seen, rows))
     can = arena.num_slots >= WINDOW and can_use_windows(arena)
     if method != "auto":
         return "views" if method == "windows" and not can else method
@@ -126,6 +126,10 @@ def _way_of_decode(rows: Sequence[RowRun], arena: Arena, method: str) -> str:
 
 def _way_of_prompt(run: RowRun, method: str) -> str:
     if method == "auto":
-        short = run.stop < len(run.runs) * GATHER_PROMPTS_BELOW
+        short = _num_seen(run) < len(run.runs) * GATHER_PROMPTS_BELOW
         return "gather" if len(run.runs) > GATHER_FROM_EXTENTS and short else "views"
     return "gather" if method == "gather" else "views"
+
+
+def _num_seen(run: RowRun) -> int:
+    return sum(stop - start for start, stop in run.runs)

@@ -20,8 +20,9 @@ Exp = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True)
 class RowRun:
-    """Rows of a step that are one sequence's tokens from position ``start``. K and V of all its
-    tokens, these included, lie in ``runs`` of slots. ``owner``: whose state goes on with them.
+    """Rows of a step that are one sequence's tokens from position ``start``. K and V of its tokens
+    up to these, without those that a window has passed, lie in ``runs`` of slots. ``owner``: whose
+    state goes on with them.
     """
 
     start: int
