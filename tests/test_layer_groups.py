@@ -388,9 +388,16 @@ def slots_of(runs) -> list[int]:
 
 
 NAMED = [(name, None) for name in STRATEGIES]
-OTHERS = [("runs", "relocate"), ("paged", "relocate"), ("cortexstream", "chain"), (Bare, None)]
+OTHERS = [
+    ("best_fit", "chain"),
+    ("buddy", "chain"),
+    ("cortexstream", "chain"),
+    ("runs", "relocate"),
+    ("paged", "relocate"),
+    (Bare, None),
+]
 RESERVED = [("runs", "reserve"), (Bare, "reserve")]
-SHARED = [pair for pair in (*NAMED, *OTHERS) if strategy_of(*pair).growth == "chain"]
+SHARED = [pair for pair in (*NAMED, *OTHERS) if strategy_of(*pair).gives_front]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,11 @@ from mlx_lm.models import gemma3_text
 from tiny_models import VOCABULARY, tiny_model
 
 import cortexlab as cl
-from cortexlab.allocators import STRATEGIES
+from cortexlab.allocators import STRATEGIES, Paged
+from cortexlab.bench.serve import Setting, run_bench
+from cortexlab.bench.summary import engine_step
 from cortexlab.engine.model_runner import ModelRunner
+from cortexlab.workloads.synthetic import WorkItem
 
 NAMES = ["gemma3_text", "gpt_oss", "olmo3", "llama (sliding window)", "recurrent_gemma"]
 LENGTHS = (3, 60, 1, 31, 17)
@@ -43,20 +46,23 @@ def windowed(request):
     return Windowed(tiny_model(request.param))
 
 
-@pytest.fixture(scope="module")
-def five_to_one():
-    """Five layers with a window of 32 to one that sees all."""
+def gemma3(num_layers: int, every: int) -> Windowed:
+    """A model of which each ``every``-th layer sees all tokens, the others a window of 32."""
     args = gemma3_text.ModelArgs(
-        model_type="gemma3_text", hidden_size=64, num_hidden_layers=6, intermediate_size=96,
-        num_attention_heads=4, head_dim=16, num_key_value_heads=2, vocab_size=VOCABULARY,
-        sliding_window=32, sliding_window_pattern=6,
+        model_type="gemma3_text", hidden_size=64, num_hidden_layers=num_layers,
+        intermediate_size=96, num_attention_heads=4, head_dim=16, num_key_value_heads=2,
+        vocab_size=VOCABULARY, sliding_window=32, sliding_window_pattern=every,
     )  # fmt: skip
-    model, key = gemma3_text.Model(args), mx.random.key(0)
-    keys = iter(mx.random.split(key, 1000))
+    model, keys = gemma3_text.Model(args), iter(mx.random.split(mx.random.key(0), 1000))
     model.update(
         tree_map(lambda p: 0.2 * mx.random.normal(p.shape, key=next(keys)), model.parameters())
     )
     return Windowed(model)
+
+
+@pytest.fixture(scope="module")
+def five_to_one():
+    return gemma3(6, 6)
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -134,7 +140,7 @@ def test_every_setting_gives_mlx_lms_tokens(five_to_one, lengths, **options):
         try:
             requests.append(engine.submit(prompt, 12))
         except cl.BadInput as error:
-            assert "can never fit" in str(error)
+            assert "blocks, which can never fit the pool of" in str(error)
     for _ in range(3000):
         engine.step()
     assert not engine.requests, "requests wait for each other for ever"
@@ -178,6 +184,32 @@ def test_twenty_requests_that_share_1000_tokens_hit_62_blocks(five_to_one):
         five_to_one.reference.check_any(request, None)
 
 
+class Keeps(Paged):
+    """An allocator whose fronts never come back, which its protocol allows."""
+
+    def release_front(self, extents, num_blocks):
+        return extents
+
+
+def test_a_lone_prompt_that_cannot_go_on_fails_and_does_not_come_back_for_ever(five_to_one):
+    engine = cl.Engine(
+        five_to_one.runner, num_blocks=63 + 5 * 7, strategy=Keeps, max_step_tokens=64
+    )  # fmt: skip
+    stuck, fine = (engine.submit(prompt, 4) for prompt in prompts_of([1000, 40], VOCABULARY))
+    list(engine.run())
+    assert stuck.finish_reason == "error" and "out of KV memory" in stuck.error
+    assert stuck.num_preemptions == 0 and fine.finish_reason == "length"
+    five_to_one.reference.check_any(fine, None)
+
+
+def test_strategies_whose_blocks_hold_other_layers_are_benched_apart(five_to_one):
+    items, setting = [WorkItem(0.0, 8, 4)], Setting(prefix_caching=True)
+    with pytest.raises(cl.BadInput, match=r"only paged give back .* bench them apart"):
+        run_bench(five_to_one.model, items, ["paged", "best_fit"], setting)
+    for strategies in (["paged", "runs"], ["best_fit", "cortexstream"]):
+        assert run_bench(five_to_one.model, items, strategies, setting).held
+
+
 def test_statistics_count_each_group_by_its_layers(five_to_one):
     engine = cl.Engine(five_to_one.runner, num_blocks=100, max_step_tokens=16)
     engine.submit(prompts_of([60], VOCABULARY)[0], 8)
@@ -192,13 +224,17 @@ def test_statistics_count_each_group_by_its_layers(five_to_one):
     assert stats.token_share + stats.empty_share == 1
 
 
-def test_a_group_with_an_empty_layer_counts_it_as_internal():
-    records, model = [], tiny_model("gemma3_text")
-    runner = ModelRunner(model)
-    runner.windows = [12, None]
-    engine = cl.Engine(runner, num_blocks=64, block_size=4, on_step=records.append)
-    blocks = engine.cache.blocks
-    blocks.layer_shares = (1, 0.5)
-    engine.submit([1, 2, 3, 4], 2)
+def test_an_empty_layer_of_a_padded_group_is_internal():
+    model, records = gemma3(5, 2), []  # layers 1 and 3 see all: a group of 2, and one of 3
+    engine = cl.Engine(model.runner, num_blocks=16, on_step=records.append)
+    request = engine.submit(prompts_of([16], VOCABULARY)[0], 3, request_id="r0")
+    engine.step()
+    stats = engine.stats()
+    assert stats.used_blocks == 2
+    assert stats.token_share == pytest.approx(5 / 6)
+    assert stats.empty_share == pytest.approx(1 / 6)
     list(engine.run())
-    assert engine.stats().token_share is None and records[0].held[1].layer_share == 0.5
+    model.reference.check_any(request, None)
+    step = engine_step(records[0], 0.0, 16, {request.id: [18]})
+    slots = step["token_slots"], step["reserved_slots"], step["internal_slots"]
+    assert slots == pytest.approx((32 * 5 / 6, 0, 32 / 6))

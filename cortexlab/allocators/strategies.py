@@ -30,6 +30,13 @@ class Strategy:
     placement: Callable[..., Allocator]
     growth: str
 
+    @property
+    def gives_front(self) -> bool:
+        """Whether an allocation can give its first blocks back and go on wherever one is free."""
+        in_place = {each.placement for each in STRATEGIES.values() if each.growth != "chain"}
+        gives = hasattr(self.placement, "release_front") and self.placement not in in_place
+        return self.growth == "chain" and gives
+
 
 STRATEGIES = {
     strategy.name: strategy

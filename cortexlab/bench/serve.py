@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from .. import answer
 from ..allocators import STRATEGIES, Allocator, blamed_on, check_names, strategy_of
+from ..engine.arena import slot_bytes
 from ..engine.engine import Engine
 from ..engine.model_runner import ModelRunner
 from ..engine.records import StepRecord
@@ -41,7 +42,7 @@ from ..options import (
     option,
 )
 from ..scheduler.block_manager import BlockManager
-from ..scheduler.layer_groups import block_manager
+from ..scheduler.layer_groups import LayerGroup, block_manager
 from ..scheduler.request import Request
 from ..workloads.synthetic import (
     WorkItem,
@@ -141,7 +142,7 @@ def _block_manager(
     )
     found = strategy_of(strategy, options.growth)
     return block_manager(
-        runner.groups(found.growth, setting.prefix_caching),
+        runner.groups(found, setting.prefix_caching),
         options.step_tokens(DEFAULT_STEP_TOKENS), found, num_blocks, setting.block_size,
         max_seq_len, setting.prefix_caching,
     )  # fmt: skip
@@ -305,7 +306,7 @@ class _Job:
             arena_bytes=stats.arena_bytes,
             copied_bytes=stats.copied_bytes,
             num_preemptions=stats.num_preemptions,
-            peak_kv_bytes=most * engine.cache.arena.slot_bytes,
+            peak_kv_bytes=round(most * engine.cache.arena.slot_bytes),
             prefix_hit_rate=stats.prefix_hit_rate,
         )
 
@@ -373,11 +374,14 @@ def _job(
     or where nothing fits; `ModelError` for a model without K and V.
     """
     max_seq_len = setting.max_seq_len or default_max_seq_len(items, runner.context)
-    paged = _block_manager(runner, setting, 1, max_seq_len)
-    num_blocks = bench_pool(setting, items, max_seq_len, paged.most_blocks)
+    groups = _groups_of_all(runner, setting, strategies)
+    ours = next((each for each in strategies.values() if each != MLX_LM), "paged")
+    most_blocks = _block_manager(runner, setting, 1, max_seq_len, ours).most_blocks
+    num_blocks = bench_pool(setting, items, max_seq_len, most_blocks)
     if not runner.token_bytes:
         raise ModelError("a bench compares memory for K and V, and this model has neither")
-    needed = num_blocks * setting.block_size * runner.slot_bytes(runner.groups())
+    layers = runner.block_layers(groups)
+    needed = num_blocks * setting.block_size * slot_bytes(layers, runner.dtype)
     if needed > memory_bytes():
         raise BadInput(
             f"num_blocks {num_blocks} needs {needed / 2**30:.1f} GiB, this machine has "
@@ -397,6 +401,25 @@ def _job(
         stops=() if setting.ignore_eos else tuple(stop_token_ids),
         progress=progress,
     )
+
+
+def _groups_of_all(
+    runner: ModelRunner, setting: Setting, strategies: Mapping[str, Strategy]
+) -> Sequence[LayerGroup]:
+    """Groups of layers under every strategy; `BadInput` where they differ."""
+    options = EngineOptions(num_blocks=1, max_batch_size=setting.batch_size, **setting.engine)
+    of_name = {
+        name: runner.groups(strategy_of(each, options.growth), setting.prefix_caching)
+        for name, each in strategies.items()
+        if each != MLX_LM
+    }
+    if len({*of_name.values()}) > 1:
+        some = [name for name, groups in of_name.items() if len(groups) > 1]
+        raise BadInput(
+            "prefix_caching: only " + ", ".join(some) + " give back what this model's windows have "
+            "passed, so a block holds other layers under each strategy: bench them apart"
+        )
+    return next(iter(of_name.values()), runner.groups())
 
 
 def _shared_tokens(items: Mapping[int, WorkItem]) -> dict[str, int]:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_caches
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
-from ..allocators import strategy_of
+from ..allocators import Strategy, strategy_of
 from ..errors import MAX_COUNT, BadInput, ModelError, is_own, named, reason_of
 from ..host.models import model_limits
 from ..options import DEFAULT_STEP_TOKENS, EngineOptions
@@ -84,10 +84,10 @@ class ModelRunner:
     - ``layers``: shape of each layer's K and V; ``windows``: how many tokens each attends to, None
       for all; ``dtype`` of K and V; ``context`` and ``vocabulary`` in tokens.
     - ``way``: all sequences of a step in one call, attention where K and V lie; decode rows so, and
-      each prompt alone (layers with states); or (the model has an attention or positions of its
-      own) one sequence after the other, K and V whole.
+      each prompt alone (layers with states); or one sequence after the other, K and V whole (the
+      model has an attention or positions of its own).
 
-    `ModelError` for a model that in neither way gives its own logits.
+    `ModelError` for a model that gives its own logits in no way.
     """
 
     def __init__(self, model: nn.Module):
@@ -131,11 +131,13 @@ class ModelRunner:
         """Bytes of K and V of one token in all layers."""
         return slot_bytes(self.layers, self.dtype)
 
-    def groups(self, growth: str = "chain", prefix_caching: bool = False) -> tuple[LayerGroup, ...]:
+    def groups(
+        self, strategy: Strategy | None = None, prefix_caching: bool = False
+    ) -> tuple[LayerGroup, ...]:
         """Groups of the layers with K and V. One, of which windows keep every block: where shapes
-        differ, where sequences take turns, and with prefix caching where blocks must lie together.
+        differ, where sequences take turns, and with prefix caching where no front is given back.
         """
-        keeps_all = self.way is Way.ONE or (prefix_caching and growth != "chain")
+        keeps_all = self.way is Way.ONE or (prefix_caching and not strategy.gives_front)
         keeps_all |= len({*self.layers}) > 1
         every = LayerGroup(tuple(range(len(self.layers))), len(self.layers))
         return (every,) if keeps_all else self._groups
@@ -152,17 +154,13 @@ class ModelRunner:
         """The cache of an engine with ``options``."""
         self._check_prefix_caching(options.prefix_caching)
         strategy = strategy_of(options.strategy, options.growth)
-        groups = self.groups(strategy.growth, options.prefix_caching)
+        groups = self.groups(strategy, options.prefix_caching)
         return KVCache(
             self.block_layers(groups), strategy, options.num_blocks, options.block_size,
             dtype=self.dtype, max_seq_len=max_seq_len, prefix_caching=options.prefix_caching,
             swap_blocks=options.num_swap_blocks, max_moved_tokens=MAX_MOVED_TOKENS, groups=groups,
             max_chunk=options.step_tokens(DEFAULT_STEP_TOKENS),
         )  # fmt: skip
-
-    def slot_bytes(self, groups: Sequence[LayerGroup]) -> int:
-        """Bytes of a slot of a block, in all its layers."""
-        return slot_bytes(self.block_layers(groups), self.dtype)
 
     def block_layers(self, groups: Sequence[LayerGroup]) -> list[LayerShape]:
         """Shapes of the K and V that a block has room for."""

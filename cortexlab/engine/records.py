@@ -91,10 +91,10 @@ def serving_stats(cache: KVCache, scheduler: Scheduler, done: Done, now: float) 
     blocks = cache.blocks
     size, num_held = blocks.block_size, blocks.num_held
     held, unusable = num_held * size, scheduler.unusable_blocks * size
-    tokens = -blocks.shared_tokens
-    for request in scheduler.running:
-        for part, layer_share in zip(request.table.parts, blocks.layer_shares, strict=True):
-            tokens += part.num_tokens * layer_share
+    tokens = sum(
+        (each.num_tokens - each.num_counted) * each.layer_share
+        for each in holdings(scheduler.running, blocks)
+    )
     room, asked = held + unusable, scheduler.num_prefix_ids
     prefills, decodes = done.num_prefill_tokens, done.num_decode_tokens
     return Stats(
@@ -102,7 +102,7 @@ def serving_stats(cache: KVCache, scheduler: Scheduler, done: Done, now: float) 
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
         num_preemptions=scheduler.num_preemptions,
-        num_swapped=len(cache.swap.tables) if cache.swap else 0,
+        num_swapped=cache.swap.num_sequences if cache.swap else 0,
         num_steps=done.num_steps,
         num_prefill_tokens=prefills,
         num_decode_tokens=decodes,

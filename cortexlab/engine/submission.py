@@ -124,6 +124,9 @@ def misfit(num_tokens: int, max_seq_len: int, blocks: BlockManager | None) -> st
     if num_tokens > max_seq_len:
         return f"wants {num_tokens} tokens (prompt + output), but max_seq_len is {max_seq_len}"
     if blocks is not None and not blocks.could_ever_hold(num_tokens - 1):
+        if len(blocks.layer_shares) > 1:
+            most, pool = blocks.most_blocks(num_tokens - 1), blocks.num_blocks
+            return f"wants {most} blocks, which can never fit the pool of {pool} blocks"
         pool = blocks.num_slots
         return f"wants {num_tokens - 1} slots, which can never fit the pool of {pool} slots"
     return None

@@ -22,7 +22,7 @@ class BlockManager:
     overshoot); `is_deferred` says that a sequence waits for the next step to be relocated.
     """
 
-    layer_shares = (1,)  # of a slot's layers, those that each group has
+    layer_shares = (1,)  # of a block's layers, the share that each group uses
 
     def __init__(
         self,

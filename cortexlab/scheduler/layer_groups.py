@@ -19,14 +19,14 @@ a strategy grows:
 chain      a window's table gives its front back (`OptionalParts.release_front`) and gains blocks at
            its end.
 relocate   a window's table is a *ring* for a chunk of the prompt and the window before it: passed
-           blocks serve again. After the prompt it moves to a ring for single tokens. So is that of
-           an allocator without `release_front`.
+           blocks serve again. After the prompt it moves to a ring for single tokens. Allocators
+           without `release_front` have rings too.
 reserve    all groups lie in one allocation, windows as rings that keep their size.
 
-With prefix caching (of ``chain`` alone: only there any free block serves), a prompt's whole blocks
-are cached under ``(group, id)``. What a window passes stays in the cache, held by nobody. A prompt
-begins behind the longest prefix of which groups without a window have all blocks, and the others
-those that the next token sees.
+With prefix caching (only where fronts are given back), a prompt's whole blocks are cached under
+``(group, id)``. What a window passes stays in the cache, held by nobody. A prompt begins behind the
+longest prefix of which groups without a window have all blocks, and the others those that the next
+token sees.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -73,17 +73,16 @@ def layer_groups(windows: Sequence[int | None]) -> tuple[LayerGroup, ...]:
 
 @dataclass(eq=False, slots=True)
 class Ring(BlockTable):
-    """A table whose own blocks stand in a circle: the first ``turned`` of ``extents`` come last in
-    token order.
+    """A table whose blocks stand in a circle: the first ``turned`` of them come last in token
+    order.
     """
 
     turned: int = 0
 
     @property
     def all_extents(self) -> tuple[Extent, ...]:
-        turned = (*cut_out(self.extents, self.turned, self.num_own),)
-        turned += (*cut_out(self.extents, 0, self.turned),)
-        return merged(chain(*(block.extents for block in self.shared), turned))
+        rest = cut_out(self.extents, self.turned, self.num_blocks)
+        return merged(chain(rest, cut_out(self.extents, 0, self.turned)))
 
 
 @dataclass(eq=False, slots=True)
@@ -97,7 +96,7 @@ class GroupedTable:
     whole: BlockTable | None = None  # with the allocation of all parts
     prefix_ids: Sequence[Hashable] = ()  # of the prompt's whole blocks
     num_found: int = 0  # of these, in the cache
-    settled: int = 0  # tokens up to which no part changes
+    settled: int = 0  # tokens up to which `grow` has nothing to do
 
     @property
     def is_old(self) -> bool:
@@ -119,7 +118,7 @@ class Admission(NamedTuple):
 
     start: int  # tokens that are there when its first step begins
     num_found: int  # whole blocks of its prompt that all groups have, as far as they need them
-    computed: int  # tokens that these save
+    computed: int  # tokens that these hold, but for one to sample from
     sizes: list[int]  # blocks of each group, found ones included
 
 
@@ -132,14 +131,12 @@ class GroupedBlocks(BlockManager):
         self.groups, self.max_chunk = tuple(groups), max_chunk
         shares = (len(layers) / size for layers, size, _ in groups)
         self.layer_shares = tuple(1 if share == 1 else share for share in shares)
-        self._release_front = self.prefix = None  # until `clear`
+        self.prefix = None  # until `clear`
         super().__init__(*args, **options)
 
     def clear(self) -> None:
         super().clear()
         self.sequences: dict[GroupedTable, None] = {}
-        gives = self.growth == "chain" and hasattr(self.allocator, "release_front")
-        self._release_front = self.allocator.release_front if gives else None
         if self.growth == "reserve":  # parts lie at fixed places in an allocation
             self._compact = None
 
@@ -151,7 +148,7 @@ class GroupedBlocks(BlockManager):
         return sum(self._most(num_tokens))
 
     def could_ever_hold(self, num_tokens: int) -> bool:
-        sizes, taken = self._most(num_tokens), []
+        sizes, taken = sorted(self._most(num_tokens), reverse=True), []
         for size in [sum(sizes)] if self.growth == "reserve" else sizes:
             taken.append(self._empty.allocate(size))
             if taken[-1] is None:
@@ -197,8 +194,7 @@ class GroupedBlocks(BlockManager):
         if table.whole is not None:
             return super().free(table.whole)
         for number, part in enumerate(table.parts):
-            is_in_order = not isinstance(part, Ring) or not part.turned
-            known = prefix_ids[part.skipped // self.block_size :] if is_in_order else ()
+            known = prefix_ids[part.skipped // self.block_size :]
             super().free(part, [(number, each) for each in known])
 
     def check(self) -> None:
@@ -225,7 +221,7 @@ class GroupedBlocks(BlockManager):
         computed = min(num_found * self.block_size, need.num_tokens - 1)  # one is to sample from
         start = max(need.num_back, computed)
         sizes = self._most(need.max_slots if is_reserved else need.num_tokens, start)
-        if self._release_front or self.prefix is not None:
+        if self.strategy.gives_front:
             first = self.blocks_for(min(need.num_tokens, start + min(need.chunk, self.max_chunk)))
             for number, group in enumerate(self.groups):
                 if group.window is not None:
@@ -284,8 +280,10 @@ class GroupedBlocks(BlockManager):
                 part.replace(tuple(cut_out(whole.extents, stop - size, stop)))
             return whole and GroupedTable(parts, need.num_tokens, whole)
         self.tables |= dict.fromkeys(parts)
-        for number, (part, size) in enumerate(zip(parts, asked.sizes, strict=True)):
-            if not self._add_blocks(number, part, size - part.num_blocks, ids):
+        # The largest first: halves of a buddy fill up in this order, if they do in any.
+        for number in sorted(range(len(parts)), key=asked.sizes.__getitem__, reverse=True):
+            part = parts[number]
+            if not self._add_blocks(number, part, asked.sizes[number] - part.num_blocks, ids):
                 for each in parts:
                     super().free(each)
                 self.num_releases = releases  # what was free before is free again
@@ -300,7 +298,7 @@ class GroupedBlocks(BlockManager):
         skipped = passed * self.block_size
         if found:
             self.prefix.hold(found)
-        is_ring = group.window is not None and not self._release_front
+        is_ring = group.window is not None and not self.strategy.gives_front
         return (Ring if is_ring else BlockTable)(
             (), self.block_size, max(0, asked.computed - skipped), tuple(found),
             max(0, asked.num_found - passed), need.prompt_tokens - skipped, skipped=skipped,
@@ -337,10 +335,10 @@ class GroupedBlocks(BlockManager):
             part.shared = part.shared[gone:]
             part.num_blocks -= gone
         if (own := passed - gone) and isinstance(part, Ring):
-            part.turned = (part.turned + own) % part.num_own
+            part.turned = (part.turned + own) % part.num_blocks
             gone = passed
         elif own:
-            gone -= part.replace(self._release_front(part.extents, own))
+            gone -= part.replace(self.allocator.release_front(part.extents, own))
         self.num_releases += 1
         part.skipped += gone * self.block_size
         part.num_tokens -= gone * self.block_size
@@ -349,7 +347,7 @@ class GroupedBlocks(BlockManager):
 
     def _shrink(self, ring: Ring, num_blocks: int) -> None:
         """Move a ring to one of ``num_blocks``, if that saves some and there is room."""
-        if ring.shared or ring.num_blocks <= num_blocks or self._owes_enough():
+        if ring.num_blocks <= num_blocks or self._owes_enough():
             return
         extents = self.allocator.allocate(num_blocks)
         if extents is None:
@@ -365,8 +363,8 @@ class GroupedBlocks(BlockManager):
 
 
 def block_manager(groups: Sequence[LayerGroup], max_chunk: int, *args, **options) -> BlockManager:
-    """A `BlockManager`, or `GroupedBlocks` where a layer gives up tokens, of the arguments of a
-    `BlockManager`.
+    """A `BlockManager`, or `GroupedBlocks` where a layer has a window; further arguments are
+    theirs.
     """
     if all(group.window is None for group in groups):
         return BlockManager(*args, **options)
@@ -381,7 +379,8 @@ def copies(source: BlockTable, target: BlockTable, way: Way) -> Iterator[Move]:
         passed = (b.skipped - a.skipped) // a.block_size
         kept = cut_out(a.all_extents, passed, a.num_blocks)
         num_tokens = a.num_tokens + a.skipped - b.skipped
-        yield Move(tuple(kept), b.all_extents, num_tokens, b.num_tokens, way)
+        if num_tokens > b.num_tokens:
+            yield Move(tuple(kept), b.all_extents, num_tokens, b.num_tokens, way)
 
 
 def cut_out(extents: Sequence[Extent], first: int, stop: int) -> Iterator[Extent]:

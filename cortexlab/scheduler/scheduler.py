@@ -68,8 +68,8 @@ class Scheduler:
     When memory is out, ``oom_policy`` decides. ``wait``: the request waits, in the queue or with
     the blocks it holds; only when all running ones wait for each other, the last goes back to the
     queue: the youngest of the last priority. ``fail``: it fails at once. ``preempt``: the last
-    running request gives way. Who lost its blocks computes its tokens again later; with ``swap``, a
-    pool on the host, they are copied there and back while it has room.
+    running request gives way. A request that lost its blocks computes its tokens again later; with
+    ``swap``, a pool on the host, they are copied there and back while it has room.
 
     ``watermark``: share of the pool that an admission must leave free for running requests to grow
     into (vLLM's idea); not for ``reserve`` or ``fail``.
@@ -147,11 +147,16 @@ class Scheduler:
         """
         step, self._now = Schedule(), now
         prefilling, gave_way = self._plan_running(due, step), 0
-        while self.running and len(self.stalled) == len(self.running):  # all wait for each other
-            self._preempt(self.running[-1], step)
+        while self.running and self._all_wait():
+            last = self.running[-1]
+            if len(self.running) == 1 and last.num_tokens - last.num_computed > 1:
+                self._leave(last)  # alone, a prompt would come back to where it is
+                self._fail(last, step)
+                break
+            self._preempt(last, step)
             gave_way = len(step.preempted)
             prefilling = self._plan_running(None if due is None else (), step)
-        prefilling = [each for each in prefilling if each.state is not RequestState.PREEMPTED]
+        prefilling = [each for each in prefilling if each.table is not None]
         num_decoding = len(self.running) - len({*self.stalled, *prefilling})
         budget = self.max_step_tokens - num_decoding
         for request in prefilling:
@@ -163,6 +168,10 @@ class Scheduler:
         for request, _, stop in step.chunks:
             request.table.num_tokens = stop
         return step
+
+    def _all_wait(self) -> bool:
+        """Whether all running requests wait for each other, and none for copies."""
+        return len(self.stalled) == len(self.running) and not self.blocks.is_deferred
 
     def restart_all(self, requests: Iterable[Request], now: float) -> None:
         """Queue the ``requests`` that have not ended, and no others; the pools were cleared."""
