@@ -41,8 +41,8 @@ class Engine:
 
     - ``model``: one of mlx-lm's, or a `ModelRunner` of it that several engines share.
     - ``options``: the fields of `EngineOptions`. By default ``max_seq_len`` is the model's context,
-      or the pool where that is smaller; ``pipeline`` is on, except on the CPU (its queue is too
-      short to gain) with ``max_batch_size`` above 1.
+      or the pool where that is smaller and a layer keeps all tokens; ``pipeline`` is on, except on
+      the CPU (its queue is too short to gain) with ``max_batch_size`` above 1.
     - ``tokenizer``: for prompts as text, text as it comes, stop strings, and to stop at its
       end-of-sequence tokens.
     - ``on_step`` is called with a `StepRecord` after every step; ``clock`` gives seconds.
