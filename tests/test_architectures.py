@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import CONFIGS, VOCABULARY, modules, tiny_model
 
 from cortexlab.engine.mlx_lm_hook import ATTENTION
-from cortexlab.engine.model_runner import Way
+from cortexlab.engine.model_runner import Batching
 
 names = str.split
 
@@ -43,7 +43,7 @@ ONE_BY_ONE = names("""
     glm_moe_dsa gpt_bigcode kimi_k25 kimi_k3 kimi_linear kimi_vl longcat_flash longcat_flash_ngram
     minimax_m3_vl mistral4 plamo plamo2
 """)
-SERVED = {Way.ALL: IN_ROWS, Way.DECODES: DECODES_AT_ONCE, Way.ONE: ONE_BY_ONE}
+SERVED = {Batching.ALL: IN_ROWS, Batching.DECODES: DECODES_AT_ONCE, Batching.ONE: ONE_BY_ONE}
 VARIANTS = [name for name in CONFIGS if " " in name]  # other settings of listed architectures
 
 REFUSED = {

@@ -18,8 +18,9 @@ from cortexlab.bench.step_profile import record_step
 from cortexlab.engine import mlx_lm_hook
 from cortexlab.engine.arena import Arena
 from cortexlab.engine.attention import RowRun
-from cortexlab.engine.model_runner import ModelRunner, Way
-from cortexlab.engine.states import States, states_of
+from cortexlab.engine.mlx_lm_hook import states_of
+from cortexlab.engine.model_runner import Batching, ModelRunner
+from cortexlab.engine.states import States
 from cortexlab.workloads.synthetic import WorkItem
 
 LENGTHS = (3, 60, 1, 31, 17)
@@ -262,7 +263,7 @@ def test_a_state_keeps_no_larger_array_alive(how):
 
 def test_a_model_whose_sequences_run_one_by_one_copies_no_state(hybrid):
     engine = hybrid.serve()
-    assert (engine.stats().state_copied_bytes == 0) == (hybrid.runner.way is Way.ONE)
+    assert (engine.stats().state_copied_bytes == 0) == (hybrid.runner.way is Batching.ONE)
 
 
 def test_a_model_of_k_and_v_reports_no_states(tiny):

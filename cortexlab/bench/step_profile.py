@@ -27,7 +27,7 @@ import pandas as pd
 from ..engine.arena import Arena, LayerShape
 from ..engine.attention import Plan, RowRun
 from ..engine.mlx_lm_hook import SWIGLU, LayerCache
-from ..engine.model_runner import ModelRunner
+from ..engine.model_runner import Batching, ModelRunner
 from ..errors import ModelError, at_least
 from ..host import fast_math
 from ..metrics import PARTS, REST
@@ -178,7 +178,7 @@ def record_step(runner: ModelRunner, rows: list[RowRun], arena: Arena) -> list[C
     """The calls that one step of ``rows`` makes, in order. `ModelError` for a model that brings its
     own attention, or has layers with states.
     """
-    if not runner.batched:
+    if runner.way is not Batching.ALL:
         raise ModelError(f"this model takes {runner.way}: the parts of a step cannot be told apart")
     with _recorder(runner.model) as calls:
         _run_step(runner, rows, arena)

@@ -13,13 +13,14 @@ Afterwards, and after an exception, the modules are as they were.
 import contextlib
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from ..errors import ModelError
 from ..host import fast_math
@@ -126,6 +127,39 @@ def _check_window(layer: int, asked: int | None, window: int | None) -> None:
             f"layer {layer} masks a sliding window of {asked} tokens over a {cache}: mlx-lm's own "
             "tokens depend on its chunks"
         )
+
+
+def parted(caches: Sequence) -> tuple[list[tuple], list[tuple]]:
+    """A model's caches of K and V, and those of states, each with its layer; those in a `CacheList`
+    one by one.
+    """
+    kv, states = [], []
+    for layer, cache in enumerate(caches):
+        for each in cache.caches if type(cache) is CacheList else [cache]:
+            (states if type(each) is ArraysCache else kv).append((layer, each))
+    return kv, states
+
+
+def states_of(caches: Sequence) -> list[mx.array | None]:
+    """The states in a model's caches, as `filled` puts them there."""
+    return [array for _, cache in parted(caches)[1] for array in cache.cache]
+
+
+def filled(like: Sequence, kv: Iterator, states: Iterator[mx.array | None]) -> list:
+    """New caches in the places of those ``like`` them: of K and V the next of ``kv``, of a state
+    filled from ``states``.
+    """
+    return [_filled(cache, kv, states) for cache in like]
+
+
+def _filled(like, kv: Iterator, states: Iterator[mx.array | None]):
+    if type(like) is CacheList:
+        return CacheList(*map(partial(_filled, kv=kv, states=states), like.caches))
+    if type(like) is not ArraysCache:
+        return next(kv)
+    cache = ArraysCache(len(like.cache))
+    cache.cache = [next(states) for _ in like.cache]
+    return cache
 
 
 def attention_modules(model: nn.Module) -> list[ModuleType]:

@@ -10,7 +10,7 @@ from itertools import accumulate, repeat, takewhile
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_caches
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..allocators import Strategy, strategy_of
 from ..errors import MAX_COUNT, BadInput, ModelError, is_own, named, reason_of
@@ -28,11 +28,13 @@ from .mlx_lm_hook import (
     WholeCache,
     WindowCache,
     attention_modules,
+    filled,
     over_extents,
+    parted,
+    states_of,
     with_last_rows,
 )
 from .sampler import Choice
-from .states import filled, leaves, states_of, with_states
 
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 5e-2  # of the largest logit
 NOT_FINITE = "its logits are not finite: no token can be chosen"
@@ -42,8 +44,10 @@ MAX_MOVED_TOKENS = 2048
 PROBE = [0, 1, 2, 2, 1], [1, 2, 0, 1]  # two short sequences
 
 
-class Way(StrEnum):
-    """What one call of the model takes, best first."""
+class Batching(StrEnum):
+    """What one call of the model takes, best first. ``DECODES``: for layers with states. ``ONE``:
+    for an attention or positions of the model's own, K and V given whole.
+    """
 
     ALL = "all sequences of a step at once"
     DECODES = "decode rows at once, each prompt alone"
@@ -83,9 +87,7 @@ class ModelRunner:
 
     - ``layers``: shape of each layer's K and V; ``windows``: how many tokens each attends to, None
       for all; ``dtype`` of K and V; ``context`` and ``vocabulary`` in tokens.
-    - ``way``: all sequences of a step in one call, attention where K and V lie; decode rows so, and
-      each prompt alone (layers with states); or one sequence after the other, K and V whole (the
-      model has an attention or positions of its own).
+    - ``way``: what one call of the model takes.
 
     `ModelError` for a model that gives its own logits in no way.
     """
@@ -95,7 +97,8 @@ class ModelRunner:
         self.context, self.vocabulary = model_limits(model)
         self._modules = attention_modules(model)
         caches, self._like = make_prompt_cache(model), make_prompt_cache(model)
-        self._with_states, kv = bool(with_states(caches)), _caches_of_kv(caches)
+        kv, states = parted(caches)
+        self._states = [layer for layer, _ in states]  # layers that keep one
         self.windows = [_window(layer, cache) for layer, cache in kv]
         first, second = (mx.array([tokens]) for tokens in PROBE)
         try:
@@ -114,17 +117,12 @@ class ModelRunner:
             for array, layer in enumerate(layers)
         }
         # Best first: many sequences in one call, the head on the rows that are sampled.
-        ways = (Way.DECODES if self._with_states else Way.ALL), Way.ONE
+        ways = (Batching.DECODES if self._states else Batching.ALL), Batching.ONE
         for self.way in ways:
             for self._heads_last_rows in (True, False):
                 if (reason := self._error(reference)) is None:
                     return
         raise ModelError(reason)
-
-    @property
-    def batched(self) -> bool:
-        """Whether all sequences of a step run in one call."""
-        return self.way is Way.ALL
 
     @property
     def token_bytes(self) -> int:
@@ -137,7 +135,7 @@ class ModelRunner:
         """Groups of the layers with K and V. One, of which windows keep every block: where shapes
         differ, where sequences take turns, and with prefix caching where no front is given back.
         """
-        keeps_all = self.way is Way.ONE or (prefix_caching and not strategy.gives_front)
+        keeps_all = self.way is Batching.ONE or (prefix_caching and not strategy.gives_front)
         keeps_all |= len({*self.layers}) > 1
         every = LayerGroup(tuple(range(len(self.layers))), len(self.layers))
         return (every,) if keeps_all else self._groups
@@ -168,12 +166,11 @@ class ModelRunner:
 
     def _check_prefix_caching(self, wanted: bool) -> None:
         """`BadInput` where layers have a state: only that after the last token is known."""
-        for layer, cache in leaves(self._like) if wanted else ():
-            if type(cache) is ArraysCache:
-                raise BadInput(
-                    f"prefix_caching does not support layers with a state yet, and layer {layer} "
-                    "uses ArraysCache"
-                )
+        if wanted and self._states:
+            raise BadInput(
+                "prefix_caching does not support layers with a state yet, and layer "
+                f"{self._states[0]} uses ArraysCache"
+            )
 
     def plan(self, step: Schedule, before: Flight | None = None) -> Flight:
         """A flight of integers, ready for `launch`. ``before``: the flight whose tokens are not
@@ -225,16 +222,16 @@ class ModelRunner:
 
     def plans(self, rows: Sequence[list[RowRun]], arena: Arena, method: str) -> list[list[Plan]]:
         """For each call of the model, a plan for each group of layers. A prompt's first token has
-        no state to go on from: it is not among `Way.DECODES`.
+        no state to go on from: it is not among `Batching.DECODES`.
         """
         count, first = len(rows[0]), 0
-        if self.way is Way.ALL:
+        if self.way is Batching.ALL:
             first = count
-        elif self.way is Way.DECODES:
+        elif self.way is Batching.DECODES:
             first = sum(1 for _ in takewhile(lambda row: row.num_rows == 1 and row.start, rows[0]))
         calls = [(0, first)] if first else []
         calls += [(i, i + 1) for i in range(first, count)]
-        method = "views" if self.way is Way.ONE else method
+        method = "views" if self.way is Batching.ONE else method
         return [[Plan(each[a:b], arena, method) for each in rows] for a, b in calls]
 
     def logits(
@@ -265,7 +262,7 @@ class ModelRunner:
         model = with_last_rows(self.model, rows) if self._heads_last_rows else self.model
         caches = self._caches(plans)
         logits = over_extents(self._modules, partial(model, inputs, cache=caches))
-        if self._with_states:
+        if self._states:
             plan.arena.states.put(plan.rows, states_of(caches))
         if not ends:  # only parts of prompts: the head is never evaluated
             return None
@@ -276,13 +273,13 @@ class ModelRunner:
         plan, kv = plans[0], []
         for layer, window in enumerate(self.windows):
             group, array = self._places[layer] if len(plans) > 1 else (0, layer)
-            if self.way is not Way.ONE:
+            if self.way is not Batching.ONE:
                 kv.append(LayerCache(plans[group], array, window, layer, len(plans) > 1))
             elif window is None:
                 kv.append(WholeCache(plan, layer))
             else:
                 kv.append(WindowCache(plan, layer, window))
-        states = plan.arena.states.take(plan.rows) if self._with_states else None
+        states = plan.arena.states.take(plan.rows) if self._states else None
         return filled(self._like, iter(kv), repeat(None) if states is None else iter(states))
 
     def _error(self, reference: mx.array) -> str | None:
@@ -376,11 +373,6 @@ def _window(layer: int, cache) -> int | None:
         f"layer {layer} uses {type(cache).__name__}: only models whose layers all use KVCache, "
         "RotatingKVCache or ArraysCache, or a CacheList of these, can be run"
     )
-
-
-def _caches_of_kv(caches: list) -> list[tuple[int, object]]:
-    """The caches of K and V, each with its layer."""
-    return [(layer, cache) for layer, cache in leaves(caches) if type(cache) is not ArraysCache]
 
 
 def _rows_of(chunk: Chunk, part: BlockTable) -> RowRun:

@@ -11,11 +11,9 @@ decode batch have their states stacked, a row each, so a batch that stays togeth
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList
 
 from ..scheduler.request import Request
 
@@ -143,40 +141,3 @@ def _trimmed(arrays: Arrays) -> Arrays:
 
 def _nbytes(arrays: Arrays) -> int:
     return sum(array.nbytes for array in arrays if array is not None)
-
-
-# --- a model's caches -----------------------------------------------------------------------------
-
-
-def leaves(caches: Sequence) -> Iterator[tuple[int, object]]:
-    """A model's caches, each with its layer; those in a `CacheList` one by one."""
-    for layer, cache in enumerate(caches):
-        inner = cache.caches if type(cache) is CacheList else [cache]
-        yield from ((layer, each) for each in inner)
-
-
-def with_states(caches: Sequence) -> list[ArraysCache]:
-    """Those of a model's caches that keep a state."""
-    return [cache for _, cache in leaves(caches) if type(cache) is ArraysCache]
-
-
-def states_of(caches: Sequence) -> Arrays:
-    """The states in a model's caches, as `filled` puts them there."""
-    return [array for cache in with_states(caches) for array in cache.cache]
-
-
-def filled(like: Sequence, kv: Iterator, states: Iterator[mx.array | None]) -> list:
-    """New caches in the places of those ``like`` them: of K and V the next of ``kv``, of a state
-    filled from ``states``.
-    """
-    return [_filled(cache, kv, states) for cache in like]
-
-
-def _filled(like, kv: Iterator, states: Iterator[mx.array | None]):
-    if type(like) is CacheList:
-        return CacheList(*map(partial(_filled, kv=kv, states=states), like.caches))
-    if type(like) is not ArraysCache:
-        return next(kv)
-    cache = ArraysCache(len(like.cache))
-    cache.cache = [next(states) for _ in like.cache]
-    return cache
