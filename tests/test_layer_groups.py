@@ -86,7 +86,7 @@ def served(blocks: GroupedBlocks, prompt: int, chunk: int, output: int = 0) -> l
         blocks.check()
         held.append(blocks.num_held)
     blocks.free(table)
-    assert blocks.num_held == 0 and blocks.num_sequences == 0
+    assert blocks.num_held == 0 and not blocks.sequences
     return held
 
 

@@ -15,7 +15,7 @@ from .host_arena import HostArena
 class KVCache:
     """K and V of many sequences: a `BlockManager` over an `Arena`. With ``swap_blocks``, ``swap``
     and ``host`` are such a pair in the host's memory. ``layers``: shapes of a block's layers;
-    ``groups``, ``max_chunk``: see `layer_groups`.
+    ``groups``, ``max_chunk``: see `layer_groups`; ``options``: more of a `BlockManager`.
     """
 
     def __init__(
@@ -26,17 +26,13 @@ class KVCache:
         block_size: int,
         *,
         dtype: mx.Dtype = mx.float32,
-        max_seq_len: int | None = None,
-        prefix_caching: bool = False,
         swap_blocks: int = 0,
-        max_moved_tokens: int | None = None,
         groups: Sequence[LayerGroup] = (),
         max_chunk: int = MAX_COUNT,
+        **options,
     ):
-        self.blocks = block_manager(
-            groups, max_chunk, strategy, num_blocks, block_size, max_seq_len, prefix_caching,
-            max_moved_tokens,
-        )  # fmt: skip
+        sizes = num_blocks, block_size
+        self.blocks = block_manager(groups, max_chunk, strategy, *sizes, **options)
         self.arena = Arena(layers, self.blocks.num_slots, dtype)
         self.swap = self.host = None
         if at_least("swap_blocks", swap_blocks, 0):
@@ -79,7 +75,7 @@ class KVCache:
             cached_blocks=blocks.prefix.num_idle if blocks.prefix is not None else 0,
             num_blocks=blocks.num_blocks,
             block_size=blocks.block_size,
-            num_sequences=blocks.num_sequences,
+            num_sequences=len(blocks.sequences),
             arena_bytes=self.arena.nbytes,
             held_bytes=blocks.num_held * blocks.block_size * self.arena.slot_bytes
             + self.arena.states.nbytes,

@@ -102,7 +102,7 @@ def serving_stats(cache: KVCache, scheduler: Scheduler, done: Done, now: float) 
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
         num_preemptions=scheduler.num_preemptions,
-        num_swapped=cache.swap.num_sequences if cache.swap else 0,
+        num_swapped=len(cache.swap.sequences) if cache.swap else 0,
         num_steps=done.num_steps,
         num_prefill_tokens=prefills,
         num_decode_tokens=decodes,

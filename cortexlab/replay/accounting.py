@@ -202,7 +202,7 @@ class Ledger:
         held, size = blocks.num_held, blocks.block_size
         decode_tokens = (self.base_sum + decoding * self.clock.step) * steps
         decode_tokens += decoding * steps * (steps - 1) // 2
-        still = self.still_tokens - blocks.shared_tokens
+        still = self.still_tokens - _shared_tokens(blocks)
         weight = dt / ((held + unusable) * size)
         totals.time += dt * steps
         totals.weight += weight * steps
@@ -231,7 +231,7 @@ class Ledger:
     def slots(self, unusable: int, ahead: int) -> dict[str, int]:
         """The four shares in slots, ``ahead`` steps from now, and ``pool_slots``."""
         blocks, size = self.blocks, self.blocks.block_size
-        token = self.still_tokens + self.base_sum - blocks.shared_tokens
+        token = self.still_tokens + self.base_sum - _shared_tokens(blocks)
         token += self.num_decoding * (self.clock.step + ahead)
         held = blocks.num_held * size
         return {
@@ -301,3 +301,8 @@ def _latencies(done: list[CountedRequest], gaps: Counter) -> dict[str, Counter]:
 def over(part: float, whole: float) -> float | None:
     """A quotient; None over nothing."""
     return part / whole if whole else None
+
+
+def _shared_tokens(blocks: BlockManager) -> int:
+    """Slots that sharing saves: of blocks, once for each holder beyond the first."""
+    return blocks.prefix.num_shared * blocks.block_size if blocks.prefix is not None else 0

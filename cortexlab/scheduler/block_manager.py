@@ -50,6 +50,7 @@ class BlockManager:
         self.allocator = self.new_allocator()
         self._compact = getattr(self.allocator, "compact", None)
         self.tables: dict[BlockTable, None] = {}  # of live sequences, in order of admission
+        self.sequences = self.tables
         self.moves: list[Move] = []
         self.is_deferred = False
         self.num_releases += 1
@@ -58,10 +59,6 @@ class BlockManager:
     @property
     def num_slots(self) -> int:
         return self.num_blocks * self.block_size
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.tables)
 
     @property
     def num_held(self) -> int:
@@ -73,11 +70,6 @@ class BlockManager:
     def free_blocks(self) -> int:
         """Blocks held by no live sequence; idle cached blocks are free."""
         return self.num_blocks - self.num_held
-
-    @property
-    def shared_tokens(self) -> int:
-        """Slots that sharing saves: of blocks, once for each holder beyond the first."""
-        return self.prefix.num_shared * self.block_size if self.prefix is not None else 0
 
     def new_allocator(self) -> Allocator:
         """An empty allocator like this manager's."""
@@ -91,15 +83,18 @@ class BlockManager:
 
     def most_blocks(self, num_tokens: int) -> int:
         """Blocks that a sequence of ``num_tokens`` holds at most."""
-        return self._blocks_of(Need(num_tokens, num_tokens))
+        return sum(self._allocations(num_tokens))
 
     def could_ever_hold(self, num_tokens: int) -> bool:
         """Whether a sequence of ``num_tokens`` fits the pool when nothing else is in it."""
-        extents = self._empty.allocate(self.blocks_for(num_tokens))
-        if extents is None:
-            return False
-        self._empty.free(extents)
-        return True
+        taken = []
+        for size in self._allocations(num_tokens):
+            taken.append(self._empty.allocate(size))
+            if taken[-1] is None:
+                break
+        for extents in filter(None, taken):
+            self._empty.free(extents)
+        return taken[-1] is not None
 
     def blocks_wanted(self, need: Need) -> int:
         """Free blocks that admission takes: for all tokens to come under ``reserve``, else for
@@ -197,6 +192,10 @@ class BlockManager:
     def _empty(self) -> Allocator:
         """A pool that stays empty, to ask what could ever fit."""
         return self.new_allocator()
+
+    def _allocations(self, num_tokens: int) -> list[int]:
+        """Blocks of each allocation that a sequence of ``num_tokens`` has at most."""
+        return [self.blocks_for(num_tokens)]
 
     def _blocks_of(self, need: Need) -> int:
         return self.blocks_for(need.max_slots if self.growth == "reserve" else need.num_tokens)

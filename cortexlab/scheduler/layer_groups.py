@@ -13,14 +13,12 @@ one pool, one allocator and one arena serve all: array i of the arena holds laye
 A group with fewer layers is *padded*. (vLLM's hybrid KV cache manager does this; so does Jenga,
 Zhang et al., SOSP 2025.)
 
-Blocks that a window has passed go back while the sequence runs. Where they go back depends on how
-a strategy grows:
+Blocks that a window has passed are free while the sequence runs. By how a strategy grows:
 
 chain      a window's table gives its front back (`OptionalParts.release_front`) and gains blocks at
-           its end.
+           its end. Without that verb it is as under relocate.
 relocate   a window's table is a *ring* for a chunk of the prompt and the window before it: passed
-           blocks serve again. After the prompt it moves to a ring for single tokens. Allocators
-           without `release_front` have rings too.
+           blocks serve again. After the prompt it moves to a ring for single tokens.
 reserve    all groups lie in one allocation, windows as rings that keep their size.
 
 With prefix caching (only where fronts are given back), a prompt's whole blocks are cached under
@@ -116,10 +114,11 @@ class GroupedTable:
 class Admission(NamedTuple):
     """What a sequence finds in the cache, and what it takes."""
 
-    start: int  # tokens that are there when its first step begins
     num_found: int  # whole blocks of its prompt that all groups have, as far as they need them
     computed: int  # tokens that these hold, but for one to sample from
-    sizes: list[int]  # blocks of each group, found ones included
+    passed: list[int]  # blocks that no token of its first step sees, of each group
+    found: list[list[CachedBlock]]  # of each group, those that its table will hold
+    sizes: list[int]  # blocks of each table
 
 
 class GroupedBlocks(BlockManager):
@@ -140,34 +139,37 @@ class GroupedBlocks(BlockManager):
         if self.growth == "reserve":  # parts lie at fixed places in an allocation
             self._compact = None
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self.sequences)
-
-    def most_blocks(self, num_tokens: int) -> int:
-        return sum(self._most(num_tokens))
-
-    def could_ever_hold(self, num_tokens: int) -> bool:
-        sizes, taken = sorted(self._most(num_tokens), reverse=True), []
-        for size in [sum(sizes)] if self.growth == "reserve" else sizes:
-            taken.append(self._empty.allocate(size))
-            if taken[-1] is None:
-                break
-        for extents in filter(None, taken):
-            self._empty.free(extents)
-        return taken[-1] is not None
-
     def blocks_wanted(self, need: Need) -> int:
-        found = chain(*self._found(need, self._admission(need)))
-        return self._blocks_of(need) - sum(block.num_holders > 0 for block in found)
+        asked = self._admission(need)
+        return sum(asked.sizes) - sum(block.num_holders > 0 for block in chain(*asked.found))
 
     def allocate(self, need: Need) -> GroupedTable | None:
         """A table with parts for all tokens of groups that see them all, and for the first chunk of
         the others. None, and nothing taken, without room for all.
         """
-        table = self._allocated(need)
-        if table is not None:
-            self.sequences[table] = None
+        asked, ids = self._admission(need), need.prefix_ids[: need.prompt_tokens // self.block_size]
+        releases, held = self.num_releases, sum(b.num_holders > 0 for b in chain(*asked.found))
+        if sum(asked.sizes) - held > self.free_blocks:
+            return None
+        parts = tuple(map(partial(self._part, need, asked), range(len(self.groups))))
+        table = GroupedTable(parts, need.num_tokens, None, ids, asked.num_found)
+        if self.growth == "reserve":
+            table.whole = whole = super().allocate(need)
+            if whole is None:
+                return None
+            for part, size, stop in zip(parts, asked.sizes, accumulate(asked.sizes), strict=True):
+                part.replace(tuple(cut_out(whole.extents, stop - size, stop)))
+        else:
+            self.tables |= dict.fromkeys(parts)
+            # The largest first: halves of a buddy fill up in this order, if they do in any.
+            for number in sorted(range(len(parts)), key=asked.sizes.__getitem__, reverse=True):
+                missing = asked.sizes[number] - parts[number].num_blocks
+                if not self._add_blocks(number, parts[number], missing, ids):
+                    for each in parts:
+                        super().free(each)
+                    self.num_releases = releases  # what was free before is free again
+                    return None
+        self.sequences[table] = None
         return table
 
     def grow(self, table: GroupedTable, num_tokens: int) -> bool:
@@ -220,13 +222,22 @@ class GroupedBlocks(BlockManager):
         num_found, is_reserved = self._num_found(need), self.growth == "reserve"
         computed = min(num_found * self.block_size, need.num_tokens - 1)  # one is to sample from
         start = max(need.num_back, computed)
+        passed = [self._passed(group, start) for group in self.groups]
         sizes = self._most(need.max_slots if is_reserved else need.num_tokens, start)
         if self.strategy.gives_front:
             first = self.blocks_for(min(need.num_tokens, start + min(need.chunk, self.max_chunk)))
             for number, group in enumerate(self.groups):
                 if group.window is not None:
-                    sizes[number] = min(sizes[number], first - self._passed(group, start))
-        return Admission(start, num_found, computed, sizes)
+                    sizes[number] = min(sizes[number], first - passed[number])
+        found = [[] for _ in passed]
+        for number, gone in enumerate(passed) if num_found else ():
+            ids = need.prefix_ids[gone:num_found]
+            found[number] = self.prefix.match([(number, each) for each in ids])
+        return Admission(num_found, computed, passed, found, sizes)
+
+    def _allocations(self, num_tokens: int) -> list[int]:
+        sizes = self._most(num_tokens)
+        return [sum(sizes)] if self.growth == "reserve" else sorted(sizes, reverse=True)
 
     def _most(self, num_tokens: int, start: int = 0) -> list[int]:
         """Blocks of each group that ``num_tokens`` need at most, from token ``start`` on."""
@@ -256,49 +267,13 @@ class GroupedBlocks(BlockManager):
         known = takewhile(lambda each: all((n, each) in self.prefix for n in full), ids)
         return next(found for found in range(sum(1 for _ in known), -1, -1) if has(found))
 
-    def _found(self, need: Need, asked: Admission) -> list[list[CachedBlock]]:
-        """Of each group, the cached blocks that a table will hold."""
-        if not asked.num_found:
-            return [[] for _ in self.groups]
-        first = (self._passed(group, asked.start) for group in self.groups)
-        ids = (need.prefix_ids[passed : asked.num_found] for passed in first)
-        return [
-            self.prefix.match([(n, each) for each in of_group]) for n, of_group in enumerate(ids)
-        ]
-
-    def _allocated(self, need: Need) -> GroupedTable | None:
-        asked, ids = self._admission(need), need.prefix_ids[: need.prompt_tokens // self.block_size]
-        found, releases = self._found(need, asked), self.num_releases
-        idle = sum(not block.num_holders for block in chain(*found))
-        if sum(asked.sizes) - sum(map(len, found)) > self.free_blocks - idle:
-            return None
-        parts = tuple(map(partial(self._part, need, asked), self.groups, found))
-        if self.growth == "reserve":
-            whole = super().allocate(need)
-            stops = accumulate(asked.sizes)
-            for part, size, stop in zip(parts, asked.sizes, stops, strict=True) if whole else ():
-                part.replace(tuple(cut_out(whole.extents, stop - size, stop)))
-            return whole and GroupedTable(parts, need.num_tokens, whole)
-        self.tables |= dict.fromkeys(parts)
-        # The largest first: halves of a buddy fill up in this order, if they do in any.
-        for number in sorted(range(len(parts)), key=asked.sizes.__getitem__, reverse=True):
-            part = parts[number]
-            if not self._add_blocks(number, part, asked.sizes[number] - part.num_blocks, ids):
-                for each in parts:
-                    super().free(each)
-                self.num_releases = releases  # what was free before is free again
-                return None
-        return GroupedTable(parts, need.num_tokens, None, ids, asked.num_found)
-
-    def _part(
-        self, need: Need, asked: Admission, group: LayerGroup, found: list[CachedBlock]
-    ) -> BlockTable:
+    def _part(self, need: Need, asked: Admission, number: int) -> BlockTable:
         """A table with nothing but the blocks found."""
-        passed = self._passed(group, asked.start)
+        passed, found = asked.passed[number], asked.found[number]
         skipped = passed * self.block_size
         if found:
             self.prefix.hold(found)
-        is_ring = group.window is not None and not self.strategy.gives_front
+        is_ring = self.groups[number].window is not None and not self.strategy.gives_front
         return (Ring if is_ring else BlockTable)(
             (), self.block_size, max(0, asked.computed - skipped), tuple(found),
             max(0, asked.num_found - passed), need.prompt_tokens - skipped, skipped=skipped,
@@ -330,16 +305,18 @@ class GroupedBlocks(BlockManager):
         a ring uses its own again, others are given back.
         """
         gone = min(passed, len(part.shared))
+        own = passed - gone
         if gone:
             self.prefix.give_up(part.shared[:gone], gone)
             part.shared = part.shared[gone:]
             part.num_blocks -= gone
-        if (own := passed - gone) and isinstance(part, Ring):
+        if own and isinstance(part, Ring):
             part.turned = (part.turned + own) % part.num_blocks
             gone = passed
-        elif own:
-            gone -= part.replace(self.allocator.release_front(part.extents, own))
-        self.num_releases += 1
+        else:
+            if own:
+                gone -= part.replace(self.allocator.release_front(part.extents, own))
+            self.num_releases += 1
         part.skipped += gone * self.block_size
         part.num_tokens -= gone * self.block_size
         part.prompt_tokens -= gone * self.block_size
