@@ -85,10 +85,9 @@ def test_tokens_are_mlx_lms_after_preemption(windowed, strategy, swap):
     assert engine.stats().num_preemptions > 0, "the test needs a pool that is too small"
 
 
+@pytest.mark.parametrize("windowed", NAMES[:-1], indirect=True)  # the last one has states
 @pytest.mark.parametrize("strategy", ["paged", "runs", "best_fit", "buddy", "cortexstream"])
 def test_tokens_are_mlx_lms_where_prompts_begin_alike(windowed, strategy):
-    if windowed.runner._with_states:
-        pytest.skip("states are not shared")
     (first,) = prompts_of([60], VOCABULARY)
     prompts = [first, first[:48], [*first[:40], 5, 6, 7, 8, 9], first]
     engine, requests = windowed.serve(

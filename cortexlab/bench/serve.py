@@ -120,12 +120,12 @@ def bench_pool(
     """``setting.num_blocks`` as a number; by default `full_pool`. A percentage never gives less
     than one region of ``static``.
     """
-    most_blocks = most_blocks or (lambda num_tokens: -(-num_tokens // setting.block_size))
     given = "100%" if setting.num_blocks is None else setting.num_blocks
     sizes = setting.block_size, setting.batch_size
     blocks = pool_blocks(given, lambda: full_pool(items, *sizes, most_blocks))
     if isinstance(given, str) and given.endswith("%"):
-        return max(blocks, most_blocks(max_seq_len))
+        longest = [WorkItem(0.0, max_seq_len, 1)]  # its last token takes no slot
+        return max(blocks, full_pool(longest, setting.block_size, 1, most_blocks))
     return blocks
 
 
